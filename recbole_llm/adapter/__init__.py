@@ -1,0 +1,10 @@
+"""Personalised low-rank adapters: one formula, ``y = W0 x + s B M(z) A x``, for every method.
+
+``config`` says what M(z) is, ``gate`` computes the weights from z, ``mixer`` applies them in rank space,
+``layer`` plugs both into PEFT, ``personalized`` is what callers hold. This package knows torch and PEFT only.
+"""
+
+from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.adapter.personalized import PersonalizedAdapter, attach_adapter
+
+__all__ = ["AdapterConfig", "PersonalizedAdapter", "attach_adapter"]

@@ -1,0 +1,267 @@
+"""Attach a personalised LoRA to a causal language model, and hold on to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.adapter.export import read_personalized, write_personalized, write_plain_lora
+from recbole_llm.adapter.layer import PersonalizedLoraConfig, Router
+
+logger = logging.getLogger(__name__)
+
+_NAME = "default"  # PEFT's name of the adapter; one adapter per model here
+
+
+class PersonalizedAdapter:
+    """A causal LM whose adapted projections compute ``y = W0 x + s B M(z) A x``.
+
+    Made by :func:`attach_adapter`. Usage::
+
+        adapter = attach_adapter(model, AdapterConfig(mixer="factor", instance_size=64, num_experts=8))
+        adapter.set_instance(z)                                  # [B, 64], one row per sequence of the batch
+        loss = criterion(adapter.peft_model(input_ids).logits)
+        loss.backward()                                          # before the next set_instance
+
+    Attributes:
+        config: the settings.
+        peft_model: PEFT's wrapper.
+        model: the causal LM inside it, with adapted projections.
+    """
+
+    def __init__(self, peft_model: PeftModel, config: AdapterConfig, router: Router | None) -> None:
+        self.config = config
+        self.peft_model = peft_model
+        self.model: PreTrainedModel = peft_model.get_base_model()
+        self._router = router
+        self._layers: dict[str, LoraLayer] = {
+            name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)
+        }
+        self._warned_single_row = False
+
+    # ------------------------------------------------------------------ the instance
+
+    def set_instance(self, z: Tensor | None) -> None:
+        """Say whose batch comes next. Stays until the next call. Has no effect with mixer ``identity``.
+
+        Args:
+            z: instance representations ``[B, H]``, row i for sequence i; ``None`` forgets the last ones. With
+                gate ``shuffled`` sequence i gets row i - 1 (cyclic); a batch of one row cannot be shuffled.
+
+        Raises:
+            ValueError: if ``z`` is not a floating-point tensor ``[B, H]`` with H = ``config.instance_size``.
+        """
+        if self._router is None:
+            return
+        if z is not None:
+            z = self._checked(z)
+            if self.config.gate == "shuffled":
+                if z.shape[0] == 1 and not self._warned_single_row:
+                    self._warned_single_row = True
+                    logger.warning("gate 'shuffled': a batch of one row keeps its own instance")
+                z = z.roll(1, dims=0)
+        self._router.set(z)
+
+    def _checked(self, z: Tensor) -> Tensor:
+        if z.dim() != 2 or z.shape[1] != self.config.instance_size or not z.is_floating_point():
+            raise ValueError(
+                "the instance representation must be a floating-point tensor "
+                f"[batch, {self.config.instance_size}], got {z.dtype} of shape {tuple(z.shape)}"
+            )
+        # A lens may run in inference mode, whose tensors autograd refuses to save.
+        return z.clone() if z.is_inference() else z
+
+    def gate_values(self) -> dict[str, Tensor]:
+        """Gates ``[B, K]`` of the last forward pass by projection; empty for ``identity`` and ``dense``."""
+        if self.config.mixer in ("identity", "dense"):
+            return {}
+        return {name: layer.last_gate for name, layer in self._layers.items() if layer.last_gate is not None}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the base model alone; needs no instance. Not for use between a forward and its backward."""
+        parameters = list(self.peft_model.parameters())
+        trained = [parameter.requires_grad for parameter in parameters]
+        try:
+            with self.peft_model.disable_adapter():
+                yield
+        finally:
+            # On the way out PEFT sets requires_grad for the whole adapter; keep what was frozen frozen.
+            for parameter, flag in zip(parameters, trained, strict=True):
+                parameter.requires_grad_(flag)
+
+    # ------------------------------------------------------------------ parameters and tensors
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """A and B of every projection, by stable name."""
+        found = {}
+        for name, layer in self._layers.items():
+            found[f"{name}.lora_A"] = layer.lora_A[_NAME].weight
+            found[f"{name}.lora_B"] = layer.lora_B[_NAME].weight
+        return found
+
+    def gate_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the gates, by stable name; empty where the gate has none."""
+        return {
+            f"{prefix}.{n}": p for prefix, gate in self._gates().items() for n, p in gate.named_parameters()
+        }
+
+    def _gates(self) -> dict[str, nn.Module]:
+        gates = {
+            n: layer.lora_gate[_NAME] for n, layer in self._layers.items() if hasattr(layer, "lora_gate")
+        }
+        if gates and self.config.share_gate:
+            return {"lora_gate": next(iter(gates.values()))}
+        return {f"{name}.lora_gate": gate for name, gate in gates.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A, B, gates and the gates' buffers, by stable name; detached, sharing storage with the model."""
+        state = {name: parameter.detach() for name, parameter in self.lora_parameters().items()}
+        for prefix, gate in self._gates().items():
+            state |= {f"{prefix}.{name}": tensor.detach() for name, tensor in gate.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy ``state`` into the adapter. Nothing is changed if it does not fit.
+
+        Raises:
+            ValueError: if names are missing or unknown, or shapes differ.
+        """
+        own = self.state_dict()
+        missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+        wrong = [
+            f"{name}: {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & state.keys())
+            if state[name].shape != own[name].shape
+        ]
+        if missing or unknown or wrong:
+            problems = [
+                f"{len(names)} {title} (first: {sorted(names)[0]})"
+                for title, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+                if names
+            ]
+            raise ValueError(
+                f"these tensors do not fit an adapter with {self.config}: {'; '.join(problems)}. "
+                "Load them into the same base model with the same adapter settings"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    # ------------------------------------------------------------------ disk
+
+    def save(self, folder: str | Path) -> None:
+        """Write the whole adapter (see :mod:`recbole_llm.adapter.export`); stock PEFT refuses the folder."""
+        write_personalized(self.config, self.state_dict(), folder)
+
+    @classmethod
+    def load(cls, model: PreTrainedModel, folder: str | Path) -> PersonalizedAdapter:
+        """Attach the adapter saved in ``folder`` to ``model`` (the same base model, without an adapter).
+
+        Raises:
+            FileNotFoundError: if the folder is not complete.
+            ValueError: if it holds something else, or does not fit the model.
+        """
+        config, state = read_personalized(folder)
+        adapter = attach_adapter(model, config)
+        adapter.load_state_dict(state)
+        return adapter
+
+    @torch.no_grad()
+    def export_user(self, z: Tensor | None, folder: str | Path) -> None:
+        """Write the LoRA that this adapter is for one instance, as a plain PEFT folder.
+
+        Every method here *is* a plain LoRA once z is fixed. The gates of the projections differ, so each
+        projection gets its own ``A(z), B(z)``. ``peft.PeftModel.from_pretrained`` loads the folder, and may
+        merge it.
+
+        Args:
+            z: the instance ``[1, H]``; ignored (``None`` will do) with mixer ``identity``.
+            folder: where to write.
+
+        Raises:
+            ValueError: if ``z`` is not one instance, or the gate is ``shuffled``.
+        """
+        if self.config.mixer != "identity":
+            if self.config.gate == "shuffled":
+                raise ValueError("gate 'shuffled' gives an instance another row's adapter: nothing to export")
+            if z is None or z.shape[:1] != (1,):
+                got = None if z is None else tuple(z.shape)
+                raise ValueError(
+                    f"export_user writes the adapter of one instance [1, {self.config.instance_size}], "
+                    f"got {got}"
+                )
+            z = self._checked(z)
+        pairs = {name: self._plain_pair(layer, z) for name, layer in self._layers.items()}
+        write_plain_lora(pairs, self.config, folder, getattr(self.model, "name_or_path", None) or None)
+
+    def _plain_pair(self, layer: LoraLayer, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+        if self.config.mixer == "identity":
+            return a, b
+        gate = layer.lora_gate[_NAME]
+        training = gate.training
+        gate.eval()  # no dropout in an export
+        weights = gate(z.to(a.device, a.dtype))
+        gate.train(training)
+        return layer.mixer.fold(a, b, weights)
+
+
+def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PersonalizedAdapter:
+    """Adapt ``model`` in place: freeze it and give its target projections a (personalised) LoRA.
+
+    A and B start as in PEFT (A kaiming-uniform, B zero: the model starts as it was) and are kept, like the
+    gates, in float32 also where the base is in half precision or quantised. Mixer ``identity`` is PEFT's own
+    LoRA layer.
+
+    Args:
+        model: a causal LM without an adapter.
+        config: the settings.
+
+    Returns:
+        the adapter.
+
+    Raises:
+        ValueError: if ``model`` has an adapter already, or a target module is not one of its linear layers.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("the model already has a PEFT adapter; attach to a freshly loaded base model")
+    _check_targets(model, config.target_modules)
+    settings = dict(
+        r=config.rank,
+        lora_alpha=config.scale * config.rank,  # PEFT scales by lora_alpha / r, which must be s
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    if config.mixer == "identity":
+        return PersonalizedAdapter(get_peft_model(model, LoraConfig(**settings)), config, None)
+    peft_config = PersonalizedLoraConfig(**settings, personalization=config)
+    return PersonalizedAdapter(get_peft_model(model, peft_config), config, peft_config.router)
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Every target must match (PEFT's rule: whole name or name ending), and match linear layers only.
+
+    PEFT checks only that *something* matched: of ["q_proj", "v_porj"] it would silently adapt the first.
+    """
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        matched = {name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")}
+        if not matched or not matched <= linear:
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            what = "is not a linear layer" if matched else "matches no layer"
+            raise ValueError(
+                f"target_modules: {target!r} {what} of {type(model).__name__}; its linear layers are named "
+                f"{kinds}"
+            )

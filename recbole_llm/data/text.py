@@ -1,0 +1,348 @@
+"""Columns of ``.item`` and ``.user`` as text for prompts.
+
+Text never passes through RecBole's tensors: RecBole splits titles into words, treats a leading double quote
+as the start of a quoted cell, and drops titles such as "None". The raw files are read here and mapped to
+RecBole's internal ids by the raw token.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import html
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from recbole_llm.data.dataset import CTRDataset
+
+logger = logging.getLogger(__name__)
+
+# Where a dataset's yaml does not name its columns, the first of these that the file has.
+COMMON_COLUMNS = {
+    "title": ("movie_title", "book_title", "title", "item_name", "name"),
+    "year": ("release_year", "publication_year", "year"),
+    "genre": ("genre", "genres", "class", "categories", "category"),
+}
+
+ARTICLES = "The|A|An|Les|La|Le|L'|Un|Une|Das|Der|Die|Den|Det|Il|Lo|El|Los|Las|De|Het"
+_MOVED_ARTICLE = re.compile(rf"^(?P<rest>.+), (?P<article>{ARTICLES})$")
+_PARENTHESES = re.compile(r"\(([^()]*)\)")
+_TRAILING_YEAR = re.compile(r"\s*\((\d{4})\)$")
+_ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);")
+_YEAR = re.compile(r"\d{4}")
+
+
+# ---------------------------------------------------------------------------------------------- reading files
+
+
+def _open_header(path: Path, separator: str, encoding: str | None) -> list[str]:
+    with path.open(encoding=encoding or "utf-8-sig") as file:
+        header = file.readline().rstrip("\r\n").split(separator)
+    wrong = [cell for cell in header if cell.count(":") != 1]
+    if wrong:
+        raise ValueError(
+            f"{path}: the first line must be name:type cells separated by {separator!r}, but it has {wrong}"
+        )
+    return header
+
+
+def read_header(path: Path, separator: str = "\t", encoding: str | None = None) -> list[str]:
+    """Column names of an atomic file, without their types."""
+    return [cell.split(":")[0] for cell in _open_header(path, separator, encoding)]
+
+
+def read_atomic(path: Path, separator: str = "\t", encoding: str | None = None) -> pd.DataFrame:
+    """An atomic file as text: every cell a str exactly as written, columns without their types."""
+    header = _open_header(path, separator, encoding)
+    try:
+        table = pd.read_csv(
+            path,
+            sep=separator,
+            dtype=str,
+            quoting=csv.QUOTE_NONE,
+            keep_default_na=False,
+            encoding=encoding or "utf-8-sig",
+        )
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{path}: {error}") from error
+    table.columns = [cell.split(":")[0] for cell in header]
+    return table.fillna("")  # rows that end early
+
+
+# -------------------------------------------------------------------------------------------- cleaning titles
+
+
+def clean(text: str) -> str:
+    """One line of plain text: HTML entities decoded, whitespace collapsed, control characters dropped.
+
+    >>> clean("Et Dieu&#8230;Cr\\u00e9a \\n la  Femme")
+    'Et Dieu…Créa la Femme'
+    """
+    decoded = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
+    return " ".join("".join(c if c.isprintable() else " " for c in decoded).split())
+
+
+def _article_first(text: str) -> str:
+    text = text.strip()
+    match = _MOVED_ARTICLE.match(text)
+    if match is None:
+        return text
+    article, rest = match["article"], match["rest"]
+    return article + rest if article.endswith("'") else f"{article} {rest}"
+
+
+def natural_order(title: str) -> str:
+    """Put articles that were moved behind a comma back in front, also inside parentheses.
+
+    >>> natural_order("City of Lost Children, The (Cité des enfants perdus, La) (1995)")
+    'The City of Lost Children (La Cité des enfants perdus) (1995)'
+    """
+    start = title.find(" (")
+    head, tail = (title, "") if start < 0 else (title[:start], title[start:])
+    return _article_first(head) + _PARENTHESES.sub(lambda match: f"({_article_first(match[1])})", tail)
+
+
+# --------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The ``text`` section of a dataset's yaml.
+
+    Attributes:
+        title, year, genre: columns of ``.item``. ``None``: the dataset has none. ``'auto'`` (default): a
+            common name.
+        genre_separator: what separates several genres in a cell.
+        noun: what an item is called where its title is hidden or missing, e.g. ``Movie`` in "Movie 123".
+        missing_title: ``error``, or ``placeholder`` to call items without a title "Movie 123".
+        user_fields: column of ``.user`` -> how its value reads, e.g. ``{age: "aged {}"}``; empty: no profile.
+        value_names: column -> value in the file -> its name. A value without a name, or named ``~``, is not
+            shown.
+        missing_values: cells that mean nothing is known.
+    """
+
+    title: str | None = "auto"
+    year: str | None = "auto"
+    genre: str | None = "auto"
+    genre_separator: str = " "
+    noun: str = "Item"
+    missing_title: str = "error"
+    user_fields: Mapping[str, str] = field(default_factory=dict)
+    value_names: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    missing_values: tuple[str, ...] = ("",)
+
+    @classmethod
+    def from_config(cls, config) -> TextSettings:
+        """Read and check the section; keys of yaml that look like numbers are taken as text.
+
+        Raises:
+            ValueError: for an unknown key or a value that cannot be.
+        """
+        section = dict(config["text"] or {})
+        known = [f.name for f in fields(cls)]
+        for key in section:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                raise ValueError(
+                    f"text.{key}: unknown key; "
+                    + (f"did you mean {near[0]}?" if near else f"it may hold {known}")
+                )
+        user_fields = section.get("user_fields") or {}
+        if not isinstance(user_fields, Mapping):
+            user_fields = dict.fromkeys(user_fields, "{}")
+        for column, template in user_fields.items():
+            if [name for _, name, _, _ in Formatter().parse(template) if name is not None] != [""]:
+                raise ValueError(
+                    f"text.user_fields.{column}: {template!r} must hold {{}} exactly once, for the value"
+                )
+        section["user_fields"] = dict(user_fields)
+        section["value_names"] = {
+            column: {str(value): name for value, name in names.items()}
+            for column, names in (section.get("value_names") or {}).items()
+        }
+        missing = section.get("missing_values") or ()
+        section["missing_values"] = ("", *map(str, (missing,) if isinstance(missing, str) else missing))
+        settings = cls(**section)
+        if settings.missing_title not in ("error", "placeholder"):
+            raise ValueError(
+                f"text.missing_title: {settings.missing_title!r} is neither 'error' nor 'placeholder'"
+            )
+        if not settings.genre_separator:
+            raise ValueError("text.genre_separator must not be empty")
+        return settings
+
+
+class _Table:
+    """A raw ``.item`` or ``.user`` file, aligned with RecBole's internal ids."""
+
+    def __init__(self, dataset: CTRDataset, suffix: str, id_field: str):
+        self.path = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}"
+        self._ids = dataset.field2token_id[id_field]
+        self._size = dataset.num(id_field)
+        self.columns: list[str] = []
+        if self.path.is_file():
+            self._table = read_atomic(
+                self.path, dataset.config["field_separator"], dataset.config["encoding"]
+            )
+            self.columns = list(self._table.columns)
+            if id_field not in self.columns:
+                raise ValueError(f"{self.path} has no column {id_field!r}; it has {self.columns}")
+            self._rows = self._table[id_field].map(lambda token: self._ids.get(token, 0)).to_numpy()
+
+    def resolve(self, name: str, key: str) -> str | None:
+        """The column that ``text.<name>`` stands for, or ``None`` if the dataset has none."""
+        if key == "auto":
+            return next((column for column in COMMON_COLUMNS[name] if column in self.columns), None)
+        return None if key is None else self.checked(key, f"text.{name}")
+
+    def checked(self, column: str, key: str) -> str:
+        if column not in self.columns:
+            has = f"has the columns {self.columns}" if self.columns else "does not exist"
+            raise ValueError(
+                f"{key}: no column {column!r}; {self.path} {has}. Set the key to ~ to go without"
+            )
+        return column
+
+    def values(self, column: str | None, missing: tuple[str, ...]) -> list[str]:
+        """Cleaned cells by internal id, '' where there is none; of an id's rows the first counts."""
+        values = [""] * self._size
+        if column is not None:
+            for row, cell in zip(self._rows[::-1], self._table[column].to_numpy()[::-1], strict=True):
+                text = clean(cell)
+                values[row] = "" if text in missing else text
+            values[0] = ""  # ids that RecBole dropped all went here
+        return values
+
+
+class ItemText:
+    """Titles, years and genres of the items.
+
+    Args:
+        dataset: a built dataset.
+        obfuscate: hide titles behind "Movie 123" (to measure what an LLM has memorised). Numbers are a fixed
+            permutation, not the ids of the file, which may themselves be memorised.
+
+    Attributes:
+        titles: by internal item id, in natural order and without the year.
+        years: four digits, or ''.
+        genres: "Comedy, Drama", or ''.
+
+    Raises:
+        ValueError: if a named column is missing, or items that occur have no title (unless
+            ``text.missing_title: placeholder``).
+    """
+
+    def __init__(self, dataset: CTRDataset, *, obfuscate: bool = False):
+        settings = dataset.text_settings
+        table = _Table(dataset, "item", dataset.iid_field)
+        missing = settings.missing_values
+        columns = {name: table.resolve(name, getattr(settings, name)) for name in ("title", "year", "genre")}
+        raw_titles = table.values(columns["title"], missing)
+        years = table.values(columns["year"], missing)
+        self.titles, self.years = [""] * len(raw_titles), [""] * len(raw_titles)
+        for item, (title, year) in enumerate(zip(raw_titles, years, strict=True)):
+            year = year if _YEAR.fullmatch(year) else ""
+            suffix = _TRAILING_YEAR.search(title)
+            # "Heat (1995)" says the year already; but a film called only "(1984)" keeps its title.
+            if suffix and suffix.start() > 0 and year in ("", suffix[1]):
+                title, year = title[: suffix.start()], suffix[1]
+            self.titles[item], self.years[item] = natural_order(title), year
+        self.genres = [
+            ", ".join(
+                part
+                for part in map(str.strip, cell.split(settings.genre_separator))
+                if part and part not in missing
+            )
+            for cell in table.values(columns["genre"], missing)
+        ]
+        self._fill_missing(dataset, settings, table, columns["title"])
+        if obfuscate:
+            self.titles = ["", *map(self._placeholder, range(1, len(self.titles)))]
+
+    def _fill_missing(
+        self, dataset: CTRDataset, settings: TextSettings, table: _Table, column: str | None
+    ) -> None:
+        tokens = dataset.field2id_token[dataset.iid_field]
+        order = np.argsort(tokens[1:].astype(str), kind="stable")
+        codes = np.empty(len(tokens), dtype=np.int64)
+        codes[0] = 0
+        codes[1 + order] = 1 + np.random.default_rng(0).permutation(len(order))
+        self._placeholder = lambda item: f"{settings.noun} {codes[item]}"
+        occurring = set(np.unique(dataset.history.item_ids).tolist())
+        untitled = [item for item in sorted(occurring) if not self.titles[item]]
+        if column is None:
+            where = (
+                f"{table.path} has no title column ({table.columns})"
+                if table.columns
+                else f"there is no {table.path}"
+            )
+            logger.warning("%s: items are called '%s' and the like", where, self._placeholder(1))
+        elif untitled:
+            first = ", ".join(str(tokens[item]) for item in untitled[:5])
+            problem = (
+                f"{table.path}: column {column!r} has no title for {len(untitled)} of the {len(occurring)} "
+                f"items that occur (first: {first})"
+            )
+            if settings.missing_title == "error":
+                raise ValueError(
+                    f"{problem}. Fill them in, or set text.missing_title: placeholder in the dataset's yaml "
+                    f"to call them '{self._placeholder(untitled[0])}' and the like"
+                )
+            logger.warning("%s: they are called '%s' and the like", problem, self._placeholder(untitled[0]))
+        for item in range(1, len(self.titles)):
+            self.titles[item] = self.titles[item] or self._placeholder(item)
+
+    def descriptions(self) -> list[str]:
+        """Title and genres as one text, by internal item id ('' for padding): what semantic vectors are of."""
+        return [f"{t}. {g}" if g else t for t, g in zip(self.titles, self.genres, strict=True)]
+
+
+class UserText:
+    """Profiles of the users, from ``text.user_fields`` of the dataset's yaml.
+
+    Args:
+        dataset: a built dataset.
+
+    Raises:
+        ValueError: if a named column is missing.
+    """
+
+    def __init__(self, dataset: CTRDataset):
+        self._dataset = dataset
+
+    @cached_property
+    def profiles(self) -> list[str]:
+        """ "male, aged 25-34, programmer" by internal user id; '' where nothing is known."""
+        dataset = self._dataset
+        settings = dataset.text_settings
+        if not settings.user_fields:
+            logger.warning(
+                "%s: text.user_fields names no columns, so prompts show no profile", dataset.dataset_name
+            )
+            return [""] * dataset.user_num
+        table = _Table(dataset, "user", dataset.uid_field)
+        if not table.columns:
+            logger.warning("there is no %s, so prompts show no profile", table.path)
+            return [""] * dataset.user_num
+        parts: list[list[str]] = [[] for _ in range(dataset.user_num)]
+        for column, template in settings.user_fields.items():
+            values = table.values(table.checked(column, "text.user_fields"), settings.missing_values)
+            names = settings.value_names.get(column)
+            unnamed = sorted(set(values) - {""} - set(names)) if names else []
+            if unnamed:
+                logger.warning("text.value_names.%s has no name for %s: not shown", column, unnamed[:10])
+            for user, value in enumerate(values):
+                shown = names.get(value) if names else value
+                if shown:
+                    parts[user].append(template.format(shown))
+        return [", ".join(words) for words in parts]

@@ -1,0 +1,77 @@
+"""What a run would do, told before it does it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from recbole_llm.assembly import Assembly
+
+SAMPLE_ROWS = 1000
+EXAMPLES = 3
+
+
+def describe(parts: Assembly) -> str:
+    """A page of text: device, rows, labels, prompts, memory, and three full prompts."""
+    config, sizes = parts.config, parts.sizes
+    rng = np.random.default_rng(config["seed"])
+    lines = [
+        f"dry run: {config['model']} on {config['dataset']} (nothing is trained; the lens has random weights)",
+        f"device: {config['device']}; dtype: {parts.backbone.dtype}; "
+        f"backbone: {parts.backbone.name}, {parts.backbone.source}, sha256 {parts.backbone.sha256[:16]}",
+        f"lens: {parts.lens.name + ', state width ' + str(parts.lens.width) if parts.lens else 'none'}",
+        f"rows after the rule of {config['min_history']} earlier interactions: {sizes['all']:,}; split "
+        f"{sizes['train']:,} / {sizes['valid']:,} / {sizes['test']:,} (train / valid / test, "
+        f"order {config['eval_args']['order']}, group_by {config['eval_args']['group_by']})",
+        f"rows used: {sizes['few_shot']:,} to tune the LLM (few_shot), {sizes['valid_used']:,} valid, "
+        f"{sizes['test_used']:,} test" + (" (bounded by eval_rows)" if config["eval_rows"] else ""),
+        f"data prepared in {parts.seconds['data']:.1f} s",
+    ]
+    for name, rows in (("few_shot", parts.train), ("valid", parts.valid), ("test", parts.test)):
+        labels = rows.inter_feat[config["LABEL_FIELD"]].float()
+        lines.append(f"label balance, {name}: {labels.mean():.4f} positive of {len(labels):,}")
+    for name, rows in (("few_shot", parts.train), ("test", parts.test)):
+        picked = np.sort(rng.permutation(len(rows))[:SAMPLE_ROWS])
+        encoded = parts.prompts.encode(rows[torch.from_numpy(picked)])
+        lengths = np.array([len(ids) for ids in encoded.input_ids])
+        quantiles = ", ".join(f"{q}%: {np.percentile(lengths, q):.0f}" for q in (5, 25, 50, 75, 95, 100))
+        lines.append(
+            f"prompt tokens, {name} ({len(picked):,} of {len(rows):,} rows): mean {lengths.mean():.1f}; {quantiles}; "
+            f"shortened to {config['max_prompt_tokens']} tokens: {encoded.n_shortened}"
+        )
+        if name == "few_shot":
+            longest = int(lengths.max())
+    lines += memory_estimate(parts, longest)
+    lines.append(parts.model.summary())
+    examples = np.sort(rng.permutation(len(parts.train))[:EXAMPLES])
+    interaction = parts.train[torch.from_numpy(examples)]
+    for i, row in enumerate(examples):
+        label = int(interaction[config["LABEL_FIELD"]][i])
+        lines += [
+            f"--- prompt of few_shot row {row}, label {label} ({parts.prompts.answer_words[1 - label]!r}) ---",
+            parts.prompts.text(interaction, i),
+        ]
+    return "\n".join(lines)
+
+
+def memory_estimate(parts: Assembly, longest: int) -> list[str]:
+    """Bytes of weights, trained state and activations of one training micro-batch.
+
+    Activations are estimated as the tensors a decoder layer keeps for its backward pass without checkpointing: about
+    ``16 hidden + 6 intermediate`` values per token and layer, and one layer's worth plus the hidden states with it.
+    """
+    model, config = parts.backbone.model, parts.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for group in parts.model.parameter_groups().values() for p in group.values())
+    llm = model.config.get_text_config()
+    per_token = (16 * llm.hidden_size + 6 * llm.intermediate_size) * torch.finfo(parts.backbone.dtype).bits // 8
+    layers = 1 if config["gradient_checkpointing"] else llm.num_hidden_layers
+    tokens = min(config["micro_batch_size"], config["train_batch_size"]) * longest
+    activations = tokens * per_token * layers
+    trained_bytes = trained * 16  # float32: value, gradient, two Adam moments
+    gib = 2**30
+    return [
+        f"memory estimate: weights {weights / gib:.2f} GiB, trained parameters {trained:,} with gradients and "
+        f"optimizer {trained_bytes / gib:.2f} GiB, activations of one micro-batch ({tokens:,} tokens) "
+        f"{activations / gib:.2f} GiB; together {(weights + trained_bytes + activations) / gib:.2f} GiB"
+    ]

@@ -1,0 +1,277 @@
+"""Intervals by the bootstrap over users, and paired differences of models from the same draws.
+
+Rows of one user are not independent, so whole users are drawn with replacement: a replicate gives each row
+the number of times its user was drawn as weight. Every metric is then a weighted one, and nothing is copied
+or sorted again:
+
+    LogLoss, ACC    sum_u w_u S_u / sum_u w_u n_u          S_u the user's sum of losses or hits, n_u its rows
+    GAUC            sum_u w_u P_u AUC_u / sum_u w_u P_u     over users with both classes
+    AUC             from one sort by score, see `PairOrder`
+
+All models share the draws, so that the difference of two models is taken within each replicate (paired).
+Intervals are percentile intervals (Efron & Tibshirani 1993, chapter 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from recbole_llm.evaluation.metrics import (
+    PairOrder,
+    UndefinedMetric,
+    accuracy,
+    auc,
+    logloss,
+    mean_user_auc,
+    row_accuracy,
+    row_logloss,
+    user_auc,
+    user_codes,
+)
+
+METRICS = ("auc", "logloss", "acc", "gauc")
+MIN_USERS = 10
+"""With fewer distinct users than this an interval would be an invention, and none is given."""
+MAX_UNDEFINED = 0.05
+"""Share of replicates without a value (one class drawn) above which no interval is given."""
+_CHUNK_WEIGHTS = 2_000_000
+"""Replicates are worked off in chunks of this many user weights: 16 MB, whatever the number of users."""
+
+
+@dataclass
+class Interval:
+    """A value with its interval; where `low` and `high` are None, `reason` says why."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        """For the json: value, low, high and, only where there is one, reason."""
+        result = {"value": self.value, "low": self.low, "high": self.high}
+        return result | {"reason": self.reason} if self.reason else result
+
+
+@dataclass
+class Bootstrap:
+    """Replicates of every metric of every model; ask it for intervals of models and of differences.
+
+    Attributes:
+        values: name -> metric -> value on the rows themselves, None if undefined.
+        replicates: name -> metric -> [samples] float64, NaN where the draw leaves it undefined.
+        reasons: name -> metric -> why the value is undefined.
+        usable_users: metric -> number of users that can move it (for GAUC: those with both classes).
+    """
+
+    users: int
+    rows: int
+    samples: int
+    seed: int
+    level: float
+    metrics: tuple[str, ...]
+    values: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    replicates: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    reasons: dict[str, dict[str, str]] = field(default_factory=dict)
+    usable_users: dict[str, int] = field(default_factory=dict)
+
+    def interval(self, name: str, metric: str) -> Interval:
+        """The metric of one model."""
+        reason = self.reasons[name].get(metric)
+        if reason is not None:
+            return Interval(None, reason=reason)
+        return self._interval(self.values[name][metric], self.replicates[name][metric], metric)
+
+    def difference(self, name: str, reference: str, metric: str) -> Interval:
+        """The metric of `name` minus that of `reference`, paired by draw."""
+        for one in (name, reference):
+            reason = self.reasons[one].get(metric)
+            if reason is not None:
+                return Interval(None, reason=f"{one}: {reason}")
+        return self._interval(
+            self.values[name][metric] - self.values[reference][metric],
+            self.replicates[name][metric] - self.replicates[reference][metric],
+            metric,
+        )
+
+    def to_dict(self, reference: str | None = None) -> dict:
+        """For the json: how it was drawn, every model's intervals, and every difference to `reference`.
+
+        Returns:
+            {unit, users, rows, samples, seed, level, models: {name: {metric: interval}},
+            differences: {'name - reference': {metric: interval}}}.
+        """
+        names = list(self.values)
+        return {
+            "unit": "user",
+            "users": self.users,
+            "rows": self.rows,
+            "samples": self.samples,
+            "seed": self.seed,
+            "level": self.level,
+            "models": {n: {m: self.interval(n, m).to_dict() for m in self.metrics} for n in names},
+            "differences": {
+                f"{n} - {reference}": {m: self.difference(n, reference, m).to_dict() for m in self.metrics}
+                for n in names
+                if reference in self.values and n != reference
+            },
+        }
+
+    def _interval(self, value: float, replicates: np.ndarray, metric: str) -> Interval:
+        tail = (1 - self.level) / 2
+        usable = self.usable_users[metric]
+        if usable < MIN_USERS:
+            which = " with both classes" if metric == "gauc" else ""
+            return Interval(value, reason=f"no interval: only {usable} users{which}, fewer than {MIN_USERS}")
+        if self.samples * tail < 1:
+            return Interval(
+                value, reason=f"no interval: {self.samples} samples are too few for {self.level:.0%}"
+            )
+        undefined = np.isnan(replicates)
+        if undefined.mean() > MAX_UNDEFINED:
+            return Interval(
+                value,
+                reason=f"no interval: undefined in {undefined.sum()} of {undefined.size} bootstrap samples",
+            )
+        low, high = np.quantile(replicates[~undefined], [tail, 1 - tail])
+        return Interval(value, float(low), float(high))
+
+
+def bootstrap(
+    users: np.ndarray,
+    labels: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    metrics: Sequence[str] = METRICS,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Bootstrap:
+    """Draws the users `n` times and computes every metric of every model on each draw.
+
+    Args:
+        users: [rows] the user of each row, any sortable dtype. The draws depend only on the set of users, `n`
+            and `seed`.
+        labels: [rows] 0 or 1.
+        scores: model name -> [rows]; LogLoss and ACC are undefined for a model whose scores leave [0, 1].
+        metrics: out of 'auc', 'logloss', 'acc', 'gauc'.
+        n: number of replicates; 0 gives the values without intervals.
+        seed: of the draws.
+        level: of the intervals.
+
+    Raises:
+        ValueError: on an unknown metric, unequal lengths, NaN scores, or labels other than 0 and 1.
+    """
+    metrics = tuple(metric.lower() for metric in metrics)
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise ValueError(f"bootstrap knows no metric {unknown}; it knows {list(METRICS)}")
+    if n < 0 or not 0 < level < 1:
+        raise ValueError(f"bootstrap needs n >= 0 and 0 < level < 1, not n={n}, level={level}")
+    if not scores:
+        raise ValueError("bootstrap was given no model's scores")
+    labels = np.asarray(labels)
+    names, codes = user_codes(users, labels.size)
+    result = Bootstrap(names.size, labels.size, n, seed, level, metrics)
+    statistics: dict[str, dict[str, _Statistic]] = {}
+    for name, score in scores.items():
+        result.values[name], result.reasons[name], statistics[name] = {}, {}, {}
+        for metric in metrics:
+            try:
+                result.values[name][metric] = _VALUE[metric](codes, score, labels)
+                statistics[name][metric] = _STATISTIC[metric](
+                    codes, np.asarray(score, np.float64), labels == 1
+                )
+            except UndefinedMetric as error:
+                result.values[name][metric], result.reasons[name][metric] = None, str(error)
+        result.replicates[name] = {metric: np.empty(n) for metric in statistics[name]}
+    positive = np.bincount(codes[labels == 1], minlength=names.size) > 0
+    negative = np.bincount(codes[labels != 1], minlength=names.size) > 0
+    result.usable_users = {
+        m: int((positive & negative).sum()) if m == "gauc" else names.size for m in metrics
+    }
+
+    generator = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK_WEIGHTS // max(1, names.size))
+    for begin in range(0, n, chunk):
+        weights = _draw(generator, names.size, min(chunk, n - begin))
+        for name, of_model in statistics.items():
+            for metric, statistic in of_model.items():
+                result.replicates[name][metric][begin : begin + len(weights)] = statistic(weights)
+    return result
+
+
+def _draw(generator: np.random.Generator, n_users: int, n: int) -> np.ndarray:
+    """[n, n_users] float64: how often each user was drawn, each row summing to n_users."""
+    return np.stack(
+        [
+            np.bincount(generator.integers(0, n_users, n_users), minlength=n_users).astype(np.float64)
+            for _ in range(n)
+        ]
+    )
+
+
+class _Statistic:
+    """A weighted metric of fixed rows: user weights [n, n_users] -> [n] values, NaN where undefined."""
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+class _Ratio(_Statistic):
+    """sum_u w_u top_u / sum_u w_u bottom_u."""
+
+    def __init__(self, top: np.ndarray, bottom: np.ndarray) -> None:
+        self.top, self.bottom = top, bottom.astype(np.float64)
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        return _divide(weights @ self.top, weights @ self.bottom)
+
+
+class _WeightedAUC(_Statistic):
+    """AUC with the row weights of the replicate; exact, since all sums are integers below 2^53."""
+
+    def __init__(self, codes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> None:
+        pairs = PairOrder(scores, labels)
+        self.positive_users, self.negative_users = codes[pairs.positives], codes[pairs.negatives]
+        self.below, self.not_above = pairs.below, pairs.not_above
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        result = np.empty(len(weights))
+        for i, weight in enumerate(weights):
+            running = np.concatenate([[0.0], np.cumsum(weight[self.negative_users])])
+            positive = weight[self.positive_users]
+            ordered = positive @ (running[self.below] + running[self.not_above])
+            result[i] = _divide(ordered, 2 * positive.sum() * running[-1])
+        return result
+
+
+def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(bottom > 0, np.divide(top, bottom), np.nan)
+
+
+def _mean_by_user(codes: np.ndarray, per_row: np.ndarray) -> _Ratio:
+    return _Ratio(np.bincount(codes, weights=per_row), np.bincount(codes))
+
+
+def _weighted_gauc(codes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> _Ratio:
+    per_user = user_auc(codes, scores, labels)
+    weight = np.where(per_user.defined, per_user.positives, 0)
+    return _Ratio(np.where(per_user.defined, per_user.auc, 0.0) * weight, weight)
+
+
+_VALUE = {
+    "auc": lambda users, scores, labels: auc(scores, labels),
+    "logloss": lambda users, scores, labels: logloss(scores, labels),
+    "acc": lambda users, scores, labels: accuracy(scores, labels),
+    "gauc": lambda users, scores, labels: mean_user_auc(user_auc(users, scores, labels)),
+}
+_STATISTIC = {
+    "auc": _WeightedAUC,
+    "logloss": lambda codes, scores, labels: _mean_by_user(codes, row_logloss(scores, labels)),
+    "acc": lambda codes, scores, labels: _mean_by_user(codes, row_accuracy(scores, labels)),
+    "gauc": _weighted_gauc,
+}

@@ -1,0 +1,245 @@
+"""Training a lens with RecBole's own Trainer, once per content of what determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import recbole
+import torch
+from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
+from recbole.trainer import Trainer
+from recbole.trainer import trainer as trainer_module
+from torch import Tensor, nn
+
+from recbole_llm.lens.lens import Lens, LensError
+from recbole_llm.lens.settings import build_model, lens_settings, random_state_kept
+
+logger = logging.getLogger(__name__)
+
+CODE_VERSION = 1
+"""Part of every lens's identity: raise it when a change of the code changes what is computed or how it is trained."""
+
+
+def fit_lens(
+    config,
+    train,
+    valid,
+    *,
+    cache_dir: Path,
+    exclude_rows: np.ndarray | None = None,
+    fit: bool = True,
+) -> Lens:
+    """Train the lens of a configuration, or take it from the cache.
+
+    It is trained on the labels of all rows of ``train``, selected by AUC on ``valid``, and stops early. The
+    caller's random-number state does not change, so that nothing depends on whether the cache was warm.
+
+    Args:
+        config: the run's configuration (``lens``, ``lens_config``, ``lens_ratings``, ``gate_scope``, ``seed``).
+        train: all training rows (:class:`recbole_llm.data.CTRDataset`).
+        valid: all validation rows.
+        cache_dir: the cache; lenses are kept in its subfolder ``lens``.
+        exclude_rows: ``row_id`` of training rows that the lens must not be trained on (``lens_rows:
+            without_few_shot``: the rows that will tune the LLM, as stacking demands). They remain part of the
+            histories of later rows.
+        fit: ``False``: random weights, no training and no cache (dry runs).
+
+    Returns:
+        The frozen lens, on the configuration's device.
+
+    Raises:
+        ValueError: for a lens that cannot be built or cannot have the wanted ``gate_scope``, rows of one class
+            only, or ``exclude_rows`` that are not training rows.
+    """
+    name, seed = config["lens"], config["seed"]
+    settings = lens_settings(config, train)
+    if config["lens_ratings"] and not settings["lens_ratings"]:
+        logger.warning("lens %s: the dataset has no ratings, so past ratings are not an input", name)
+    train = without_rows(train, exclude_rows)
+    for split, rows in (("training", train), ("validation", valid)):
+        _check_labels(rows, settings["LABEL_FIELD"], name, split)
+
+    with random_state_kept(seed):
+        model = build_model(settings, train)
+        _check_state(model, train)
+        scope = resolve_scope(name, model, config["gate_scope"], config["id_retrieval"])
+        if not fit:
+            return Lens(model, name=name, gate_scope=scope, identity="untrained", info={"trained": False})
+
+        identity = lens_identity(settings, train, valid)
+        folder = Path(cache_dir) / "lens" / f"{name}-{identity[:24]}"
+        if folder.exists():
+            try:
+                lens = Lens.load(folder, config, train, gate_scope=scope)
+                if lens.identity != identity:
+                    raise LensError(f"{folder} holds the lens {lens.identity}, not {identity}")
+                logger.info("lens %s: from the cache, %s", name, folder)
+                lens.info["from_cache"] = True
+                return lens
+            except LensError as error:
+                logger.warning("lens %s is trained again: %s", name, error)
+        info = _train(settings, model, train, valid)
+    lens = Lens(model, name=name, gate_scope=scope, identity=identity, info={"identity": identity, **info})
+    lens.save(folder)
+    lens.info["from_cache"] = False
+    return lens
+
+
+def without_rows(dataset, rows: np.ndarray | None):
+    """``dataset`` without the rows whose ``row_id`` is in ``rows``.
+
+    Raises:
+        ValueError: if one of ``rows`` is not in the dataset: it would be excluded from nothing, unnoticed.
+    """
+    if rows is None or len(rows) == 0:
+        return dataset
+    row_ids = dataset.inter_feat["row_id"].numpy()
+    unknown = np.setdiff1d(rows, row_ids)
+    if len(unknown):
+        raise ValueError(
+            f"exclude_rows: {len(unknown)} of {len(rows)} are not training rows, e.g. row_id {unknown[0]}"
+        )
+    return dataset.subset(np.flatnonzero(~np.isin(row_ids, rows)))
+
+
+def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -> str:
+    """What the state will depend on: ``user_item`` or ``user``.
+
+    A semantic history is chosen by the target, so with it every state depends on the target.
+
+    Args:
+        name: the lens's name.
+        model: its model.
+        wanted: the configuration's ``gate_scope``: ``auto``, ``user_item`` or ``user``.
+        id_retrieval: how the lens's history is chosen.
+
+    Raises:
+        ValueError: if the lens cannot give a state of that scope.
+    """
+    if id_retrieval == "semantic":
+        if wanted == "user" and "user_item" in model.gate_scopes:
+            raise ValueError(
+                "gate_scope: user needs id_retrieval: recent; a semantic history is chosen by the target, "
+                "so a state made from it is not the user's alone"
+            )
+        return "user_item"
+    if wanted in (None, "auto"):
+        return model.gate_scopes[0]
+    if wanted not in model.gate_scopes:
+        raise ValueError(
+            f"gate_scope: {wanted} is not possible with the lens {name}, which offers "
+            f"{', '.join(model.gate_scopes)}; use lens: DIN or gate_scope: auto"
+        )
+    return wanted
+
+
+def lens_identity(settings, train, valid) -> str:
+    """Hash of all that determines a trained lens: data, split, histories, configuration, seed, code."""
+    digest = hashlib.sha256()
+    plain = {
+        "code": CODE_VERSION,
+        "recbole": recbole.__version__,
+        "lens": settings["lens"],
+        "keys": settings["lens_keys"],
+        "ratings": settings["lens_ratings"],
+        "seed": settings["seed"],
+        "history": {
+            key: settings[key]
+            for key in ("MAX_ITEM_LIST_LENGTH", "id_retrieval", "history_ties", "history_scope")
+        },
+    }
+    digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+
+    for rows in (train, valid):
+        digest.update(rows.content_hash().encode())
+        # The retriever may be anything, so its work is hashed, on rows from all over the split.
+        probe = rows[np.unique(np.linspace(0, len(rows) - 1, 1024).astype(np.int64))]
+        digest.update(probe[rows.iid_field + settings["LIST_SUFFIX"]].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_labels(rows, label_field: str, name: str, split: str) -> None:
+    labels = np.unique(rows.inter_feat[label_field].numpy()) if len(rows) else np.zeros(0)
+    if not np.array_equal(labels, [0, 1]):
+        raise ValueError(
+            f"lens {name}: the {len(rows)} {split} rows have the labels {labels.tolist()}, both 0 and 1 are "
+            "needed; check threshold, the split and lens_rows"
+        )
+
+
+@torch.no_grad()
+def _check_state(model: nn.Module, rows) -> None:
+    """Ask for a representation once, so that an unsuitable model is refused before hours of training."""
+    model.eval()
+    batch = rows[np.arange(min(2, len(rows)))].to(next(model.parameters()).device)
+    model.represent(batch, model.gate_scopes[0])
+
+
+class _NoTensorBoard:
+    """Takes the scalars of a lens's training and keeps none: they would mix with those of the run."""
+
+    def add_scalar(self, *args, **kwargs) -> None:
+        pass
+
+    def add_hparams(self, *args, **kwargs) -> None:
+        pass
+
+
+@contextmanager
+def _without_tensorboard() -> Iterator[None]:
+    """RecBole's Trainer opens a TensorBoard log in the working folder, without an option."""
+    original = trainer_module.get_tensorboard
+    trainer_module.get_tensorboard = lambda logger: _NoTensorBoard()
+    try:
+        yield
+    finally:
+        trainer_module.get_tensorboard = original
+
+
+def _train(settings, model: nn.Module, train, valid) -> dict:
+    """Train ``model`` in place, leave the best epoch's weights in it, and say how it went."""
+    name = settings["lens"]
+    logger.info("lens %s: training on %d rows, validating on %d", name, len(train), len(valid))
+    best: dict[str, Tensor] = {}
+    curve: list[float] = []
+    started = time.monotonic()
+    # The folder stays empty: the best weights are kept in memory, not pickled with the configuration.
+    with tempfile.TemporaryDirectory() as scratch, _without_tensorboard():
+        settings["checkpoint_dir"] = scratch
+        trainer = Trainer(settings, model)
+
+        def keep_best(_epoch: int, score: float) -> None:
+            curve.append(float(score))
+            if trainer.cur_step == 0:  # RecBole's early stopping has just seen an improvement
+                best.update({key: value.detach().clone() for key, value in model.state_dict().items()})
+
+        _, metrics = trainer.fit(
+            TrainDataLoader(settings, train, None, shuffle=True),
+            NegSampleEvalDataLoader(settings, valid, None, shuffle=False),
+            saved=False,
+            show_progress=bool(settings["show_progress"]),
+            callback_fn=keep_best,
+        )
+    model.load_state_dict(best)
+    seconds = time.monotonic() - started
+    logger.info("lens %s: %d epochs in %.0f s, valid %s", name, len(curve), seconds, dict(metrics))
+    return {
+        "trained": True,
+        "seconds": round(seconds, 2),
+        "epochs": len(curve),
+        "best_epoch": int(np.argmax(curve)) + 1,
+        "valid": {key: float(value) for key, value in metrics.items()},
+        "valid_auc_by_epoch": curve,
+        "rows": {"train": len(train), "valid": len(valid)},
+        "keys": settings["lens_keys"],
+        "ratings": settings["lens_ratings"],
+        "device": str(settings["device"]),
+    }

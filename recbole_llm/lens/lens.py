@@ -1,0 +1,172 @@
+"""The frozen lens, and how it is written to disk and read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from recbole.data.interaction import Interaction
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from recbole_llm.lens.settings import build_model, lens_settings, random_state_kept
+
+FORMAT = 1
+TENSORS, DESCRIPTION = "lens.safetensors", "lens.json"
+
+
+class LensError(ValueError):
+    """A saved lens cannot be used here; the message names the file and what is wrong with it."""
+
+
+class Lens(nn.Module):
+    """A trained model of RecBole, frozen: no gradients, no dropout, no autocast, whatever is done around it.
+
+    Args:
+        model: a lens model (:class:`LensDIN`, :class:`LensSASRec`, ...).
+        name: its name in the configuration.
+        gate_scope: ``user_item`` if the state depends on the target, ``user`` if it does not.
+        identity: hash of everything that determined the weights.
+        info: how it was trained: seconds, epochs, validation metrics, rows.
+
+    Attributes:
+        width: size of the state.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str, gate_scope: str, identity: str, info: dict) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.name = name
+        self.gate_scope = gate_scope
+        self.identity = identity
+        self.info = info
+        self._output = gate_scope if gate_scope in model.widths else "user"
+        self.width: int = model.widths[self._output]
+        self.training = False
+
+    def train(self, mode: bool = True) -> Lens:
+        """Does nothing: a lens stays in evaluation mode while the model around it trains.
+
+        In the released code of RecLoRA the conventional model's dropout was active while the LLM was tuned.
+        """
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def represent(self, interaction: Interaction) -> tuple[Tensor, Tensor]:
+        """What the lens makes of each row.
+
+        Args:
+            interaction: a joined batch of ``B`` rows, on any device.
+
+        Returns:
+            The state ``[B, width]`` and the logit of a positive label ``[B]``, float32, on the lens's device.
+        """
+        device = self.device
+        with torch.autocast(device.type, enabled=False):
+            state, logit = self.model.represent(interaction.to(device), self._output)
+        return state.float(), logit.float()
+
+    forward = represent
+
+    @torch.no_grad()
+    def item_vectors(self) -> Tensor:
+        """The lens's vector of every item, ``[n_items, d]`` float32; row 0 is the padding item."""
+        return self.model.item_vectors().float()
+
+    def save(self, folder: Path) -> None:
+        """Write ``lens.safetensors`` and ``lens.json`` into ``folder``, each atomically, the json last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.model.state_dict()
+        content = save_tensors(
+            {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+        )
+        description = {
+            "format": FORMAT,
+            "name": self.name,
+            "identity": self.identity,
+            "gate_scope": self.gate_scope,
+            "info": self.info,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        _write(folder / TENSORS, content)
+        _write(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path, config, dataset, *, gate_scope: str | None = None) -> Lens:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            folder: the folder given to :meth:`save`.
+            config: the run's configuration; its ``lens``, ``lens_config`` and ``lens_ratings`` must be those
+                that the lens was trained with.
+            dataset: the training rows (sizes of the vocabularies, fields of users and items).
+            gate_scope: read another state than the one saved with (a DIN has two).
+
+        Raises:
+            LensError: if a file is missing or damaged, or does not fit the configuration or the data.
+        """
+        description, tensors = _read(folder)
+        if description["name"] != config["lens"]:
+            raise LensError(
+                f"{folder / DESCRIPTION} is a {description['name']}, the configuration has lens: {config['lens']}"
+            )
+        with random_state_kept(0):
+            model = build_model(lens_settings(config, dataset), dataset)
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in tensors.items()}
+        if expected != found:
+            name = min(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            raise LensError(
+                f"{folder / TENSORS} does not fit this configuration and dataset: {name} has shape "
+                f"{found.get(name, 'none')}, expected {expected.get(name, 'none')}"
+            )
+        model.load_state_dict(tensors)
+        return cls(
+            model,
+            name=description["name"],
+            gate_scope=gate_scope or description["gate_scope"],
+            identity=description["identity"],
+            info=description["info"],
+        ).to(config["device"])
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise LensError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+        missing = {"name", "identity", "gate_scope", "info", "sha256"} - description.keys()
+        if missing:
+            raise LensError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+        path = folder / TENSORS
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != description["sha256"]:
+            raise LensError(f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
+        return description, load_tensors(content)
+    except FileNotFoundError as error:
+        raise LensError(f"no lens at {folder}: {path} is missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise LensError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,145 @@
+"""Sequential recommenders of RecBole as lenses: trained on labels instead of on the next item.
+
+Any model that turns a history into one vector of the width of its item embeddings will do:
+
+    state = model(history)                                       [B, H]
+    logit = state . item_embedding(target) + bias(target) + bias [B]
+
+The state does not see the target, so the gate scope is ``user``.
+
+Reference:
+    Wang-Cheng Kang et al. "Self-Attentive Sequential Recommendation" in ICDM 2018.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.model.sequential_recommender.sasrec import SASRec
+from recbole.utils import InputType
+from torch import Tensor, nn
+
+from recbole_llm.lens.embedding import RatingLevels, rating_list_field
+
+WORKING = ("SASRec", "GRU4Rec", "NARM", "STAMP", "Caser", "LightSANs")
+"""Models of RecBole that are tested in this role."""
+
+# The names that RecBole's models give to their inputs in ``forward``, and where the value comes from.
+_INPUTS = {
+    "item_seq": "ITEM_SEQ",
+    "seq_item": "ITEM_SEQ",
+    "item_seq_len": "ITEM_SEQ_LEN",
+    "seq_item_len": "ITEM_SEQ_LEN",
+    "user": "USER_ID",
+}
+
+
+class LabelledSequence(SequentialRecommender):
+    """Puts a labelled head on a sequential model; to be inherited before the model's own class.
+
+    With ``lens_ratings`` the embedding of the rating is added to the embedding of every earlier item, where
+    the model looks its history up (a hook on ``item_embedding``: the model's ``forward`` stays RecBole's).
+
+    Args:
+        config: the lens's own configuration.
+        dataset: the training rows.
+
+    Raises:
+        ValueError: if the model cannot give a state as above; the message names models that can.
+    """
+
+    input_type = InputType.POINTWISE
+    gate_scopes = ("user",)
+
+    def __init__(self, config, dataset) -> None:
+        super().__init__(config, dataset)
+        self.LABEL_FIELD = config["LABEL_FIELD"]
+        self.input_fields = self._input_fields()
+        embedding = getattr(self, "item_embedding", None)
+        if not isinstance(embedding, nn.Embedding):
+            raise self._unsuitable("it has no item_embedding")
+        width = embedding.embedding_dim
+        self.widths = {"user": width}
+        self.item_bias = nn.Embedding(self.n_items, 1, padding_idx=0)
+        self.bias = nn.Parameter(torch.zeros(()))
+        nn.init.zeros_(self.item_bias.weight)
+        self.ratings = RatingLevels(dataset.history.ratings) if config["lens_ratings"] else None
+        if self.ratings is not None:
+            self.RATING_SEQ = rating_list_field(config, dataset)
+            self.rating_embedding = nn.Embedding(self.ratings.count, width, padding_idx=0)
+            # From zero: the model starts as its authors' initialisation leaves it.
+            nn.init.zeros_(self.rating_embedding.weight)
+        self.bce = nn.BCEWithLogitsLoss()
+
+    def _unsuitable(self, reason: str) -> ValueError:
+        name = type(self).__name__.removeprefix("Lens")
+        works = f"Known to work: DIN, {', '.join(WORKING)}"
+        return ValueError(f"lens {name} gives no representation: {reason}. {works}")
+
+    def _input_fields(self) -> list[str]:
+        """The fields to pass to the model's ``forward``, in order."""
+        names = list(inspect.signature(super().forward).parameters)
+        unknown = [name for name in names if name not in _INPUTS]
+        if unknown or not any(_INPUTS[name] == "ITEM_SEQ" for name in names):
+            raise self._unsuitable(f"its forward({', '.join(names)}) does not take a history alone")
+        return [getattr(self, _INPUTS[name]) for name in names]
+
+    def state(self, interaction: Interaction) -> Tensor:
+        """The model's vector of the history, ``[B, H]``."""
+        inputs = [interaction[field] for field in self.input_fields]
+        if self.ratings is None:
+            state = self.forward(*inputs)
+        else:
+            history = interaction[self.ITEM_SEQ]
+            rated = self.rating_embedding(self.ratings(interaction[self.RATING_SEQ], history != 0))
+            added = []
+
+            def add_ratings(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+                if args[0] is not history:
+                    return None
+                added.append(True)
+                return output + rated
+
+            handle = self.item_embedding.register_forward_hook(add_ratings)
+            try:
+                state = self.forward(*inputs)
+            finally:
+                handle.remove()
+            if not added:
+                raise self._unsuitable("it does not look its history up in one call; set lens_ratings: False")
+        if not isinstance(state, Tensor) or state.shape != (len(inputs[0]), self.widths["user"]):
+            shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise self._unsuitable(f"its forward returns {shape}, not [batch, {self.widths['user']}]")
+        return state
+
+    def represent(self, interaction: Interaction, gate_scope: str = "user") -> tuple[Tensor, Tensor]:
+        """The state ``[B, H]`` and the logit ``[B]`` of every row."""
+        state = self.state(interaction)
+        target = interaction[self.ITEM_ID]
+        dot = (state * self.item_embedding(target)).sum(dim=-1)
+        return state, dot + self.item_bias(target).squeeze(-1) + self.bias
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Mean binary cross-entropy of the labels, scalar."""
+        return self.bce(self.represent(interaction)[1], interaction[self.LABEL_FIELD].float())
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """The probability of a positive label, ``[B]``."""
+        return torch.sigmoid(self.represent(interaction)[1])
+
+    def item_vectors(self) -> Tensor:
+        """The item embeddings, ``[n_items, H]``; row 0 is the padding item."""
+        return self.item_embedding.weight
+
+
+class LensSASRec(LabelledSequence, SASRec):
+    """RecBole's SASRec, trained on labels; the state is its last position's output."""
+
+
+def labelled(model_class: type[SequentialRecommender]) -> type[LabelledSequence]:
+    """The labelled form of one of RecBole's sequential models (a new class ``Lens<Name>``)."""
+    bases = (LabelledSequence, model_class)
+    return type(f"Lens{model_class.__name__}", bases, {"__doc__": model_class.__doc__})

@@ -1,0 +1,140 @@
+"""A lens's own configuration, and the model it describes."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import EvaluatorType, InputType, ModelType
+from torch import nn
+
+from recbole_llm.config import RECBOLE_PROPERTIES, load_yaml, properties_dir
+from recbole_llm.keys import check_values
+from recbole_llm.lens.din import LensDIN
+from recbole_llm.lens.sequence import WORKING, LensSASRec, labelled
+from recbole_llm.registry import get_model, nearest
+
+_NO_SAMPLING = {
+    "distribution": "none",
+    "sample_num": "none",
+    "alpha": "none",
+    "dynamic": False,
+    "candidate_num": 0,
+}
+
+# What does not depend on the user: the labels of the data, value metrics, one process, float32.
+_FIXED = {
+    "MODEL_TYPE": ModelType.SEQUENTIAL,
+    "MODEL_INPUT_TYPE": InputType.POINTWISE,
+    "loss_type": "CE",  # read by the constructors of RecBole's models; the loss is ours
+    "train_neg_sample_args": _NO_SAMPLING,
+    "valid_neg_sample_args": _NO_SAMPLING,
+    "test_neg_sample_args": _NO_SAMPLING,
+    "transform": None,
+    "metrics": ["AUC", "LogLoss"],
+    "valid_metric": "AUC",
+    "valid_metric_bigger": True,
+    "eval_type": EvaluatorType.VALUE,
+    "metric_decimal_place": 6,
+    "eval_step": 1,
+    "enable_amp": False,
+    "enable_scaler": False,
+    "single_spec": True,
+    "log_wandb": False,
+}
+
+
+def lens_keys(name: str) -> dict:
+    """Every key that ``lens_config`` may hold for the lens ``name``, with its default.
+
+    ``properties/lens/overall.yaml`` (training) and ``properties/lens/<name>.yaml``; for a lens without a file of
+    its own, the model's own yaml in RecBole.
+    """
+    folder = properties_dir() / "lens"
+    files = [folder / f"{name}.yaml", RECBOLE_PROPERTIES / "model" / f"{name}.yaml"]
+    model = next((load_yaml(file) for file in files if file.is_file()), {})
+    keys = {**load_yaml(folder / "overall.yaml"), **model}
+    return {key: value for key, value in keys.items() if key not in _FIXED}
+
+
+def lens_settings(config, dataset):
+    """The configuration a lens is built and trained with: a copy of the run's with the lens's own keys.
+
+    Args:
+        config: the run's configuration.
+        dataset: the training rows.
+
+    Returns:
+        A RecBole configuration. ``settings["lens_keys"]`` holds the lens's own keys and their values.
+
+    Raises:
+        ValueError: for a key in ``lens_config`` that the lens does not have, or a value that it cannot have.
+    """
+    name = config["lens"]
+    keys = lens_keys(name)
+    given = config["lens_config"] or {}
+    for key in given:
+        if key not in keys:
+            near = nearest(key, keys)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(keys))}"
+            raise ValueError(f"lens_config: the lens {name} has no key {key!r}: {hint}")
+    keys |= given
+    check_values(keys, dict.fromkeys(given, "lens_config"))
+    if keys["epochs"] < 1:
+        raise ValueError("lens_config epochs: a lens is trained for at least one epoch")
+
+    settings = copy.copy(config)
+    settings.final_config_dict = dict(config.final_config_dict)
+    ratings = bool(config["lens_ratings"]) and dataset.history.ratings is not None
+    device = torch.device(config["device"])
+    for key, value in {**keys, **_FIXED, "lens_ratings": ratings, "lens_keys": keys}.items():
+        settings[key] = copy.deepcopy(value)
+    settings["device"] = device
+    settings["use_gpu"] = device.type == "cuda"
+    settings["eval_args"] = {**config["eval_args"], "mode": {"valid": "labeled", "test": "labeled"}}
+    return settings
+
+
+def build_model(settings, dataset) -> nn.Module:
+    """The untrained lens model, on the configuration's device.
+
+    Args:
+        settings: from :func:`lens_settings`.
+        dataset: the training rows.
+
+    Raises:
+        ValueError: if there is no such model, or it cannot serve as a lens.
+    """
+    name = settings["lens"]
+    if name == "DIN":
+        return LensDIN(settings, dataset).to(settings["device"])
+    if name == "SASRec":
+        return LensSASRec(settings, dataset).to(settings["device"])
+    model_class = get_model(name)
+    works = f"Known to work: DIN, {', '.join(WORKING)}"
+    if not issubclass(model_class, SequentialRecommender):
+        raise ValueError(f"lens {name} is not a sequential recommender of RecBole. {works}")
+    try:
+        return labelled(model_class)(settings, dataset).to(settings["device"])
+    except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"lens {name} cannot be built from its defaults ({error}). {works}") from error
+
+
+@contextmanager
+def random_state_kept(seed: int) -> Iterator[None]:
+    """Seed python, numpy and torch for the block; afterwards all are as they were before."""
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)

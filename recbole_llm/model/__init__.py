@@ -1,0 +1,1 @@
+"""The models: each file is a short composition of data, lens, adapter and backbone."""

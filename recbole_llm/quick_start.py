@@ -1,0 +1,305 @@
+"""From a configuration to a result: the one path behind the command line.
+
+    config -> data -> lens -> model -> trainer -> evaluator -> result.json and a table
+
+RecBole's own models take the same path with RecBole's own dataset, loaders and trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from recbole.utils import init_logger, init_seed, set_color
+from tqdm import tqdm
+
+from recbole_llm import classical
+from recbole_llm.assembly import Assembly, assemble, cache_folder, stage
+from recbole_llm.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.classical import named_rows
+from recbole_llm.config import Config
+from recbole_llm.dry_run import describe
+from recbole_llm.evaluation import build_result, result_table, write_result
+from recbole_llm.model.answer_ctr import AnswerCTR
+from recbole_llm.trainer import LLMTrainer
+
+logger = logging.getLogger(__name__)
+
+FREE_BYTES_NEEDED = 1 << 30
+
+
+def run_recbole_llm(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict | None = None,
+    cmd_line: list[str] | None = None,
+) -> dict:
+    """Train and evaluate one model on one dataset.
+
+    Args:
+        model: name of one of our models or of RecBole's; ``None`` if the configuration says it.
+        dataset: name of the dataset's folder and files; likewise.
+        config_file_list: yaml files, later ones win.
+        config_dict: parameters; win over files.
+        cmd_line: ``--key=value`` arguments; win over everything.
+
+    Returns:
+        The content of ``result.json`` (see :func:`recbole_llm.evaluation.build_result`) with the key ``path``; for a
+        dry run, its text under the key ``dry_run``.
+    """
+    config = Config(
+        model=model,
+        dataset=dataset,
+        config_file_list=config_file_list,
+        config_dict=config_dict,
+        cmd_line=cmd_line,
+    )
+    init_seed(config["seed"], config["reproducibility"])
+    run_folder = open_run_folder(config)
+    init_logger(config)
+    logger.info("device: %s", config["device"])
+    if not issubclass(config.model_class, AnswerCTR):
+        return classical.run(config, run_folder)
+    if config["dry_run"]:
+        return {"dry_run": describe(assemble(config, fit=False))}
+    return _train_and_evaluate(config, run_folder)
+
+
+def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
+    parts = assemble(config)
+    trainer = LLMTrainer(config, parts.model, run_folder=run_folder, identities=parts.identities)
+    (run_folder / "config.json").write_text(json.dumps(config.as_dict(), indent=2, default=str))
+    if config["resume"]:
+        trainer.resume_checkpoint(run_folder)
+    logger.info(parts.model.summary())
+
+    zero_shot = None
+    if config["zero_shot"]:
+        with stage(parts.seconds, "zero_shot"):
+            zero_shot = untrained_scores(parts)
+    with stage(parts.seconds, "fit"):
+        _, valid_metrics = trainer.fit(
+            parts.train_data, parts.valid_data, saved=True, show_progress=config["show_progress"]
+        )
+    with stage(parts.seconds, "test"):
+        test_metrics = trainer.evaluate(parts.test_data, show_progress=config["show_progress"])
+    rows = named_rows(parts.dataset, trainer.eval_collector.rows())
+    if parts.lens is not None:
+        with stage(parts.seconds, "lens_test"):
+            rows["lens_score"] = lens_scores(parts)
+    if zero_shot is not None:
+        rows["zero_shot_score"] = zero_shot
+    lens, sizes, tuned = parts.lens, parts.sizes, trainer.tokens["train"]
+    result = build_result(
+        model=config["model"],
+        name=config["run_name"],
+        dataset=config["dataset"],
+        task=config["task"],
+        seed=config["seed"],
+        device=config["device"],
+        config=config.as_dict(),
+        row_counts={
+            "train": sizes["train"],
+            "few_shot": sizes["few_shot"],
+            "valid": sizes["valid_used"],
+            "test": sizes["test_used"],
+            "valid_available": sizes["valid"],
+            "test_available": sizes["test"],
+        },
+        valid=valid_metrics,
+        test=test_metrics,
+        rows=rows,
+        backbone={
+            "name": parts.backbone.name,
+            "sha256": parts.backbone.sha256,
+            "source": parts.backbone.source,
+            "dtype": str(parts.backbone.dtype).removeprefix("torch."),
+        },
+        lens={"name": lens.name, "identity": lens.identity, "gate_scope": lens.gate_scope, **lens.info} if lens else None,
+        eval_rows=config["eval_rows"],
+        seconds={**parts.seconds, "train": trainer.seconds["train"], "evaluate": trainer.seconds["evaluate"]},
+        tokens_per_second=tuned / trainer.seconds["train"] if tuned else None,
+        bootstrap_samples=config["bootstrap_samples"],
+        extra={
+            "identities": parts.identities,
+            "prompts_shortened": parts.model.rows_shortened,
+            "trained_parameters": {
+                name: sum(p.numel() for p in group.values())
+                for name, group in parts.model.parameter_groups().items()
+            },
+            "residual": parts.model.residual_terms(),
+        },
+    )
+    return finish(result, rows, run_folder)
+
+
+def finish(result: dict, rows: dict[str, np.ndarray] | None, run_folder: Path) -> dict:
+    """Write the result; the returned copy says where."""
+    return {**result, "path": str(write_result(run_folder, result, rows))}
+
+
+# ---------------------------------------------------------------------- scores of the models compared with
+
+
+@torch.no_grad()
+def lens_scores(parts: Assembly) -> np.ndarray:
+    """Probability of "yes" by the lens alone for every test row, ``[n]``, in the loader's order."""
+    scores = []
+    for interaction, *_ in parts.test_data:
+        _, logit = parts.lens.represent(interaction.to(parts.config["device"]))
+        scores.append(torch.sigmoid(logit).cpu())
+    return torch.cat(scores).double().numpy()
+
+
+@torch.no_grad()
+def untrained_scores(parts: Assembly) -> np.ndarray:
+    """Probability of "yes" by the language model before any tuning for every test row, ``[n]``.
+
+    Cached by the weights and the prompts, because every run on the same rows needs the same numbers.
+    """
+    digest = hashlib.sha256(f"{parts.backbone.sha256} {parts.backbone.dtype} {parts.model.answer_ids}".encode())
+    batches = [batch[0] for batch in parts.test_data]
+    for interaction in batches:
+        for ids in parts.prompts.encode(interaction).input_ids:
+            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
+    path = cache_folder(parts.config) / "zero_shot" / f"{digest.hexdigest()[:32]}.npy"
+    if path.is_file():
+        logger.info("zero-shot scores from the cache: %s", path)
+        return np.load(path, allow_pickle=False)
+    parts.model.eval()
+    progress = tqdm(
+        batches,
+        ncols=100,
+        desc=set_color("Zero-shot  ", "pink"),
+        disable=not parts.config["show_progress"],
+    )
+    scores = torch.cat([parts.model.predict_untrained(interaction).cpu() for interaction in progress])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial.npy")
+    np.save(temporary, scores.double().numpy())
+    os.replace(temporary, path)
+    return scores.double().numpy()
+
+
+# ---------------------------------------------------------------------- folders and saved runs
+
+
+def open_run_folder(config: Config) -> Path:
+    """A new, writable folder for this run, or the one to resume.
+
+    Raises:
+        OSError: if the folder cannot be written or its disk is full; checked before anything is computed.
+        CheckpointError: if ``resume`` finds nothing to resume.
+    """
+    root = Path(config["output_dir"] or config["checkpoint_dir"])
+    name = f"{config['model']}-{config['dataset']}"
+    if config["dry_run"]:
+        return root
+    if config["resume"]:
+        return find_run(root, name, config["resume"])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as probe:
+            probe.write(b"x" * 4096)
+    except OSError as error:
+        raise OSError(f"cannot write to the output folder {root.resolve()} (output_dir): {error}") from error
+    free = shutil.disk_usage(root).free
+    if free < FREE_BYTES_NEEDED:
+        raise OSError(
+            f"only {free / 2**20:.0f} MiB are free on the disk of the output folder {root.resolve()} (output_dir); "
+            f"a run needs up to {FREE_BYTES_NEEDED / 2**20:.0f} MiB for its checkpoints"
+        )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(100):
+        folder = root / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise OSError(f"could not find a free name for this run in {root.resolve()}")
+
+
+def find_run(root: Path, name: str, resume: str | bool) -> Path:
+    """The folder named by ``resume``, or (``resume: True``) the newest unfinished run of this model and dataset."""
+    if resume is not True:
+        folder = Path(resume)
+        if not (folder / "last.safetensors").is_file():
+            raise CheckpointError(f"--resume={resume}: there is no last.safetensors in that folder")
+        return folder
+    found = sorted(root.glob(f"{name}-*/last.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise CheckpointError(f"--resume: no run of {name} with a checkpoint in {root.resolve()}")
+    return found[-1].parent
+
+
+def load_data_and_model(run_folder: str | Path, device: str | None = None, **changes) -> Assembly:
+    """Rebuild a finished run: its data, its prompts and its best model, ready to predict.
+
+    Args:
+        run_folder: the folder that holds ``config.json`` and ``best.safetensors``.
+        device: where to put it; by default the device is chosen anew, as ``auto``.
+        **changes: configuration values to change, e.g. ``data_path`` or ``eval_rows``.
+
+    Returns:
+        The assembly, whose ``model``, ``train_data``, ``valid_data`` and ``test_data`` are RecBole's usual objects.
+
+    Raises:
+        CheckpointError: if backbone, lens or data are not those of the checkpoint.
+    """
+    run_folder = Path(run_folder)
+    tensors, meta = load_checkpoint(run_folder / "best.safetensors")
+    saved = json.loads((run_folder / "config.json").read_text())
+    config = Config.from_dict({**saved, "device": device or "auto", "resume": None, **changes})
+    init_seed(config["seed"], config["reproducibility"])
+    parts = assemble(config)
+    wanted = {"model", "backbone", "lens", "data"}
+    different = [key for key in sorted(wanted) if meta["identities"][key] != parts.identities[key]]
+    if different:
+        raise CheckpointError(f"{run_folder} was made with another {' and another '.join(different)}")
+    parts.model.load_trained_state(tensors)
+    parts.model.eval()
+    return parts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: ``--model --dataset --config_files`` and any ``--key=value``, as RecBole's."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="run_recbole_llm.py",
+        description="Train and evaluate one recommender, LLM or classical, with RecBole's data and evaluator.",
+        epilog="Every other --key=value is a configuration key; see properties/overall.yaml.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", "-m", default="RecLoRA", help="name of the model (default: RecLoRA)")
+    parser.add_argument("--dataset", "-d", default="ml-100k", help="name of the dataset (default: ml-100k)")
+    parser.add_argument("--config_files", default="", help="yaml files, separated by spaces; later ones win")
+    known, rest = parser.parse_known_args(argv)
+    try:
+        result = run_recbole_llm(
+            known.model, known.dataset, known.config_files.split() or None, cmd_line=rest
+        )
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        logger.debug("traceback of the error below", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    print(result["dry_run"] if "dry_run" in result else report(result))  # noqa: T201
+    return 0
+
+
+def report(result: dict) -> str:
+    """The end of a run's output: the table, and where the result is."""
+    return f"{result_table(result)}\nresult: {result['path']}"

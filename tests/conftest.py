@@ -1,0 +1,70 @@
+"""What every test may count on: its own arguments and log handlers, two threads, a small dataset."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """The machines that run these tests have two cores; more threads only make the timing uneven."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RecBole's own Config reads ``sys.argv``: pytest's options must not become configuration."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """RecBole's ``init_logger`` adds handlers to the root logger, one of them with an open file."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in [h for h in root.handlers if h not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
+@pytest.fixture
+def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder: RecBole writes ``log/``, ``log_tensorboard/`` and ``saved/`` into it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def atomic_data(tmp_path: Path) -> Path:
+    """A folder with a small dataset ``small`` in RecBole's atomic files, to be given as ``data_path``.
+
+    12 users with 15 interactions each over 20 items, written in reverse time order. Timestamps are one second
+    apart in the year 2001; float32 rounds them to 64 seconds.
+    """
+    folder = tmp_path / "data" / "small"
+    folder.mkdir(parents=True)
+    rows = [
+        f"u{user}\ti{(7 * user + 3 * step) % 20}\t{1 + (user + step**2) % 5}\t{10**9 + 12 * step + user}"
+        for user in range(12)
+        for step in range(15)
+    ]
+    files = {
+        "inter": ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *reversed(rows)],
+        "user": ["user_id:token\tgender:token", *(f"u{user}\t{'FM'[user % 2]}" for user in range(12))],
+        "item": [
+            "item_id:token\tmovie_title:token_seq\trelease_year:token",
+            *(f"i{item}\tTitle of {item}\t{1980 + item}" for item in range(20)),
+        ],
+    }
+    for suffix, lines in files.items():
+        (folder / f"small.{suffix}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder.parent

@@ -1,0 +1,186 @@
+"""The bootstrap over users: exact weights, paired draws, honest intervals."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from recbole_llm.evaluation import accuracy, auc, bootstrap, gauc, logloss
+from recbole_llm.evaluation.metrics import user_codes
+
+module = import_module("recbole_llm.evaluation.bootstrap")  # the package has the function under this name
+
+VALUES = {
+    "auc": lambda u, s, y: auc(s, y),
+    "logloss": lambda u, s, y: logloss(s, y),
+    "acc": lambda u, s, y: accuracy(s, y),
+    "gauc": gauc,
+}
+
+
+def data(n_users=40, per_user=12, seed=0, shift=1.0):
+    generator = np.random.default_rng(seed)
+    users = np.repeat(np.arange(n_users), per_user)
+    labels = generator.integers(0, 2, users.size)
+    logit = shift * (labels - 0.5) + generator.normal(size=n_users)[users] + generator.normal(size=users.size)
+    return users, labels, np.round(1 / (1 + np.exp(-logit)), 2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.booleans()), min_size=1, max_size=40),
+    st.lists(st.integers(0, 3), min_size=5, max_size=5),
+)
+def test_weighted_auc_equals_sklearn_sample_weight(rows, weights):
+    users, scores, labels = (np.array(column) for column in zip(*rows))
+    names, codes = user_codes(users, users.size)
+    weights = np.array(weights, dtype=np.float64)[: names.size]
+    per_row = weights[codes]
+    value = module._STATISTIC["auc"](codes, scores / 4, labels)(weights[None])[0]
+    if per_row[labels].sum() and per_row[~labels].sum():
+        assert value == pytest.approx(roc_auc_score(labels, scores, sample_weight=per_row), abs=1e-14)
+    else:
+        assert np.isnan(value)
+
+
+@pytest.mark.parametrize("metric", VALUES)
+def test_a_replicate_equals_the_metric_on_the_rows_drawn(metric):
+    users, labels, scores = data()
+    weights = np.bincount(np.random.default_rng(3).integers(0, 40, 40), minlength=40)
+    rows = np.concatenate([np.flatnonzero(users == u) for u in range(40) for _ in range(weights[u])])
+    copy = np.concatenate([[c] * 12 for c in range(weights.sum())])  # a user drawn twice counts as two users
+    value = module._STATISTIC[metric](users, scores, labels == 1)(weights[None].astype(np.float64))[0]
+    assert value == pytest.approx(VALUES[metric](copy, scores[rows], labels[rows]), abs=1e-12)
+
+
+def test_values_are_those_of_the_plain_metrics():
+    users, labels, scores = data()
+    result = bootstrap(users, labels, {"m": scores}, n=50)
+    for metric, value in VALUES.items():
+        assert result.values["m"][metric] == value(users, scores, labels)
+        interval = result.interval("m", metric)
+        assert interval.low < interval.value < interval.high and interval.reason is None
+
+
+def test_a_model_against_itself_is_exactly_zero():
+    users, labels, scores = data()
+    result = bootstrap(users, labels, {"a": scores, "b": scores.copy()}, n=100)
+    for metric in VALUES:
+        difference = result.difference("a", "b", metric)
+        assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
+
+
+def test_draws_are_shared_seeded_and_independent_of_order_and_of_other_models():
+    users, labels, scores = data()
+    other = data(seed=9)[2]
+    both = bootstrap(users, labels, {"a": scores, "b": other}, n=60, seed=5)
+    alone = bootstrap(users, labels, {"b": other}, n=60, seed=5)
+    order = np.random.default_rng(0).permutation(users.size)
+    moved = bootstrap(users[order], labels[order], {"b": other[order]}, n=60, seed=5)
+    for metric in VALUES:
+        np.testing.assert_array_equal(both.replicates["b"][metric], alone.replicates["b"][metric])
+        np.testing.assert_allclose(moved.replicates["b"][metric], alone.replicates["b"][metric], rtol=1e-12)
+    reseeded = bootstrap(users, labels, {"b": other}, n=60, seed=6)
+    assert (reseeded.replicates["b"]["auc"] != alone.replicates["b"]["auc"]).any()
+
+
+def test_chunks_do_not_change_the_draws(monkeypatch):
+    users, labels, scores = data()
+    whole = bootstrap(users, labels, {"m": scores}, n=45)
+    monkeypatch.setattr(module, "_CHUNK_WEIGHTS", 400)
+    pieces = bootstrap(users, labels, {"m": scores}, n=45)
+    for metric in VALUES:
+        np.testing.assert_allclose(whole.replicates["m"][metric], pieces.replicates["m"][metric], rtol=1e-13)
+
+
+def test_a_planted_difference_is_found_and_pairing_narrows_it():
+    users, labels, scores = data(n_users=150)
+    generator = np.random.default_rng(1)
+    logit = np.log((scores + 0.01) / (1.01 - scores))
+    better = 1 / (1 + np.exp(-(logit + 0.3 * (labels - 0.5))))
+    noise = 1 / (1 + np.exp(-(logit + 0.01 * generator.normal(size=users.size))))
+    result = bootstrap(users, labels, {"base": scores, "better": better, "same": noise}, n=400)
+    found, nothing = result.difference("better", "base", "auc"), result.difference("same", "base", "auc")
+    assert 0 < found.low < found.value < found.high
+    assert nothing.low < 0 < nothing.high
+    own = result.interval("base", "auc")
+    assert found.high - found.low < 0.3 * (own.high - own.low)
+    assert result.difference("better", "base", "logloss").high < 0
+
+
+def test_intervals_cover_the_truth_by_user_and_not_by_row():
+    # Every user's 8 rows are one and the same: there are 60 observations, not 480.
+    # AUC of N(1, 1) against N(0, 1) is Phi(1 / sqrt 2).
+    truth = 0.7602499389065233
+    generator = np.random.default_rng(7)
+    by_user = by_row = 0
+    runs = 150
+    for run in range(runs):
+        label = np.arange(60) % 2
+        score = generator.normal(size=60) + label
+        users, labels, scores = np.repeat(np.arange(60), 8), np.repeat(label, 8), np.repeat(score, 8)
+        one = bootstrap(users, labels, {"m": scores}, ["auc"], n=200, seed=run).interval("m", "auc")
+        two = bootstrap(np.arange(480), labels, {"m": scores}, ["auc"], n=200, seed=run).interval("m", "auc")
+        by_user += one.low <= truth <= one.high
+        by_row += two.low <= truth <= two.high
+    assert 0.89 <= by_user / runs <= 0.99
+    assert by_row / runs < 0.75
+
+
+def test_too_few_users_give_no_interval_but_a_reason():
+    users, labels, scores = data(n_users=9)
+    result = bootstrap(users, labels, {"a": scores, "b": scores}, n=100)
+    for found in (result.interval("a", "auc"), result.difference("a", "b", "auc")):
+        assert found.low is found.high is None and "only 9 users" in found.reason
+    assert result.interval("a", "auc").value == auc(scores, labels)
+
+
+def test_gauc_counts_only_users_with_both_classes():
+    users, labels, scores = data(n_users=40)
+    labels[users >= 8] = 1
+    result = bootstrap(users, labels, {"m": scores}, n=100)
+    assert "only 8 users with both classes" in result.interval("m", "gauc").reason
+    assert result.interval("m", "acc").low is not None
+
+
+def test_a_metric_undefined_in_many_draws_gives_no_interval():
+    users, labels, scores = data(n_users=30)
+    labels[:] = 1
+    labels[users == 3] = 0  # a third of the draws miss user 3
+    found = bootstrap(users, labels, {"m": scores}, ["auc"], n=200).interval("m", "auc")
+    assert found.value is not None and found.low is None and "undefined in" in found.reason
+
+
+def test_one_class_and_raw_scores_are_none_with_a_reason():
+    users, labels, scores = data()
+    result = bootstrap(users, np.ones_like(labels), {"m": scores}, n=50)
+    assert result.interval("m", "auc").value is None and "both classes" in result.interval("m", "auc").reason
+    raw = bootstrap(users, labels, {"raw": scores * 9 - 4, "p": scores}, n=50)
+    assert raw.interval("raw", "logloss").value is None and "sigmoid" in raw.interval("raw", "logloss").reason
+    assert raw.interval("raw", "auc").value == raw.interval("p", "auc").value
+    difference = raw.difference("p", "raw", "acc")
+    assert difference.value is None and difference.reason.startswith("raw: ")
+
+
+def test_too_few_samples_give_no_interval():
+    users, labels, scores = data()
+    for n in (0, 20):
+        found = bootstrap(users, labels, {"m": scores}, n=n).interval("m", "auc")
+        assert found.value is not None and found.low is None and f"{n} samples" in found.reason
+
+
+def test_wrong_arguments_are_named():
+    users, labels, scores = data()
+    with pytest.raises(ValueError, match="ndcg"):
+        bootstrap(users, labels, {"m": scores}, ["ndcg"])
+    with pytest.raises(ValueError, match="n=-1"):
+        bootstrap(users, labels, {"m": scores}, n=-1)
+    with pytest.raises(ValueError, match="no model"):
+        bootstrap(users, labels, {})
+    with pytest.raises(ValueError, match="one length"):
+        bootstrap(users, labels, {"m": scores[1:]})

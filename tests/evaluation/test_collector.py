@@ -1,0 +1,168 @@
+"""The row collector against RecBole's own, batch by batch and through RecBole's Trainer."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from recbole.data.interaction import Interaction
+from recbole.evaluator import Collector, Evaluator
+
+from recbole_llm.evaluation import RowCollector, auc, register_metrics
+from recbole_llm.evaluation.metrics import gauc
+
+FIELDS = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LABEL_FIELD": "label"}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register_metrics()
+
+
+def config(*metrics: str, mode: str = "labeled", **more) -> dict:
+    return {
+        "metrics": list(metrics),
+        "metric_decimal_place": 12,
+        "topk": [1, 3],
+        "device": torch.device("cpu"),
+        "eval_args": {"mode": {"valid": mode, "test": mode}},
+        **FIELDS,
+        **more,
+    }
+
+
+def batches(n=50, size=7, seed=0, row_id=True):
+    generator = torch.Generator().manual_seed(seed)
+    columns = {
+        "user_id": torch.randint(1, 9, (n,), generator=generator),
+        "item_id": torch.randint(1, 30, (n,), generator=generator),
+        "label": torch.randint(0, 2, (n,), generator=generator).float(),
+    }
+    if row_id:
+        columns["row_id"] = torch.arange(n) + 1000
+    scores = torch.rand(n, generator=generator)
+    for begin in range(0, n, size):
+        cut = slice(begin, begin + size)
+        yield Interaction({key: value[cut] for key, value in columns.items()}), scores[cut]
+
+
+def evaluate(collector, **options):
+    for interaction, scores in batches(**options):
+        collector.eval_batch_collect(scores, interaction, None, None)
+    return collector.get_data_struct()
+
+
+def test_gives_recbole_the_same_as_its_own_collector_and_the_users():
+    settings = config("AUC", "LogLoss")
+    mine, theirs = evaluate(RowCollector(settings)), evaluate(Collector(settings))
+    for key in ("rec.score", "data.label"):
+        torch.testing.assert_close(mine.get(key), theirs.get(key), rtol=0, atol=0)
+    assert "data.user" not in mine
+    assert Evaluator(settings).evaluate(mine) == Evaluator(settings).evaluate(theirs)
+
+
+def test_rows_are_the_last_evaluation_only():
+    collector = RowCollector(config("AUC", "ACC", "LabeledGAUC"))
+    evaluate(collector, seed=1)
+    struct = evaluate(collector, seed=2, n=40)
+    rows = collector.rows()
+    joined = [interaction for interaction, _ in batches(seed=2, n=40)]
+    for name, field in (("user", "user_id"), ("item", "item_id"), ("row_id", "row_id"), ("label", "label")):
+        np.testing.assert_array_equal(rows[name], torch.cat([i[field] for i in joined]).numpy())
+    assert rows["score"].dtype == rows["label"].dtype == np.float64 and rows["user"].dtype == np.int64
+    assert len(struct.get("data.user")) == 40
+    result = Evaluator(config("AUC", "ACC", "LabeledGAUC")).evaluate(struct)
+    assert result["auc"] == pytest.approx(auc(rows["score"], rows["label"]), abs=1e-11)
+    assert result["gauc"] == pytest.approx(gauc(rows["user"], rows["score"], rows["label"]), abs=1e-11)
+
+
+def test_rows_do_without_row_id():
+    collector = RowCollector(config("AUC"))
+    evaluate(collector, row_id=False)
+    assert set(collector.rows()) == {"user", "item", "label", "score"}
+
+
+def test_reused_buffers_column_scores_scalars_and_bfloat16_are_taken():
+    collector = RowCollector(config("AUC"))
+    buffer = torch.empty(2)
+    data = Interaction(
+        {"user_id": torch.tensor([1, 2]), "item_id": torch.tensor([1, 2]), "label": torch.ones(2)}
+    )
+    for value in (0.25, 0.75):
+        collector.eval_batch_collect(buffer.fill_(value), data, None, None)
+    collector.eval_batch_collect(torch.full((2, 1), 0.5, dtype=torch.float32), data, None, None)
+    collector.eval_batch_collect(
+        torch.tensor(0.125), data[:1], None, None
+    )  # a model that squeezed a batch of one
+    collector.get_data_struct()
+    assert collector.rows()["score"].tolist() == [0.25, 0.25, 0.75, 0.75, 0.5, 0.5, 0.125]
+    collector.eval_batch_collect(torch.tensor([0.5, 0.25], dtype=torch.bfloat16), data, None, None)
+    assert collector.get_data_struct().get("rec.score").numpy().tolist() == [0.5, 0.25]
+    collector.eval_batch_collect(torch.tensor([0.1, 0.2], dtype=torch.float64), data, None, None)
+    assert collector.get_data_struct().get("rec.score").dtype == torch.float64
+
+
+def test_bad_scores_are_refused_and_leave_nothing_behind():
+    collector = RowCollector(config("AUC"))
+    data = Interaction(
+        {"user_id": torch.tensor([1, 2]), "item_id": torch.tensor([1, 2]), "label": torch.ones(2)}
+    )
+    with pytest.raises(ValueError, match=r"shape \(3,\) for 2 rows"):
+        collector.eval_batch_collect(torch.rand(3), data, None, None)
+    collector.eval_batch_collect(torch.tensor([0.1, float("nan")]), data, None, None)
+    with pytest.raises(ValueError, match="NaN for 1 of 2 rows, the first being row 1"):
+        collector.get_data_struct()
+    with pytest.raises(ValueError, match="no rows"):
+        collector.rows()
+    evaluate(collector)
+    assert len(collector.rows()["score"]) == 50
+    no_label = Interaction({"user_id": torch.tensor([1]), "item_id": torch.tensor([1])})
+    with pytest.raises(ValueError, match=r"\[label\] \(config LABEL_FIELD\)"):
+        collector.eval_batch_collect(torch.rand(1), no_label, None, None)
+
+
+def test_reset_forgets_an_unfinished_evaluation():
+    collector = RowCollector(config("AUC"))
+    for interaction, scores in list(batches())[:2]:
+        collector.eval_batch_collect(scores, interaction, None, None)
+    collector.reset()
+    evaluate(collector, n=20)
+    assert len(collector.rows()["score"]) == 20
+
+
+def test_whole_evaluation_at_once():
+    collector = RowCollector(config("AUC"))
+    collector.eval_collect(torch.tensor([0.2, 0.8]), torch.tensor([0.0, 1.0]))
+    assert Evaluator(config("AUC")).evaluate(collector.get_data_struct()) == {"auc": 1.0}
+    assert set(collector.rows()) == {"label", "score"}
+
+
+def test_ranking_works_as_in_recbole_and_resources_stay():
+    settings = config("Hit", "Recall", "ItemCoverage", "AveragePopularity", mode="full")
+
+    class Train:
+        class dataset:
+            item_counter = collections.Counter({1: 3, 2: 1})
+
+            @staticmethod
+            def num(field):
+                return 6
+
+    mine, theirs = RowCollector(settings), Collector(config("Hit", "Recall", mode="full"))
+    mine.data_collect(Train)
+    for epoch in range(2):
+        generator = torch.Generator().manual_seed(epoch)
+        for _ in range(3):
+            scores = torch.rand(4, 6, generator=generator)
+            positive = (torch.arange(4), torch.randint(0, 6, (4,), generator=generator))
+            for collector in (mine, theirs):
+                collector.eval_batch_collect(scores, None, *positive)
+        struct, expected = mine.get_data_struct(), theirs.get_data_struct()
+        torch.testing.assert_close(struct.get("rec.topk"), expected.get("rec.topk"), rtol=0, atol=0)
+        result = Evaluator(settings).evaluate(struct)
+        assert result["hit@3"] == Evaluator(config("Hit")).evaluate(expected)["hit@3"]
+        assert 0 < result["itemcoverage@3"] <= 1 and result["averagepopularity@1"] >= 0
+    with pytest.raises(ValueError, match="ranking keeps none"):
+        mine.rows()
