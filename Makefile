@@ -21,7 +21,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Word by word, since the shell would take torch>=2.6 for a redirection.
 quoted = $(foreach word,$(1),'$(word)')
-PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check
+# --no-compile: Python compiles a module when it first imports it, and most of those installed never are.
+PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint install clean distclean

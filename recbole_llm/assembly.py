@@ -172,7 +172,10 @@ def assemble(config: Config, *, fit: bool = True) -> Assembly:
             retriever=RecentRetriever(dataset.history, config["text_history_length"]),
         )
     vectors = None
-    if "semantic" in (config["id_retrieval"], config["text_retrieval"]) and config["semantic_vectors"] == "backbone":
+    if (
+        "semantic" in (config["id_retrieval"], config["text_retrieval"])
+        and config["semantic_vectors"] == "backbone"
+    ):
         with stage(seconds, "item_vectors"):
             vectors = item_vectors(config, prompts, backbone)
     if config["id_retrieval"] == "semantic":

@@ -29,12 +29,17 @@ def run(config: Config, run_folder: Path) -> dict:
         dataset = create_dataset(config)
         logger.info(dataset)
         train_data, valid_data, test_data = data_preparation(config, dataset)
-    sizes = {name: len(data._dataset) for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))}
+    sizes = {
+        name: len(data._dataset)
+        for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))
+    }
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     model = config.model_class(config, train_data._dataset).to(config["device"])
     logger.info(model)
     if config["dry_run"]:
-        return {"dry_run": f"dry run: {config['model']} on {config['dataset']}\ndevice: {config['device']}\nrows: {sizes}\n{model}"}
+        return {
+            "dry_run": f"dry run: {config['model']} on {config['dataset']}\ndevice: {config['device']}\nrows: {sizes}\n{model}"
+        }
     config["checkpoint_dir"] = str(run_folder)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
@@ -47,7 +52,7 @@ def run(config: Config, run_folder: Path) -> dict:
                 config["model"],
             )
             unbounded = model.predict
-            model.predict = lambda interaction: torch.sigmoid(unbounded(interaction))
+            model.predict = lambda interaction: torch.sigmoid(unbounded(interaction).double())
     show = config["show_progress"]
     with stage(seconds, "fit"):
         _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)

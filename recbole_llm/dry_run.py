@@ -64,7 +64,9 @@ def memory_estimate(parts: Assembly, longest: int) -> list[str]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for group in parts.model.parameter_groups().values() for p in group.values())
     llm = model.config.get_text_config()
-    per_token = (16 * llm.hidden_size + 6 * llm.intermediate_size) * torch.finfo(parts.backbone.dtype).bits // 8
+    per_token = (
+        (16 * llm.hidden_size + 6 * llm.intermediate_size) * torch.finfo(parts.backbone.dtype).bits // 8
+    )
     layers = 1 if config["gradient_checkpointing"] else llm.num_hidden_layers
     tokens = min(config["micro_batch_size"], config["train_batch_size"]) * longest
     activations = tokens * per_token * layers

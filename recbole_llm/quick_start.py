@@ -126,7 +126,9 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
             "source": parts.backbone.source,
             "dtype": str(parts.backbone.dtype).removeprefix("torch."),
         },
-        lens={"name": lens.name, "identity": lens.identity, "gate_scope": lens.gate_scope, **lens.info} if lens else None,
+        lens={"name": lens.name, "identity": lens.identity, "gate_scope": lens.gate_scope, **lens.info}
+        if lens
+        else None,
         eval_rows=config["eval_rows"],
         seconds={**parts.seconds, "train": trainer.seconds["train"], "evaluate": trainer.seconds["evaluate"]},
         tokens_per_second=tuned / trainer.seconds["train"] if tuned else None,
@@ -158,8 +160,8 @@ def lens_scores(parts: Assembly) -> np.ndarray:
     scores = []
     for interaction, *_ in parts.test_data:
         _, logit = parts.lens.represent(interaction.to(parts.config["device"]))
-        scores.append(torch.sigmoid(logit).cpu())
-    return torch.cat(scores).double().numpy()
+        scores.append(torch.sigmoid(logit.double()).cpu())
+    return torch.cat(scores).numpy()
 
 
 @torch.no_grad()
@@ -168,7 +170,9 @@ def untrained_scores(parts: Assembly) -> np.ndarray:
 
     Cached by the weights and the prompts, because every run on the same rows needs the same numbers.
     """
-    digest = hashlib.sha256(f"{parts.backbone.sha256} {parts.backbone.dtype} {parts.model.answer_ids}".encode())
+    digest = hashlib.sha256(
+        f"{parts.backbone.sha256} {parts.backbone.dtype} {parts.model.answer_ids}".encode()
+    )
     batches = [batch[0] for batch in parts.test_data]
     for interaction in batches:
         for ids in parts.prompts.encode(interaction).input_ids:

@@ -290,7 +290,9 @@ class LLMTrainer(Trainer):
         tensors, meta = load_checkpoint(path)
         check_identity(meta["identities"], self.identities, path)
         if any(name.startswith("optimizer/") or name.startswith("rng/") for name in tensors):
-            raise CheckpointError(f"{path} is a checkpoint to resume from; evaluate {self.best_file.name} instead")
+            raise CheckpointError(
+                f"{path} is a checkpoint to resume from; evaluate {self.best_file.name} instead"
+            )
         self.model.load_trained_state(tensors)
         logger.info("Loading model structure and parameters from %s", path)
 
@@ -304,6 +306,7 @@ class LLMTrainer(Trainer):
         """
         if load_best_model:
             self.load_best(model_file)
+        self.eval_collector.reset()  # an evaluation cut off by Ctrl-C or an error leaves its rows behind
         started, tokens_before = time.monotonic(), self.model.tokens_processed
         with self._autocast():
             result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)

@@ -10,7 +10,9 @@ GENRES = ("Drama", "Comedy", "Horror", "Western")
 WORDS = ("River", "Night", "Stone", "Garden", "Winter", "Letter", "Bridge", "Mirror", "Harvest", "Signal")
 
 
-def write_dataset(folder: Path, name: str = "toy", n_users: int = 40, n_items: int = 50, length: int = 25) -> Path:
+def write_dataset(
+    folder: Path, name: str = "toy", n_users: int = 40, n_items: int = 50, length: int = 25
+) -> Path:
     """Write ``folder/name/name.{inter,item,user}``; returns ``folder``, the ``data_path`` to configure."""
     rng = np.random.default_rng(7)
     target = folder / name
@@ -22,7 +24,9 @@ def write_dataset(folder: Path, name: str = "toy", n_users: int = 40, n_items: i
         start = 880_000_000 + int(rng.integers(0, 5_000_000))
         for step, item in enumerate(rng.permutation(n_items)[:length]):
             rating = int(np.clip(np.round(1 + 4 * taste[user, genre[item]] + rng.normal(0, 0.5)), 1, 5))
-            inter.append(f"{user + 1}\t{item + 1}\t{rating}\t{start + step // 2}")  # pairs of equal timestamps
+            inter.append(
+                f"{user + 1}\t{item + 1}\t{rating}\t{start + step // 2}"
+            )  # pairs of equal timestamps
     items = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
     for item in range(n_items):
         title = f"{WORDS[item % 10]} {WORDS[(item * 7 + item // 10) % 10]}"
@@ -30,7 +34,9 @@ def write_dataset(folder: Path, name: str = "toy", n_users: int = 40, n_items: i
         items.append(f"{item + 1}\t{title}\t{1950 + item}\t{GENRES[genre[item]]}")
     users = ["user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token"]
     for user in range(n_users):
-        users.append(f"{user + 1}\t{20 + user}\t{'MF'[user % 2]}\t{('writer', 'student')[user % 2]}\t{10000 + user}")
+        users.append(
+            f"{user + 1}\t{20 + user}\t{'MF'[user % 2]}\t{('writer', 'student')[user % 2]}\t{10000 + user}"
+        )
     for suffix, lines in (("inter", inter), ("item", items), ("user", users)):
         (target / f"{name}.{suffix}").write_text("\n".join(lines) + "\n")
     return folder

@@ -124,6 +124,11 @@ def test_tallrec_is_plain_lora_without_lens():
     assert ours(model=TALLRec, lens="SASRec")["lens"] == "SASRec"
 
 
+@pytest.mark.parametrize("model", [RecLoRA, TALLRec])
+def test_default_prompts_exist(model):
+    assert (PROPERTIES / "prompt" / f"{ours(model=model)['prompt']}.yaml").is_file()
+
+
 def test_properties_dir_of_a_checkout_and_of_an_installed_package(monkeypatch, tmp_path):
     assert (properties_dir() / "overall.yaml").is_file()
     package = tmp_path / "recbole_llm"

@@ -215,8 +215,8 @@ def _locate_default(name: str, cache_dir: Path) -> Located:
     return Located(gguf, f"{WHEEL} (4-bit GGUF)")
 
 
-def _check_sha256(gguf: Path, digest: str | None = None) -> None:
-    digest = digest or sha256_file(gguf)
+def _check_sha256(gguf: Path) -> None:
+    digest = sha256_file(gguf)
     if digest != GGUF_SHA256:
         raise ValueError(
             f"{gguf} has sha256 {digest}, expected {GGUF_SHA256}: it is damaged or another model. Delete it "

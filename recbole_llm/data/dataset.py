@@ -150,7 +150,7 @@ class CTRDataset(SequentialDataset):
         except pd.errors.ParserError as error:
             raise ValueError(
                 f"an atomic file in {folder} cannot be read ({error}). RecBole takes a cell that begins with "
-                "a double quote for a quoted one: remove such quotes, or leave the file's columns out of load_col"
+                "a double quote for a quoted one: remove such quotes, or leave the file out of load_col"
             ) from error
 
     def _check_columns(self, folder: Path, token: str) -> None:
@@ -307,7 +307,7 @@ class CTRDataset(SequentialDataset):
         return None
 
     def data_augmentation(self) -> None:
-        """Index the histories and keep the rows that have enough of one (RecBole's builds every list here)."""
+        """Index the histories and keep the rows that have enough of one (RecBole builds every list here)."""
         self._aug_presets()
         feat, rating = self.inter_feat, self._rating_field
         users = feat[self.uid_field].numpy()
@@ -454,7 +454,7 @@ class CTRDataset(SequentialDataset):
 
         Adds ``item_id_list`` int64 ``[B, L]``, ``label_list``, ``timestamp_list`` and ``rating_list`` float32
         ``[B, L]``, in time order from the left with zeros at the end, and ``item_length`` ``[B]``. An empty
-        history is given length 1 (one padding item), for RecBole's models look at position ``item_length - 1``.
+        history is given length 1 (one padding item): RecBole's models read position ``item_length - 1``.
         """
         if self.user_feat is not None and self.uid_field in df:
             df.update(_take(self.user_feat, df[self.uid_field].numpy()))

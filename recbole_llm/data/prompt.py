@@ -274,14 +274,20 @@ class PromptBuilder:
 
     # ------------------------------------------------------------------ lines
 
-    def _lines(self, user: int, item: int, positions: Iterable[int]) -> list[Line]:
-        """The lines of one prompt; ``positions`` is the history to show, ascending in time."""
-        positions = np.asarray(positions, dtype=np.int64)
+    def _lines(self, user: int, item: int, positions: np.ndarray, *, cut: bool = False) -> list[Line]:
+        """The lines of one prompt.
+
+        Args:
+            user: internal user id.
+            item: internal id of the target.
+            positions: the history to show, ascending in time.
+            cut: whether there is more history than that; if so, an empty one is not called empty.
+        """
         lines: list[Line] = [("instruction",)] if self.config["instruction"] else []
         if self._profiles is not None and self._profiles[user]:
             lines.append(("profile", user))
         if not len(positions):
-            lines += [("history_empty",)] if self.config["history_empty"] else []
+            lines += [("history_empty",)] if self.config["history_empty"] and not cut else []
         elif self.config["history"] == "timeline":
             lines += self._block("history_header", positions)
         else:
@@ -380,7 +386,7 @@ class PromptBuilder:
     def _fit(self, user: int, item: int, positions: np.ndarray) -> tuple[np.ndarray, list[Line], bool]:
         """Token ids and lines of one prompt, and whether history had to be dropped."""
         for dropped in range(len(positions) + 1):
-            lines = self._lines(user, item, positions[dropped:])
+            lines = self._lines(user, item, positions[dropped:], cut=dropped > 0)
             if self.assembled:
                 body = self._line_ids(lines)
             else:

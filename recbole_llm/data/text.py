@@ -303,7 +303,7 @@ class ItemText:
             self.titles[item] = self.titles[item] or self._placeholder(item)
 
     def descriptions(self) -> list[str]:
-        """Title and genres as one text, by internal item id ('' for padding): what semantic vectors are of."""
+        """Title and genres as one text, by internal item id ('' for padding), for semantic vectors."""
         return [f"{t}. {g}" if g else t for t, g in zip(self.titles, self.genres, strict=True)]
 
 

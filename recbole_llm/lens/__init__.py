@@ -1,4 +1,4 @@
-"""The lens: a conventional recommender of RecBole, trained on all rows, then frozen and read by the LLM's gates.
+"""The lens: a recommender of RecBole, trained on all rows, then frozen and read by the LLM's gates.
 
 >>> lens = fit_lens(config, train, valid, cache_dir=cache)       # doctest: +SKIP
 >>> state, logit = lens.represent(interaction)                   # doctest: +SKIP

@@ -3,7 +3,7 @@
 Reference:
     Guorui Zhou et al. "Deep Interest Network for Click-Through Rate Prediction" in KDD 2018.
     Jiachen Zhu et al. "Lifelong Personalized Low-Rank Adaptation of Large Language Models for
-    Recommendation", arXiv 2408.03533: its conventional model is a DIN that reads past ratings and user fields.
+    Recommendation", arXiv 2408.03533: its conventional model is a DIN with past ratings and user fields.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def history_mask(lengths: Tensor, size: int) -> Tensor:
 class LensDIN(DIN):
     """RecBole's DIN with past ratings, the user's fields and a ReLU tower.
 
-    With ``x(i)`` the embedded fields of item ``i`` side by side, ``e(r)`` the embedding of a rating and ``u`` the
-    embedded fields of the user:
+    With ``x(i)`` the embedded fields of item ``i`` side by side, ``e(r)`` the embedding of a rating and ``u``
+    the embedded fields of the user:
 
         h_j   = ReLU(W_h [x(i_j) ; e(r_j)] + b_h)             an earlier item and its rating          [d]
         t     = W_t x(target) + b_t                                                                    [d]
@@ -85,12 +85,12 @@ class LensDIN(DIN):
         logit = w final + b
         user  = [mean_j h_j ; u]                               does not see the target
 
-    Without ``lens_ratings``, ``h_j = ReLU(W_h x(i_j) + b_h)``. What differs from RecBole's DIN: past ratings, ``u``
-    in the tower, ReLU without batch normalisation instead of Dice with it, an attention of its own size, and items
-    projected to ``d`` so that the cost per position does not grow with the number of item fields.
+    Without ``lens_ratings``, ``h_j = ReLU(W_h x(i_j) + b_h)``. What differs from RecBole's DIN: past ratings,
+    ``u`` in the tower, ReLU without batch normalisation instead of Dice with it, an attention of its own
+    size, and items projected to ``d`` so that the cost per position does not grow with the item fields.
 
-    The constructor does not run ``DIN.__init__``: that sizes every layer for all item fields at every position, and
-    lists its embedding layer (and through it the whole dataset) as something to pickle.
+    The constructor does not run ``DIN.__init__``: that sizes every layer for all item fields at every
+    position, and lists its embedding layer (and through it the whole dataset) as something to pickle.
 
     Args:
         config: the lens's own configuration (see ``properties/lens/DIN.yaml``).
@@ -127,8 +127,8 @@ class LensDIN(DIN):
     def embed_history(self, interaction: Interaction) -> Tensor:
         """``h_j`` of every position, ``[B, L, d]``; padded positions hold the padding item's.
 
-        A batch of histories repeats few (item, rating) pairs many times, so ``h`` is computed once per distinct
-        pair and gathered: the cost of embedding item fields does not grow with the length of the histories.
+        A batch of histories repeats few (item, rating) pairs many times, so ``h`` is computed once per
+        distinct pair and gathered: long histories do not make the embedding of item fields dearer.
         """
         pairs = interaction[self.ITEM_SEQ]
         levels = 1 if self.ratings is None else self.ratings.count

@@ -18,7 +18,7 @@ MAX_RATING_LEVELS = 50
 class FeatureTable(nn.Module):
     """The rows of ``dataset.user_feat`` or ``.item_feat``, as buffers that follow the module to its device.
 
-    Indexed by field name, like the :class:`~recbole.data.interaction.Interaction` it stands in for. The buffers
+    Indexed by field name, as the :class:`~recbole.data.interaction.Interaction` it stands in for. The buffers
     are not saved: they are data, and come back with the dataset.
     """
 
@@ -78,8 +78,7 @@ class FieldEmbedding(ContextSeqEmbAbstractLayer):
             return torch.empty(len(ids), 0, device=ids.device)
         self.device = ids.device  # where the inherited pooling makes its constants
         both, self.types = self.types, [side]
-        # RecBole's layer has a position axis for items, [B, L]; one position is enough, histories are gathered
-        # from its result.
+        # RecBole's layer has a position axis for items, [B, L]. One position is enough here.
         sparse, dense = self.embed_input_fields(ids, ids.unsqueeze(1))
         self.types = both
         parts = [part.reshape(len(ids), -1) for part in (sparse[side], dense[side]) if part is not None]
@@ -132,7 +131,9 @@ def rating_list_field(config, dataset) -> str:
     for field in (config["RATING_FIELD"], *(config["threshold"] or ())):
         if field + config["LIST_SUFFIX"] in dataset.field2type:
             return field + config["LIST_SUFFIX"]
-    raise ValueError(f"lens_ratings: the histories of {dataset.dataset_name} have no ratings; set it to False")
+    raise ValueError(
+        f"lens_ratings: the histories of {dataset.dataset_name} have no ratings; set it to False"
+    )
 
 
 class RatingLevels(nn.Module):

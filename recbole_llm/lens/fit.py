@@ -25,7 +25,7 @@ from recbole_llm.lens.settings import build_model, lens_settings, random_state_k
 logger = logging.getLogger(__name__)
 
 CODE_VERSION = 1
-"""Part of every lens's identity: raise it when a change of the code changes what is computed or how it is trained."""
+"""Part of every lens's identity: raise it when the code changes what a lens computes or how it is trained."""
 
 
 def fit_lens(
@@ -43,7 +43,7 @@ def fit_lens(
     caller's random-number state does not change, so that nothing depends on whether the cache was warm.
 
     Args:
-        config: the run's configuration (``lens``, ``lens_config``, ``lens_ratings``, ``gate_scope``, ``seed``).
+        config: the run's (``lens``, ``lens_config``, ``lens_ratings``, ``gate_scope``, ``seed``, ...).
         train: all training rows (:class:`recbole_llm.data.CTRDataset`).
         valid: all validation rows.
         cache_dir: the cache; lenses are kept in its subfolder ``lens``.
@@ -56,8 +56,8 @@ def fit_lens(
         The frozen lens, on the configuration's device.
 
     Raises:
-        ValueError: for a lens that cannot be built or cannot have the wanted ``gate_scope``, rows of one class
-            only, or ``exclude_rows`` that are not training rows.
+        ValueError: for a lens that cannot be built or cannot have the wanted ``gate_scope``, rows of one
+            class only, or ``exclude_rows`` that are not training rows.
     """
     name, seed = config["lens"], config["seed"]
     settings = lens_settings(config, train)
@@ -87,7 +87,7 @@ def fit_lens(
             except LensError as error:
                 logger.warning("lens %s is trained again: %s", name, error)
         info = _train(settings, model, train, valid)
-    lens = Lens(model, name=name, gate_scope=scope, identity=identity, info={"identity": identity, **info})
+    lens = Lens(model, name=name, gate_scope=scope, identity=identity, info=info)
     lens.save(folder)
     lens.info["from_cache"] = False
     return lens

@@ -118,8 +118,9 @@ class Lens(nn.Module):
         """
         description, tensors = _read(folder)
         if description["name"] != config["lens"]:
+            found = description["name"]
             raise LensError(
-                f"{folder / DESCRIPTION} is a {description['name']}, the configuration has lens: {config['lens']}"
+                f"{folder / DESCRIPTION} is a {found}, the configuration has lens: {config['lens']}"
             )
         with random_state_kept(0):
             model = build_model(lens_settings(config, dataset), dataset)

@@ -52,8 +52,8 @@ _FIXED = {
 def lens_keys(name: str) -> dict:
     """Every key that ``lens_config`` may hold for the lens ``name``, with its default.
 
-    ``properties/lens/overall.yaml`` (training) and ``properties/lens/<name>.yaml``; for a lens without a file of
-    its own, the model's own yaml in RecBole.
+    ``properties/lens/overall.yaml`` (training) and ``properties/lens/<name>.yaml``; for a lens without a file
+    of its own, the model's own yaml in RecBole.
     """
     folder = properties_dir() / "lens"
     files = [folder / f"{name}.yaml", RECBOLE_PROPERTIES / "model" / f"{name}.yaml"]

@@ -100,12 +100,12 @@ class AnswerCTR(SequentialRecommender):
             backbone.model,
             AdapterConfig(
                 mixer=config["mixer"],
-                num_experts=config["num_experts"],
+                num_experts=config["num_experts"] if self.gated else 1,
                 r=config["lora_r"],
                 lora_alpha=config["lora_alpha"],
                 lora_dropout=config["lora_dropout"],
                 target_modules=config["target_modules"],
-                gate=config["gate"],
+                gate=config["gate"] if self.gated else "uniform",
                 gate_dropout=config["gate_dropout"],
                 temperature=config["temperature"],
                 top_k=config["top_k"],
@@ -130,7 +130,9 @@ class AnswerCTR(SequentialRecommender):
         """Trained parameters by group: ``lora``, ``gate`` and, with ``lens_residual``, ``residual``."""
         groups = {"lora": self.adapter.lora_parameters(), "gate": self.adapter.gate_parameters()}
         if self.residual:
-            groups["residual"] = {name: getattr(self, name) for name in ("lens_scale", "answer_scale", "bias")}
+            groups["residual"] = {
+                name: getattr(self, name) for name in ("lens_scale", "answer_scale", "bias")
+            }
         return {name: params for name, params in groups.items() if params}
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -147,7 +149,9 @@ class AnswerCTR(SequentialRecommender):
         residual = {n.removeprefix("residual."): t for n, t in state.items() if n.startswith("residual.")}
         expected = set(self.parameter_groups().get("residual", {}))
         if set(residual) != expected:
-            raise ValueError(f"checkpoint holds residual terms {sorted(residual)}, the model has {sorted(expected)}")
+            raise ValueError(
+                f"checkpoint holds residual terms {sorted(residual)}, the model has {sorted(expected)}"
+            )
         with torch.no_grad():
             for name, value in residual.items():
                 getattr(self, name).copy_(value)
@@ -155,7 +159,9 @@ class AnswerCTR(SequentialRecommender):
     def summary(self) -> str:
         """One line on what is trained."""
         config = self.adapter.config
-        counts = {name: sum(p.numel() for p in group.values()) for name, group in self.parameter_groups().items()}
+        counts = {
+            name: sum(p.numel() for p in group.values()) for name, group in self.parameter_groups().items()
+        }
         return (
             f"{type(self).__name__}: mixer {config.mixer}, {config.num_experts} experts of rank {config.r}, gate "
             f"{config.gate if self.gated else 'none'}, on {', '.join(config.target_modules)}; trained parameters "
@@ -227,7 +233,7 @@ class AnswerCTR(SequentialRecommender):
 
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:
-        """Probability of "yes", ``[B]`` float32; does not depend on what else is in the batch."""
+        """Probability of "yes", ``[B]`` float64; does not depend on what else is in the batch."""
         return torch.sigmoid(self._score(interaction, self.logits))
 
     @torch.no_grad()
@@ -236,7 +242,8 @@ class AnswerCTR(SequentialRecommender):
         return torch.sigmoid(self._score(interaction, lambda batch: self.margin(batch, adapted=False)))
 
     def _score(self, interaction: Interaction, logit_of) -> Tensor:
-        scores = torch.empty(len(interaction), dtype=torch.float32, device=self.device)
+        # float64, because a float32 sigmoid is exactly 1 from a logit of 17 on
+        scores = torch.empty(len(interaction), dtype=torch.float64, device=self.device)
         for batch in self.micro_batches(interaction):
-            scores[torch.from_numpy(batch.rows).to(self.device)] = logit_of(batch).float()
+            scores[torch.from_numpy(batch.rows).to(self.device)] = logit_of(batch).double()
         return scores

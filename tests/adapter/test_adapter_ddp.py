@@ -1,5 +1,6 @@
 """DistributedDataParallel: two processes give the gradients of one process with the whole batch."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,7 @@ def step(adapter, forward, ids, z):
 
 
 def worker(rank, folder):
-    from conftest import build_adapter  # importable: pytest put this folder on the path of the parent
-
+    build_adapter = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["build_adapter"]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     ids, z = torch.load(Path(folder) / "batch.pt")

@@ -27,9 +27,10 @@ def train_step(adapter, ids, z):
     return loss, {name: p.grad.clone() for name, p in parameters.items()}
 
 
-def stock_lora(base, r, alpha, factors):
+def stock_lora(base, r, alpha, factors, **settings):
     """PEFT's own plain LoRA with the given ``{projection: (A, B)}``."""
-    plain = get_peft_model(base, LoraConfig(r=r, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], **settings)
+    plain = get_peft_model(base, config)
     with torch.no_grad():
         for name, (a, b) in factors.items():
             layer = plain.get_base_model().get_submodule(name)
@@ -91,6 +92,20 @@ def test_one_expert_is_plain_lora(adapted, model, batch, mixer):
     torch.testing.assert_close(logits(adapter, ids, z), plain(ids).logits)
     with adapter.disabled():  # and the adapter matters
         assert (adapter.peft_model(ids).logits - plain(ids).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mixer", SLICED)
+def test_lora_dropout_is_pefts(adapted, model, batch, mixer):
+    ids, z = batch
+    adapter = adapted(mixer, num_experts=1, lora_alpha=5.0, lora_dropout=0.4)
+    plain = stock_lora(model(), 4, 5.0, factors_of(adapter), lora_dropout=0.4)
+    still = logits(adapter, ids, z)
+    adapter.peft_model.train(), plain.train()
+    torch.manual_seed(0)
+    dropped = logits(adapter, ids, z)
+    torch.manual_seed(0)
+    torch.testing.assert_close(dropped, plain(ids).logits)
+    assert (dropped - still).abs().max() > 1e-2
 
 
 def test_identity_is_pefts_own_lora(adapted, model, batch):
@@ -307,6 +322,12 @@ def test_bfloat16_base_keeps_a_float32_adapter(adapted, batch, mixer):
     torch.testing.assert_close(got.double(), expected, rtol=0.05, atol=0.05)
 
 
+def test_bfloat16_base_keeps_a_float32_random_gate(adapted):
+    """PEFT casts parameters back to float32, but not buffers."""
+    tensors = adapted("factor", gate="random", dtype=torch.bfloat16).state_dict()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("mixer", ["identity", *GATED])
 def test_autocast(adapted, batch, mixer):
     ids, z = batch
@@ -322,7 +343,7 @@ def test_autocast(adapted, batch, mixer):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in parameters.values())
 
 
-@pytest.mark.parametrize("mixer", GATED)
+@pytest.mark.parametrize("mixer", ["factor", "output", "dense"])
 def test_torch_compile(adapted, batch, mixer):
     ids, z = batch
     adapter = adapted(mixer)
@@ -372,6 +393,8 @@ def test_peft_counts_the_gate_among_the_adapter(adapted):
     trainable, _ = adapter.peft_model.get_nb_trainable_parameters()
     ours = adapter.lora_parameters() | adapter.gate_parameters()
     assert trainable == sum(p.numel() for p in ours.values())
+    with adapter.peft_model.disable_adapter():  # PEFT freezes what it counts
+        assert not any(p.requires_grad for p in ours.values())
 
 
 @pytest.mark.parametrize("safe", [False, True])

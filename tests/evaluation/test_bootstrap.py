@@ -37,7 +37,7 @@ def data(n_users=40, per_user=12, seed=0, shift=1.0):
     st.lists(st.integers(0, 3), min_size=5, max_size=5),
 )
 def test_weighted_auc_equals_sklearn_sample_weight(rows, weights):
-    users, scores, labels = (np.array(column) for column in zip(*rows))
+    users, scores, labels = (np.array(column) for column in zip(*rows, strict=True))
     names, codes = user_codes(users, users.size)
     weights = np.array(weights, dtype=np.float64)[: names.size]
     per_row = weights[codes]
@@ -119,7 +119,7 @@ def test_intervals_cover_the_truth_by_user_and_not_by_row():
     truth = 0.7602499389065233
     generator = np.random.default_rng(7)
     by_user = by_row = 0
-    runs = 150
+    runs = 100
     for run in range(runs):
         label = np.arange(60) % 2
         score = generator.normal(size=60) + label

@@ -54,7 +54,7 @@ row = st.tuples(st.integers(0, 6), st.integers(0, 5), st.booleans())
 @settings(max_examples=200, deadline=None)
 @given(st.lists(row, min_size=2, max_size=60))
 def test_auc_and_gauc_equal_brute_force_under_ties(rows):
-    users, scores, labels = (np.array(column) for column in zip(*rows))
+    users, scores, labels = (np.array(column) for column in zip(*rows, strict=True))
     scores, labels = scores / 5, labels.astype(int)
     if 0 < labels.sum() < labels.size:
         assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-14)
@@ -72,7 +72,7 @@ def test_auc_and_gauc_equal_brute_force_under_ties(rows):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40))
 def test_logloss_and_accuracy_equal_sklearn(rows):
-    p, labels = (np.array(column) for column in zip(*rows))
+    p, labels = (np.array(column) for column in zip(*rows, strict=True))
     labels = labels.astype(int)
     clipped = np.clip(p, 1e-15, 1 - 1e-15)
     assert logloss(p, labels) == pytest.approx(log_loss(labels, clipped, labels=[0, 1]), rel=1e-12)

@@ -1,0 +1,136 @@
+"""Retrievers against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recbole_llm.data import HistoryIndex, RecentRetriever, SemanticRetriever, retriever
+
+N_USERS, N_ITEMS = 4, 6
+
+
+@st.composite
+def histories(draw, ties: str) -> tuple[HistoryIndex, np.ndarray]:
+    """Random interactions in time order with many equal timestamps: index, its input, positions."""
+    n = draw(st.integers(1, 40))
+    users = np.array(draw(st.lists(st.integers(1, N_USERS - 1), min_size=n, max_size=n)))
+    items = np.array(draw(st.lists(st.integers(1, N_ITEMS - 1), min_size=n, max_size=n)))
+    times = np.sort(np.array(draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)), dtype=float))
+    index, position = HistoryIndex.from_time_order(
+        users, items, items % 2, times, items % 5, n_users=N_USERS, ties=ties
+    )
+    return index, users, items, times, position
+
+
+def brute_force(users, times, row: int, ties: str) -> list[int]:
+    """Earlier rows of the same user, by their place in time order."""
+    return [
+        other
+        for other in range(row)
+        if users[other] == users[row] and (ties == "order" or times[other] < times[row])
+    ]
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), k=st.integers(0, 7))
+def test_recent_is_the_last_k_earlier_interactions(ties, data, k):
+    index, users, items, times, position = data.draw(histories(ties))
+    found = RecentRetriever(index, k).positions(users, items, position)
+    assert found.shape == (len(users), k) and found.dtype == np.int64
+    for row in range(len(users)):
+        expected = position[brute_force(users, times, row, ties)][-k:] if k else []
+        assert found[row].tolist() == [*expected, *[-1] * (k - len(expected))]
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+@pytest.mark.parametrize("table", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), k=st.integers(1, 7), seed=st.integers(0, 5))
+def test_semantic_is_the_k_most_similar_in_time_order(ties, table, data, k, seed):
+    index, users, items, times, position = data.draw(histories(ties))
+    # Few values, so that different items are often equally similar.
+    vectors = np.random.default_rng(seed).integers(0, 2, (N_ITEMS, 3)).astype(np.float32)
+    previous = retriever.MAX_ITEMS_FOR_A_TABLE
+    retriever.MAX_ITEMS_FOR_A_TABLE = previous if table else 0
+    try:
+        found = SemanticRetriever(index, k, vectors).positions(users, items, position)
+    finally:
+        retriever.MAX_ITEMS_FOR_A_TABLE = previous
+
+    def cosine(a: int, b: int) -> float:
+        norm = np.linalg.norm(vectors[a]) * np.linalg.norm(vectors[b])
+        return round(float(vectors[a] @ vectors[b]) / norm, 5) if norm else 0.0
+
+    for row in range(len(users)):
+        earlier = brute_force(users, times, row, ties)
+        best = sorted(earlier, key=lambda other: (-cosine(items[other], items[row]), -other))[:k]
+        expected = position[sorted(best)].tolist()
+        assert found[row].tolist() == [*expected, *[-1] * (k - len(expected))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), k=st.integers(1, 7))
+def test_nothing_at_or_after_the_target_is_ever_returned(data, k):
+    for ties in ("order", "strict"):
+        index, users, items, times, position = data.draw(histories(ties))
+        semantic = SemanticRetriever(index, k, np.eye(N_ITEMS))
+        for found in (semantic, RecentRetriever(index, k)):
+            positions = found.positions(users, items, position)
+            shown, row = positions[positions >= 0], np.nonzero(positions >= 0)[0]
+            assert (shown < position[row]).all()
+            assert (shown >= index.user_start[users[row]]).all()
+            if ties == "strict":
+                assert (index.timestamps[shown] < times[row]).all()
+
+
+def test_changing_the_future_changes_no_history():
+    """Retrieval for a row must not depend on anything that happens at or after it."""
+    rng = np.random.default_rng(0)
+    users, items, times = np.ones(50, int), rng.integers(1, 9, 50), np.arange(50.0)
+    vectors, target = rng.normal(size=(9, 4)), 30
+    seen = []
+    for future in (items, np.concatenate([items[: target + 1], rng.integers(1, 9, 19)])):
+        index, position = HistoryIndex.from_time_order(users, future, future % 2, times, None, n_users=2)
+        found = SemanticRetriever(index, 5, vectors).positions(
+            users[:1], future[target : target + 1], position[target : target + 1]
+        )
+        seen.append(index.item_ids[found].tolist())
+    assert seen[0] == seen[1]
+
+
+def test_a_row_to_come_has_all_interactions_as_history():
+    index, _ = HistoryIndex.from_time_order(
+        np.array([1, 2, 1]), np.array([1, 2, 3]), np.zeros(3), np.arange(3.0), None, n_users=3, ties="strict"
+    )
+    ends = index.user_start[
+        [2, 3]
+    ]  # the end of user 1 is a position of user 2; that of user 2 is past the arrays
+    assert RecentRetriever(index, 2).positions(np.array([1, 2]), np.array([5, 5]), ends).tolist() == [
+        [0, 1],
+        [2, -1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [(np.zeros((2, 3)), "do not cover"), (np.zeros(9), "do not cover"), (np.full((9, 2), np.nan), "NaN")],
+)
+def test_impossible_vectors_are_refused(vectors, message):
+    index, _ = HistoryIndex.from_time_order(
+        np.array([1]), np.array([5]), np.zeros(1), np.zeros(1), None, n_users=2
+    )
+    with pytest.raises(ValueError, match=message):
+        SemanticRetriever(index, 2, vectors)
+
+
+def test_settings_are_checked():
+    empty = np.zeros(0, dtype=int)
+    with pytest.raises(ValueError, match="history_ties"):
+        HistoryIndex.from_time_order(empty, empty, empty, empty, None, n_users=1, ties="none")
+    index, _ = HistoryIndex.from_time_order(empty, empty, empty, empty, None, n_users=1)
+    with pytest.raises(ValueError, match="negative"):
+        RecentRetriever(index, -1)

@@ -1,0 +1,331 @@
+"""Whole runs on a small dataset with the tiny backbone: every model, lens and gate scope; resuming; loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import write_dataset
+
+from recbole_llm.checkpoint import CheckpointError
+from recbole_llm.quick_start import load_data_and_model, main, run_recbole_llm
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
+SEQUENCE_LENS = {"epochs": 2, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1}
+TEXT = {
+    "title": "movie_title",
+    "year": "release_year",
+    "genre": "class",
+    "user_fields": {"gender": "{}", "age": "aged {}"},
+}
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def settings(data_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return {
+        "data_path": str(data_path),
+        "cache_dir": str(tmp_path / "cache"),
+        "text": TEXT,
+        "backbone": "tiny",
+        "few_shot": 48,
+        "train_batch_size": 16,
+        "micro_batch_size": 8,
+        "lens_config": LENS,
+        "bootstrap_samples": 50,
+        "show_progress": False,
+        "learning_rate": 0.01,
+    }
+
+
+def rows_of(result: dict) -> dict[str, np.ndarray]:
+    with np.load(Path(result["path"]).parent / "test_rows.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+CASES = {
+    "RecLoRA, DIN, user_item": ("RecLoRA", {}),
+    "RecLoRA, DIN, user": ("RecLoRA", {"gate_scope": "user"}),
+    "RecLoRA, SASRec": ("RecLoRA", {"lens": "SASRec", "lens_config": SEQUENCE_LENS}),
+    "RecLoRA, GRU4Rec": (
+        "RecLoRA",
+        {"lens": "GRU4Rec", "lens_config": {"epochs": 2, "hidden_size": 8, "embedding_size": 8}},
+    ),
+    "RecLoRA + residual": ("RecLoRA", {"lens_residual": True}),
+    "RecLoRA, without_few_shot": ("RecLoRA", {"lens_rows": "without_few_shot"}),
+    "RecLoRA, expert": ("RecLoRA", {"mixer": "expert", "num_experts": 4}),
+    "RecLoRA, output, top 2": ("RecLoRA", {"mixer": "output", "num_experts": 4, "top_k": 2}),
+    "RecLoRA, dense": ("RecLoRA", {"mixer": "dense"}),
+    "RecLoRA, semantic text": ("RecLoRA", {"text_retrieval": "semantic"}),
+    "RecLoRA, semantic by the lens": ("RecLoRA", {"text_retrieval": "semantic", "semantic_vectors": "lens"}),
+    "RecLoRA, semantic ids": ("RecLoRA", {"id_retrieval": "semantic", "id_history_length": 6}),
+    "TALLRec": ("TALLRec", {"lens": None, "lens_config": None}),
+    "TALLRec beside DIN": ("TALLRec", {"lens": "DIN"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_run(case, settings):
+    model, options = CASES[case]
+    result = run_recbole_llm(model, "toy", config_dict={**settings, **options})
+    saved = json.loads(Path(result["path"]).read_text())
+    rows = rows_of(result)
+    assert saved["model"] == model and saved["rows"]["few_shot"] == 48
+    assert len(rows["label"]) == saved["rows"]["test"] == 80
+    for part in ("valid", "test"):
+        assert {"auc", "logloss", "acc", "gauc"} <= saved["metrics"][part].keys()
+    compared = {"zero_shot_score"} | ({"lens_score"} if saved["lens"] else set())
+    assert compared <= rows.keys()
+    assert not np.array_equal(rows["model_score"], rows["zero_shot_score"])  # training changed something
+    assert ((rows["model_score"] > 0) & (rows["model_score"] < 1)).all()
+
+
+def test_the_same_run_gives_the_same_scores(settings):
+    first, second = (run_recbole_llm("RecLoRA", "toy", config_dict=settings) for _ in range(2))
+    assert second["lens"]["from_cache"] and not first["lens"]["from_cache"]
+    a, b = rows_of(first), rows_of(second)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_residual_starts_at_the_lens(settings):
+    config = {**settings, "lens_residual": True, "learning_rate": 1e-12, "residual_learning_rate": 1e-12}
+    rows = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict=config))
+    np.testing.assert_allclose(rows["model_score"], rows["lens_score"], atol=1e-6)
+
+
+def test_scores_do_not_depend_on_the_batch(settings):
+    parts = run_and_load(settings)
+    everything = parts.test[torch.arange(len(parts.test))]
+    together = parts.model.predict(everything)
+    parts.model.micro_batch_size = 1
+    alone = parts.model.predict(everything)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    shuffled = torch.randperm(len(parts.test), generator=torch.Generator().manual_seed(1))
+    parts.model.micro_batch_size = 7
+    torch.testing.assert_close(
+        parts.model.predict(parts.test[shuffled]), together[shuffled], atol=1e-4, rtol=0
+    )
+
+
+def run_and_load(settings, **options):
+    result = run_recbole_llm("RecLoRA", "toy", config_dict={**settings, **options})
+    parts = load_data_and_model(Path(result["path"]).parent)
+    parts.saved_rows = rows_of(result)
+    return parts
+
+
+def test_a_loaded_run_gives_the_saved_scores(settings):
+    parts = run_and_load(settings)
+    scores = torch.cat([parts.model.predict(batch[0]) for batch in parts.test_data])
+    np.testing.assert_array_equal(scores.double().numpy(), parts.saved_rows["model_score"])
+
+
+def test_a_run_of_other_data_is_refused(settings, tmp_path):
+    result = run_recbole_llm("RecLoRA", "toy", config_dict=settings)
+    other = write_dataset(tmp_path / "other", length=24)
+    with pytest.raises(CheckpointError, match="another data"):
+        load_data_and_model(Path(result["path"]).parent, data_path=str(other))
+
+
+def test_gradients_are_those_of_the_whole_batch(settings):
+    parts = run_and_load(settings, gate_dropout=0.0, gate="linear")
+    batch = parts.train[torch.arange(16)]
+    gradients = []
+    for size in (16, 3):
+        parts.model.micro_batch_size = size
+        parts.model.zero_grad()
+        parts.model.train()
+        parts.model.calculate_loss(batch).backward()
+        gradients.append({n: p.grad.clone() for n, p in parts.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    trained = {id(p) for group in parts.model.parameter_groups().values() for p in group.values()}
+    assert {n for n, p in parts.model.named_parameters() if id(p) in trained} == gradients[0].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_lens_stays_in_evaluation_mode(settings):
+    parts = run_and_load(settings)
+    parts.model.train()
+    assert not any(module.training for module in parts.lens.modules())
+
+
+def start(settings, *extra: str) -> subprocess.Popen:
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(REPOSITORY / "run_recbole_llm.py"),
+            "--model=RecLoRA",
+            "--dataset=toy",
+            *arguments,
+            *extra,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Wait until a run in ``folder`` has finished the given optimizer step."""
+    from recbole_llm.checkpoint import load_checkpoint
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        for file in folder.glob("RecLoRA-toy-*/last.safetensors"):
+            meta = load_checkpoint(file)[1]
+            if meta["epoch"] * 12 + meta["step"] >= step:
+                return
+        time.sleep(0.02)
+    raise AssertionError("the run never got there")
+
+
+def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path):
+    config = {**settings, "train_batch_size": 4, "epochs": 3, "checkpoint_steps": 5, "zero_shot": False}
+    unbroken = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict=config))
+    config["output_dir"] = str(tmp_path / "killed")
+    process = start(config)
+    wait_for_checkpoint(process, tmp_path / "killed", step=17)
+    process.kill()
+    process.wait()
+    resumed = run_recbole_llm("RecLoRA", "toy", config_dict={**config, "resume": True})
+    assert np.array_equal(rows_of(resumed)["model_score"], unbroken["model_score"])
+
+
+def test_interrupt_saves_and_says_how_to_resume(settings, tmp_path):
+    config = {
+        **settings,
+        "train_batch_size": 4,
+        "epochs": 40,
+        "zero_shot": False,
+        "output_dir": str(tmp_path / "out"),
+    }
+    process = start(config)
+    wait_for_checkpoint(process, tmp_path / "out", step=12)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    folder = re.search(r"--resume=(\S+)", output).group(1)
+    assert (Path(folder) / "last.safetensors").is_file()
+    assert "Traceback" not in output
+
+
+def test_resuming_with_another_configuration_is_refused(settings, tmp_path):
+    run_recbole_llm("RecLoRA", "toy", config_dict=settings)
+    with pytest.raises(CheckpointError, match="temperature"):
+        run_recbole_llm("RecLoRA", "toy", config_dict={**settings, "temperature": 2.0, "resume": True})
+
+
+def test_dry_run_shows_the_run_and_trains_nothing(settings, capsys, tmp_path):
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    assert main(["--model=RecLoRA", "--dataset=toy", *arguments, "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    for expected in ("800", "640 / 80 / 80", "prompt tokens", "memory estimate", "label balance"):
+        assert expected in output
+    assert output.count("--- prompt of few_shot row") == 3
+    assert not list(tmp_path.glob("saved/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"few_shot": 10_000}, "few_shot"),
+        ({"target_modules": ["q_porj"]}, "q_porj"),
+        ({"backbone": "/nowhere/model"}, "/nowhere/model"),
+        ({"threshold": {"rating": 0}}, "class"),
+        ({"max_prompt_tokens": 16}, "max_prompt_tokens"),
+        ({"data_path": "/nowhere"}, "/nowhere"),
+        ({"temprature": 5.0}, "temperature"),
+        ({"device": "cuda:7"}, "cuda"),
+        ({"text": {**TEXT, "title": "no_such_column"}}, "no_such_column"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(settings, options, message, capsys):
+    arguments = [f"--{key}={value}" for key, value in {**settings, **options}.items()]
+    assert main(["--model=RecLoRA", "--dataset=toy", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(settings, monkeypatch):
+    from recbole_llm.model.answer_ctr import AnswerCTR
+
+    healthy = AnswerCTR.loss
+    calls = []
+
+    def loss(self, batch):
+        calls.append(1)
+        return healthy(self, batch) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(AnswerCTR, "loss", loss)
+    with pytest.raises(ValueError, match=r"nan in epoch 0, batch 1 .*last\.safetensors") as error:
+        run_recbole_llm("RecLoRA", "toy", config_dict=settings)
+    assert Path(re.search(r"\S+last\.safetensors", str(error.value)).group()).is_file()
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_any_work(settings, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(OSError, match="output folder"):
+        run_recbole_llm("RecLoRA", "toy", config_dict={**settings, "output_dir": str(blocked)})
+
+
+@pytest.mark.parametrize("model", ["DIN", "SASRec", "DeepFM", "LightGCN"])
+def test_models_of_recbole_run_on_ml_100k(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"epochs": 1, "train_batch_size": 4096, "show_progress": False, "bootstrap_samples": 0}
+    small |= {"MAX_ITEM_LIST_LENGTH": 5} if model in ("DIN", "SASRec") else {}
+    small |= {"mlp_hidden_size": [8]} if model == "DIN" else {}
+    small |= {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 1} if model == "SASRec" else {}
+    result = run_recbole_llm(model, "ml-100k", config_dict=small)
+    assert Path(result["path"]).is_file()
+    assert all(0 <= value <= 2 for value in result["metrics"]["test"].values())
+
+
+@pytest.mark.parametrize("model", ["DIN", "SASRec", "DeepFM"])
+def test_models_of_recbole_on_labelled_rows_have_all_four_metrics(model, settings):
+    keep = ("data_path", "show_progress", "bootstrap_samples")
+    config = {key: settings[key] for key in keep} | {"task": "ctr", "epochs": 2}
+    result = run_recbole_llm(model, "toy", config_dict=config)
+    assert {"auc", "logloss", "acc", "gauc"} == set(result["metrics"]["test"])
+    assert result["intervals"]["models"]["model"]["auc"]["low"] is not None
+
+
+@pytest.mark.smollm2
+def test_smollm2_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_recbole_llm(
+        "RecLoRA",
+        "ml-100k",
+        config_dict={
+            "few_shot": 16,
+            "eval_rows": 24,
+            "text_history_length": 4,
+            "train_batch_size": 8,
+            "lens_config": {**LENS, "epochs": 1},
+            "bootstrap_samples": 20,
+            "show_progress": False,
+        },
+    )
+    rows = rows_of(result)
+    assert result["backbone"]["name"] == "smollm2-135m-instruct"
+    assert len(rows["model_score"]) == 24
+    assert np.abs(rows["model_score"] - rows["zero_shot_score"]).max() > 1e-4
