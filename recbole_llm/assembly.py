@@ -97,10 +97,14 @@ def cache_folder(config: Config) -> Path:
     return Path(config["cache_dir"]) if config["cache_dir"] else default_cache_dir()
 
 
+def lasting_configuration(config: Config) -> dict:
+    """Every key that can change a result, with its value."""
+    return {key: value for key, value in config.as_dict().items() if key not in VOLATILE_KEYS}
+
+
 def configuration_hash(config: Config) -> str:
-    """Hash of every key that can change a result."""
-    kept = {key: value for key, value in config.as_dict().items() if key not in VOLATILE_KEYS}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    """Hash of :func:`lasting_configuration`."""
+    return hashlib.sha256(json.dumps(lasting_configuration(config), sort_keys=True).encode()).hexdigest()
 
 
 def item_vectors(config: Config, prompts: PromptBuilder, backbone: Backbone) -> np.ndarray:
@@ -121,12 +125,13 @@ def item_vectors(config: Config, prompts: PromptBuilder, backbone: Backbone) -> 
     return vectors
 
 
-def assemble(config: Config, *, fit: bool = True) -> Assembly:
+def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None) -> Assembly:
     """Build everything but the trainer.
 
     Args:
         config: the run's configuration.
         fit: ``False`` for dry runs: the lens is built with random weights instead of being trained.
+        lens_root: where a trained lens is looked for, by default the cache (a saved run has its own copy).
     """
     seconds: dict[str, float] = {}
     cache = cache_folder(config)
@@ -150,7 +155,6 @@ def assemble(config: Config, *, fit: bool = True) -> Assembly:
         "valid_used": len(valid),
         "test_used": len(test),
     }
-    logger.info("rows: %s; prepared in %.1f s", sizes, seconds["data"])
 
     with stage(seconds, "backbone"):
         prompt_config = load_prompt_config(config["prompt"])
@@ -187,7 +191,14 @@ def assemble(config: Config, *, fit: bool = True) -> Assembly:
             excluded = None
             if config["lens_rows"] == "without_few_shot":
                 excluded = train.inter_feat["row_id"].numpy()
-            lens = fit_lens(config, full_train, full_valid, cache_dir=cache, exclude_rows=excluded, fit=fit)
+            lens = fit_lens(
+                config,
+                full_train,
+                full_valid,
+                cache_dir=lens_root or cache,
+                exclude_rows=excluded,
+                fit=fit,
+            )
             lens.to(config["device"])
     if config["text_retrieval"] == "semantic":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()

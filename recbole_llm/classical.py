@@ -37,9 +37,8 @@ def run(config: Config, run_folder: Path) -> dict:
     model = config.model_class(config, train_data._dataset).to(config["device"])
     logger.info(model)
     if config["dry_run"]:
-        return {
-            "dry_run": f"dry run: {config['model']} on {config['dataset']}\ndevice: {config['device']}\nrows: {sizes}\n{model}"
-        }
+        lines = [f"dry run: {config['model']} on {config['dataset']}", f"device: {config['device']}"]
+        return {"dry_run": "\n".join([*lines, f"rows: {sizes}", str(model)])}
     config["checkpoint_dir"] = str(run_folder)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"

@@ -27,9 +27,9 @@ def main() -> int:
             ("RecLoRA + lens_residual", {"lens_residual": True}),
         )
     ]
-    print(result_table(results))  # noqa: T201
+    print(result_table(results))
     for result in results:
-        print(f"result: {result['path']}")  # noqa: T201
+        print(f"result: {result['path']}")
     return 0
 
 

@@ -13,36 +13,12 @@ EXAMPLES = 3
 
 def describe(parts: Assembly) -> str:
     """A page of text: device, rows, labels, prompts, memory, and three full prompts."""
-    config, sizes = parts.config, parts.sizes
-    rng = np.random.default_rng(config["seed"])
+    config = parts.config
     lines = [
         f"dry run: {config['model']} on {config['dataset']} (nothing is trained; the lens has random weights)",
-        f"device: {config['device']}; dtype: {parts.backbone.dtype}; "
-        f"backbone: {parts.backbone.name}, {parts.backbone.source}, sha256 {parts.backbone.sha256[:16]}",
-        f"lens: {parts.lens.name + ', state width ' + str(parts.lens.width) if parts.lens else 'none'}",
-        f"rows after the rule of {config['min_history']} earlier interactions: {sizes['all']:,}; split "
-        f"{sizes['train']:,} / {sizes['valid']:,} / {sizes['test']:,} (train / valid / test, "
-        f"order {config['eval_args']['order']}, group_by {config['eval_args']['group_by']})",
-        f"rows used: {sizes['few_shot']:,} to tune the LLM (few_shot), {sizes['valid_used']:,} valid, "
-        f"{sizes['test_used']:,} test" + (" (bounded by eval_rows)" if config["eval_rows"] else ""),
-        f"data prepared in {parts.seconds['data']:.1f} s",
+        *decisions(parts),
     ]
-    for name, rows in (("few_shot", parts.train), ("valid", parts.valid), ("test", parts.test)):
-        labels = rows.inter_feat[config["LABEL_FIELD"]].float()
-        lines.append(f"label balance, {name}: {labels.mean():.4f} positive of {len(labels):,}")
-    for name, rows in (("few_shot", parts.train), ("test", parts.test)):
-        picked = np.sort(rng.permutation(len(rows))[:SAMPLE_ROWS])
-        encoded = parts.prompts.encode(rows[torch.from_numpy(picked)])
-        lengths = np.array([len(ids) for ids in encoded.input_ids])
-        quantiles = ", ".join(f"{q}%: {np.percentile(lengths, q):.0f}" for q in (5, 25, 50, 75, 95, 100))
-        lines.append(
-            f"prompt tokens, {name} ({len(picked):,} of {len(rows):,} rows): mean {lengths.mean():.1f}; {quantiles}; "
-            f"shortened to {config['max_prompt_tokens']} tokens: {encoded.n_shortened}"
-        )
-        if name == "few_shot":
-            longest = int(lengths.max())
-    lines += memory_estimate(parts, longest)
-    lines.append(parts.model.summary())
+    rng = np.random.default_rng(config["seed"])
     examples = np.sort(rng.permutation(len(parts.train))[:EXAMPLES])
     interaction = parts.train[torch.from_numpy(examples)]
     for i, row in enumerate(examples):
@@ -52,6 +28,40 @@ def describe(parts: Assembly) -> str:
             parts.prompts.text(interaction, i),
         ]
     return "\n".join(lines)
+
+
+def decisions(parts: Assembly) -> list[str]:
+    """What was decided for a run, a line each: device, backbone, rows, label balance, prompt lengths, memory."""
+    config, sizes = parts.config, parts.sizes
+    rng = np.random.default_rng(config["seed"])
+    preparation = parts.dataset.preparation
+    lines = [
+        f"device: {config['device']}; dtype: {parts.backbone.dtype}; "
+        f"backbone: {parts.backbone.name}, {parts.backbone.source}, sha256 {parts.backbone.sha256[:16]}",
+        f"lens: {parts.lens.name + ', state width ' + str(parts.lens.width) if parts.lens else 'none'}",
+        f"rows after the rule of {config['min_history']} earlier interactions: {sizes['all']:,}; split "
+        f"{sizes['train']:,} / {sizes['valid']:,} / {sizes['test']:,} (train / valid / test, "
+        f"order {config['eval_args']['order']}, group_by {config['eval_args']['group_by']})",
+        f"rows used: {sizes['few_shot']:,} to tune the LLM (few_shot), {sizes['valid_used']:,} valid, "
+        f"{sizes['test_used']:,} test" + (" (bounded by eval_rows)" if config["eval_rows"] else ""),
+        f"data prepared in {preparation['seconds']:.1f} s with {preparation['peak_bytes'] / 2**30:.2f} GiB more "
+        "than before at the peak",
+    ]
+    for name, rows in (("few_shot", parts.train), ("valid", parts.valid), ("test", parts.test)):
+        labels = rows.inter_feat[config["LABEL_FIELD"]].float()
+        lines.append(f"label balance, {name}: {labels.mean():.4f} positive of {len(labels):,}")
+    longest = 0
+    for name, rows in (("few_shot", parts.train), ("test", parts.test)):
+        picked = np.sort(rng.permutation(len(rows))[:SAMPLE_ROWS])
+        encoded = parts.prompts.encode(rows[torch.from_numpy(picked)])
+        lengths = np.array([len(ids) for ids in encoded.input_ids])
+        longest = max(longest, int(lengths.max()))
+        quantiles = ", ".join(f"{q}%: {np.percentile(lengths, q):.0f}" for q in (5, 25, 50, 75, 95, 100))
+        lines.append(
+            f"prompt tokens, {name} ({len(picked):,} of {len(rows):,} rows): mean {lengths.mean():.1f}; {quantiles}; "
+            f"shortened to {config['max_prompt_tokens']} tokens: {encoded.n_shortened}"
+        )
+    return [*lines, *memory_estimate(parts, longest), parts.model.summary()]
 
 
 def memory_estimate(parts: Assembly, longest: int) -> list[str]:

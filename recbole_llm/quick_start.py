@@ -24,18 +24,20 @@ from recbole.utils import init_logger, init_seed, set_color
 from tqdm import tqdm
 
 from recbole_llm import classical
-from recbole_llm.assembly import Assembly, assemble, cache_folder, stage
+from recbole_llm.assembly import Assembly, assemble, cache_folder, lasting_configuration, stage
 from recbole_llm.checkpoint import CheckpointError, load_checkpoint
 from recbole_llm.classical import named_rows
 from recbole_llm.config import Config
-from recbole_llm.dry_run import describe
+from recbole_llm.dry_run import decisions, describe
 from recbole_llm.evaluation import build_result, result_table, write_result
+from recbole_llm.lens import lens_folder
 from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.trainer import LLMTrainer
 
 logger = logging.getLogger(__name__)
 
 FREE_BYTES_NEEDED = 1 << 30
+CONFIG_FILE = "config.json"
 
 
 def run_recbole_llm(
@@ -79,10 +81,13 @@ def run_recbole_llm(
 def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     parts = assemble(config)
     trainer = LLMTrainer(config, parts.model, run_folder=run_folder, identities=parts.identities)
-    (run_folder / "config.json").write_text(json.dumps(config.as_dict(), indent=2, default=str))
+    (run_folder / CONFIG_FILE).write_text(json.dumps(config.as_dict(), indent=2))
+    if parts.lens is not None:
+        parts.lens.save(lens_folder(run_folder, parts.lens.name, parts.lens.identity))
     if config["resume"]:
         trainer.resume_checkpoint(run_folder)
-    logger.info(parts.model.summary())
+    for line in decisions(parts):
+        logger.info("%s", line)
 
     zero_shot = None
     if config["zero_shot"]:
@@ -211,7 +216,9 @@ def open_run_folder(config: Config) -> Path:
     if config["dry_run"]:
         return root
     if config["resume"]:
-        return find_run(root, name, config["resume"])
+        folder = find_run(root, name, config["resume"])
+        check_same_configuration(folder, config)
+        return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root) as probe:
@@ -248,6 +255,19 @@ def find_run(root: Path, name: str, resume: str | bool) -> Path:
     return found[-1].parent
 
 
+def check_same_configuration(folder: Path, config: Config) -> None:
+    """Refuse to resume under another configuration, before anything is computed.
+
+    Raises:
+        CheckpointError: naming every key that differs and can change a result.
+    """
+    saved, current = json.loads((folder / CONFIG_FILE).read_text()), lasting_configuration(config)
+    different = [key for key, value in current.items() if saved.get(key) != value]
+    if different:
+        values = "\n  ".join(f"{key}: {saved.get(key)!r} there, {current[key]!r} here" for key in different)
+        raise CheckpointError(f"the run {folder} cannot be resumed with another configuration:\n  {values}")
+
+
 def load_data_and_model(run_folder: str | Path, device: str | None = None, **changes) -> Assembly:
     """Rebuild a finished run: its data, its prompts and its best model, ready to predict.
 
@@ -264,10 +284,10 @@ def load_data_and_model(run_folder: str | Path, device: str | None = None, **cha
     """
     run_folder = Path(run_folder)
     tensors, meta = load_checkpoint(run_folder / "best.safetensors")
-    saved = json.loads((run_folder / "config.json").read_text())
+    saved = json.loads((run_folder / CONFIG_FILE).read_text())
     config = Config.from_dict({**saved, "device": device or "auto", "resume": None, **changes})
     init_seed(config["seed"], config["reproducibility"])
-    parts = assemble(config)
+    parts = assemble(config, lens_root=run_folder)
     wanted = {"model", "backbone", "lens", "data"}
     different = [key for key in sorted(wanted) if meta["identities"][key] != parts.identities[key]]
     if different:
@@ -295,12 +315,13 @@ def main(argv: list[str] | None = None) -> int:
             known.model, known.dataset, known.config_files.split() or None, cmd_line=rest
         )
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # what was kept has been logged where it was kept
         return 130
     except (ValueError, OSError) as error:
         logger.debug("traceback of the error below", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print(result["dry_run"] if "dry_run" in result else report(result))  # noqa: T201
+    print(result["dry_run"] if "dry_run" in result else report(result))
     return 0
 
 

@@ -21,11 +21,11 @@ def write_dataset(
     taste = rng.random((n_users, len(GENRES)))
     inter = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
     for user in range(n_users):
-        start = 880_000_000 + int(rng.integers(0, 5_000_000))
+        start = 880_000_000 + int(rng.integers(0, 500_000))
         for step, item in enumerate(rng.permutation(n_items)[:length]):
             rating = int(np.clip(np.round(1 + 4 * taste[user, genre[item]] + rng.normal(0, 0.5)), 1, 5))
             inter.append(
-                f"{user + 1}\t{item + 1}\t{rating}\t{start + step // 2}"
+                f"{user + 1}\t{item + 1}\t{rating}\t{start + step // 2 * 100_000}"
             )  # pairs of equal timestamps
     items = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
     for item in range(n_items):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -179,7 +178,6 @@ def start(settings, *extra: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -250,7 +248,7 @@ def test_dry_run_shows_the_run_and_trains_nothing(settings, capsys, tmp_path):
         ({"few_shot": 10_000}, "few_shot"),
         ({"target_modules": ["q_porj"]}, "q_porj"),
         ({"backbone": "/nowhere/model"}, "/nowhere/model"),
-        ({"threshold": {"rating": 0}}, "class"),
+        ({"threshold": {"rating": 0}}, "threshold: rating >= 0"),
         ({"max_prompt_tokens": 16}, "max_prompt_tokens"),
         ({"data_path": "/nowhere"}, "/nowhere"),
         ({"temprature": 5.0}, "temperature"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,10 +245,17 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> Personalize
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
     )
+    router = None
     if config.mixer == "identity":
-        return PersonalizedAdapter(get_peft_model(model, LoraConfig(**settings)), config, None)
-    peft_config = PersonalizedLoraConfig(**settings, personalization=config)
-    return PersonalizedAdapter(get_peft_model(model, peft_config), config, peft_config.router)
+        peft_config = LoraConfig(**settings)
+    else:
+        peft_config = PersonalizedLoraConfig(**settings, personalization=config)
+        router = peft_config.router
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers for a name that transformers 5.23 wants to rename; nobody here can change that.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        peft_model = get_peft_model(model, peft_config)
+    return PersonalizedAdapter(peft_model, config, router)
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

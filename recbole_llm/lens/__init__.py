@@ -8,8 +8,17 @@ from recbole_llm import compat
 
 with compat.anomaly_detection_kept():  # importing RecBole's sequential models switches it on
     from recbole_llm.lens.din import LensDIN
-    from recbole_llm.lens.fit import fit_lens
+    from recbole_llm.lens.fit import fit_lens, lens_folder
     from recbole_llm.lens.lens import Lens, LensError
     from recbole_llm.lens.sequence import LabelledSequence, LensSASRec, labelled
 
-__all__ = ["LabelledSequence", "Lens", "LensDIN", "LensError", "LensSASRec", "fit_lens", "labelled"]
+__all__ = [
+    "LabelledSequence",
+    "Lens",
+    "LensDIN",
+    "LensError",
+    "LensSASRec",
+    "fit_lens",
+    "labelled",
+    "lens_folder",
+]

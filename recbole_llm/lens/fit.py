@@ -75,7 +75,7 @@ def fit_lens(
             return Lens(model, name=name, gate_scope=scope, identity="untrained", info={"trained": False})
 
         identity = lens_identity(settings, train, valid)
-        folder = Path(cache_dir) / "lens" / f"{name}-{identity[:24]}"
+        folder = lens_folder(cache_dir, name, identity)
         if folder.exists():
             try:
                 lens = Lens.load(folder, config, train, gate_scope=scope)
@@ -91,6 +91,11 @@ def fit_lens(
     lens.save(folder)
     lens.info["from_cache"] = False
     return lens
+
+
+def lens_folder(root: Path, name: str, identity: str) -> Path:
+    """Where a lens is kept below ``root``, which is a cache or the folder of one run."""
+    return Path(root) / "lens" / f"{name}-{identity[:24]}"
 
 
 def without_rows(dataset, rows: np.ndarray | None):
