@@ -98,7 +98,7 @@ def test_published_defaults():
         "weight_decay": 0,
         "train_batch_size": 32,
         "micro_batch_size": 16,
-        "eval_batch_size": 256,
+        "eval_batch_size": 64,
         "few_shot": 1024,
         "eval_rows": None,
         "task": "ctr",
@@ -118,10 +118,10 @@ def test_published_defaults():
     assert config["train_neg_sample_args"]["distribution"] == "none"
 
 
-def test_tallrec_is_plain_lora_without_lens():
+def test_tallrec_is_plain_lora_beside_a_lens():
     config = ours(model=TALLRec)
-    assert (config["mixer"], config["gate"], config["lens"]) == ("identity", None, None)
-    assert ours(model=TALLRec, lens="SASRec")["lens"] == "SASRec"
+    assert (config["mixer"], config["gate"], config["lens"]) == ("identity", None, "DIN")
+    assert ours(model=TALLRec, lens=None)["lens"] is None
 
 
 @pytest.mark.parametrize("model", [RecLoRA, TALLRec])
