@@ -302,6 +302,32 @@ def exact_time_order() -> bool:
     return _wrap_method(SequentialDataset, "_change_feat_format", make_sequential) or changed
 
 
+class _NoTensorBoard:
+    """Takes scalars and keeps none."""
+
+    def add_scalar(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def add_hparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@contextmanager
+def no_tensorboard() -> Iterator[None]:
+    """Trainers made inside the block write no TensorBoard log.
+
+    RecBole's Trainer opens one in the working folder without an option (trainer/trainer.py:124). A lens's training is a
+    part of a run, and its scalars would mix with the run's own. Not among `REPAIRS`: it is used where it is wanted.
+    """
+    module = importlib.import_module("recbole.trainer.trainer")
+    original = module.get_tensorboard
+    module.get_tensorboard = lambda logger: _NoTensorBoard()
+    try:
+        yield
+    finally:
+        module.get_tensorboard = original
+
+
 def quiet_warnings() -> bool:
     """Hide FutureWarning and DeprecationWarning raised by lines of RecBole, which its users cannot change.
 

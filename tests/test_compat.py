@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import pickle
 import subprocess
 import sys
@@ -363,3 +364,15 @@ def test_recbole_not_installed(monkeypatch):
 def test_recbole_still_has_what_is_repaired(owner, names):
     for name in names:
         assert name in owner.__dict__
+
+
+def test_no_tensorboard_writes_nothing_and_gives_the_writer_back(tmp_cwd):
+    from recbole.trainer import trainer as module
+
+    original = module.get_tensorboard
+    with compat.no_tensorboard():
+        writer = module.get_tensorboard(logging.getLogger())
+        writer.add_scalar("loss", 1.0, 0)
+        writer.add_hparams({}, {})
+    assert module.get_tensorboard is original
+    assert not list(tmp_cwd.iterdir())

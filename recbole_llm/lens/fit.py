@@ -7,8 +7,6 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +14,9 @@ import recbole
 import torch
 from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
 from recbole.trainer import Trainer
-from recbole.trainer import trainer as trainer_module
 from torch import Tensor, nn
 
+from recbole_llm import compat
 from recbole_llm.lens.lens import Lens, LensError
 from recbole_llm.lens.settings import build_model, lens_settings, random_state_kept
 
@@ -188,27 +186,6 @@ def _check_state(model: nn.Module, rows) -> None:
     model.represent(batch, model.gate_scopes[0])
 
 
-class _NoTensorBoard:
-    """Takes the scalars of a lens's training and keeps none: they would mix with those of the run."""
-
-    def add_scalar(self, *args, **kwargs) -> None:
-        pass
-
-    def add_hparams(self, *args, **kwargs) -> None:
-        pass
-
-
-@contextmanager
-def _without_tensorboard() -> Iterator[None]:
-    """RecBole's Trainer opens a TensorBoard log in the working folder, without an option."""
-    original = trainer_module.get_tensorboard
-    trainer_module.get_tensorboard = lambda logger: _NoTensorBoard()
-    try:
-        yield
-    finally:
-        trainer_module.get_tensorboard = original
-
-
 def _train(settings, model: nn.Module, train, valid) -> dict:
     """Train ``model`` in place, leave the best epoch's weights in it, and say how it went."""
     name = settings["lens"]
@@ -217,7 +194,7 @@ def _train(settings, model: nn.Module, train, valid) -> dict:
     curve: list[float] = []
     started = time.monotonic()
     # The folder stays empty: the best weights are kept in memory, not pickled with the configuration.
-    with tempfile.TemporaryDirectory() as scratch, _without_tensorboard():
+    with tempfile.TemporaryDirectory() as scratch, compat.no_tensorboard():
         settings["checkpoint_dir"] = scratch
         trainer = Trainer(settings, model)
 
