@@ -45,7 +45,7 @@ VOLATILE_KEYS = frozenset(
         "data_path",
         "show_progress",
         "state",
-        "checkpoint_steps",
+        "checkpoint_seconds",
         "device",
         "gpu_id",
         "use_gpu",

@@ -232,7 +232,7 @@ KEYS: dict[str, Key] = {
     "warmup_ratio": Key("share of the steps that warm up", PROBABILITY),
     "micro_batch_size": Key("rows per forward pass", Whole(1)),
     "bucket_by_length": Key("rows of similar length share a micro-batch", Flag()),
-    "checkpoint_steps": Key("optimizer steps between checkpoints", Whole(0)),
+    "checkpoint_seconds": Key("time between checkpoints", Number(0)),
 }  # fmt: skip
 
 RECBOLE_KEYS: dict[str, Key] = {

@@ -94,7 +94,8 @@ class LLMTrainer(Trainer):
         self.last_file = run_folder / "last.safetensors"
         self.saved_model_file = str(self.best_file)
         self.eval_collector = RowCollector(config)
-        self.checkpoint_steps = config["checkpoint_steps"]
+        self.checkpoint_seconds = config["checkpoint_seconds"]
+        self._saved_at = time.monotonic()
         self.autocast_dtype = getattr(torch, config["autocast_dtype"]) if config["autocast_dtype"] else None
         half = torch.float16 in (self.autocast_dtype, model.backbone_dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half and self.device.type == "cuda")
@@ -176,7 +177,7 @@ class LLMTrainer(Trainer):
             self.tensorboard.add_scalar("LearningRate", factor * self.learning_rate, global_step)
             progress.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             progress.update()
-            if self.checkpoint_steps and self._step % self.checkpoint_steps == 0:
+            if time.monotonic() - self._saved_at >= self.checkpoint_seconds:
                 self._save_last()
         progress.close()
         self._save_last()
@@ -255,6 +256,7 @@ class LLMTrainer(Trainer):
         tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors(self.optimizer, self._names).items()}
         meta = self._meta(self._epoch) | {"scaler": self.scaler.state_dict()}
         save_checkpoint(self.last_file, tensors, meta)
+        self._saved_at = time.monotonic()
 
     def resume_checkpoint(self, resume_file: str | Path) -> None:
         """Continue from ``last.safetensors`` (a file, or the run folder that holds it).
