@@ -101,10 +101,15 @@ def test_the_same_run_gives_the_same_scores(settings):
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_residual_starts_at_the_lens(settings):
+def logit(p: np.ndarray) -> np.ndarray:
+    return np.log(p) - np.log1p(-p)
+
+
+def test_residual_starts_at_the_lens_and_a_little_of_the_language_model(settings):
     config = {**settings, "lens_residual": True, "learning_rate": 1e-12, "residual_learning_rate": 1e-12}
     rows = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict=config))
-    np.testing.assert_allclose(rows["model_score"], rows["lens_score"], atol=1e-6)
+    expected = logit(rows["lens_score"]) + 0.1 * logit(rows["zero_shot_score"])
+    np.testing.assert_allclose(logit(rows["model_score"]), expected, atol=1e-5)
 
 
 def test_scores_do_not_depend_on_the_batch(settings):

@@ -8,10 +8,11 @@ Every CTR model of this package is this class with another mixer, gate or prompt
 The adapted projections follow one formula, ``y = W0 x + s B M(z) A x`` (:mod:`recbole_llm.adapter`), where ``z`` is
 the lens's state of the row. With ``lens_residual`` the prediction starts at the lens's and is corrected by the LLM:
 
-    logit(u, i) = a * lens_logit(u, i) + b * margin(u, i) + c,      (a, b, c) learned from (1, 0, 0)
+    logit(u, i) = a * lens_logit(u, i) + b * margin(u, i) + c,      (a, b, c) learned from (1, 0.1, 0)
 
-``b`` starts at zero because the margin of an untuned LLM is noise with a large constant offset: adding it with weight
-one, training would start below the lens, not at it.
+``b`` starts small because the margin of an untuned LLM is noise with a constant offset: added with weight one, training
+would start below the lens. It does not start at zero, because then its sign, and with it the direction in which the LLM
+is tuned, is that of the last batch's noise: on ml-100k ``b`` ended at -0.001 and the LLM had learned nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from recbole_llm.lens import Lens
 
 logger = logging.getLogger(__name__)
+
+ANSWER_SCALE = 0.1
+"""Where ``b`` of ``lens_residual`` starts."""
 
 
 @dataclass
@@ -116,7 +120,7 @@ class AnswerCTR(SequentialRecommender):
         self.llm = self.adapter.peft_model  # registered, so that .to() and .parameters() reach it
         if self.residual:
             self.lens_scale = nn.Parameter(torch.tensor(1.0))
-            self.answer_scale = nn.Parameter(torch.tensor(0.0))
+            self.answer_scale = nn.Parameter(torch.tensor(ANSWER_SCALE))
             self.bias = nn.Parameter(torch.tensor(0.0))
         if config["torch_compile"]:
             for layer in self.adapter.model.get_decoder().layers:
