@@ -49,6 +49,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+import recbole_llm
 from recbole_llm.evaluation.bootstrap import Bootstrap, bootstrap
 
 try:
@@ -62,7 +63,7 @@ SCHEMA = 1
 RESULT_FILE = "result.json"
 ROWS_FILE = "test_rows.npz"
 _SCORE = "_score"
-_PACKAGES = ("torch", "transformers", "peft", "recbole", "numpy", "pandas", "recbole_llm")
+_PACKAGES = ("torch", "transformers", "peft", "recbole", "numpy", "pandas")
 _TITLES = {"auc": "AUC", "logloss": "LogLoss", "acc": "ACC", "gauc": "GAUC"}
 
 
@@ -298,7 +299,7 @@ def environment() -> dict[str, dict[str, Any]]:
     Returns:
         {versions: {python, torch, ..., recbole_llm},
         machine: {system, processor, cores, memory_bytes, gpus: [names]}};
-        a package without metadata (recbole_llm run from its folder) has the version None.
+        a package without metadata has the version None.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -306,6 +307,7 @@ def environment() -> dict[str, dict[str, Any]]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    versions["recbole_llm"] = recbole_llm.__version__  # of this code, installed or run from its folder
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if torch.cuda.is_available()
