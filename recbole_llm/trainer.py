@@ -57,8 +57,9 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedul
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
     """Hold a Ctrl-C back until the block is done, so that it cannot leave half-updated parameters behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are handled in the main thread only
+    in_main = threading.current_thread() is threading.main_thread()  # only there are signals handled
+    if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
         return
     received = []
     previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))

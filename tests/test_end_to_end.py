@@ -183,6 +183,8 @@ def start(settings, *extra: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -190,7 +192,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
     """Wait until a run in ``folder`` has finished the given optimizer step."""
     from recbole_llm.checkpoint import load_checkpoint
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
         for file in folder.glob("RecLoRA-toy-*/last.safetensors"):
@@ -224,7 +226,7 @@ def test_interrupt_saves_and_says_how_to_resume(settings, tmp_path):
     process = start(config)
     wait_for_checkpoint(process, tmp_path / "out", step=12)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 130, output
     folder = re.search(r"--resume=(\S+)", output).group(1)
     assert (Path(folder) / "last.safetensors").is_file()
