@@ -389,3 +389,17 @@ def test_no_file_names_a_folder_of_one_machine_or_the_host_of_a_package_index() 
                 if pattern.search(line)
             ]
     assert not bad, "\n".join(bad)
+
+
+def test_git_ignores_no_file_of_the_package():
+    """A rule for RecBole's output folder ``dataset/`` once hid ``properties/dataset`` from every clone."""
+    if shutil.which("git") is None or not (REPO / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "properties", "recbole_llm", "tests"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert [name for name in listed if name.endswith((".py", ".yaml"))] == []
