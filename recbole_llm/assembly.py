@@ -39,6 +39,7 @@ VOLATILE_KEYS = frozenset(
     {
         "dry_run",
         "resume",
+        "run_name",
         "output_dir",
         "checkpoint_dir",
         "cache_dir",
