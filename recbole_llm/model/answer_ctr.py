@@ -11,8 +11,8 @@ the lens's state of the row. With ``lens_residual`` the prediction starts at the
     logit(u, i) = a * lens_logit(u, i) + b * margin(u, i) + c,      (a, b, c) learned from (1, 0.1, 0)
 
 ``b`` starts small because the margin of an untuned LLM is noise with a constant offset: added with weight one, training
-would start below the lens. It does not start at zero, because then its sign, and with it the direction in which the LLM
-is tuned, is that of the last batch's noise: on ml-100k ``b`` ended at -0.001 and the LLM had learned nothing.
+would start below the lens. It does not start at zero, because there the gradient of the LLM vanishes, and its direction
+is that of the sign which ``b`` takes first.
 """
 
 from __future__ import annotations
