@@ -16,21 +16,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
+from recbole.data.dataloader import (
+    AbstractDataLoader,
+    FullSortEvalDataLoader,
+    NegSampleEvalDataLoader,
+    TrainDataLoader,
+)
+from recbole.sampler import RepeatableSampler
 
 from recbole_llm.backbone import Backbone, default_cache_dir, load_backbone, mean_pooled_vectors
 from recbole_llm.config import Config
 from recbole_llm.data import (
-    CTRDataset,
+    CandidateDataLoader,
+    CandidateSet,
+    HistoryDataset,
     PromptBuilder,
     RecentRetriever,
     SemanticRetriever,
+    TitlePromptBuilder,
+    draw_candidates,
     draw_rows,
     load_prompt_config,
+    load_title_prompt_config,
 )
 from recbole_llm.lens import Lens, fit_lens
-from recbole_llm.model.answer_ctr import AnswerCTR
-from recbole_llm.registry import get_model
+from recbole_llm.model.base import LLMRecommender
+from recbole_llm.registry import create_dataset, get_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +62,7 @@ VOLATILE_KEYS = frozenset(
         "gpu_id",
         "use_gpu",
         "bootstrap_samples",
+        "compare_with",
         "log_wandb",
         "wandb_project",
     }
@@ -64,22 +76,26 @@ class Assembly:
     Attributes:
         train, valid, test: the rows that the language model is trained and evaluated on (after ``few_shot`` and
             ``eval_rows``); ``sizes`` has the sizes before and after.
+        candidates: what the targets are ranked among, by split; ``None`` without stored candidates.
+        item_counts: how often each item is the target of a training row, ``[n_items]``.
         identities: hashes of data, backbone, lens and configuration, by name.
         seconds: wall time of each stage so far, by name.
     """
 
     config: Config
-    dataset: CTRDataset
-    train: CTRDataset
-    valid: CTRDataset
-    test: CTRDataset
+    dataset: HistoryDataset
+    train: HistoryDataset
+    valid: HistoryDataset
+    test: HistoryDataset
     backbone: Backbone
     lens: Lens | None
-    prompts: PromptBuilder
-    model: AnswerCTR
+    prompts: PromptBuilder | TitlePromptBuilder
+    model: LLMRecommender
+    candidates: dict[str, CandidateSet] | None
+    item_counts: np.ndarray
     train_data: TrainDataLoader
-    valid_data: NegSampleEvalDataLoader
-    test_data: NegSampleEvalDataLoader
+    valid_data: AbstractDataLoader
+    test_data: AbstractDataLoader
     sizes: dict[str, int]
     identities: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -126,27 +142,32 @@ def item_vectors(config: Config, prompts: PromptBuilder, backbone: Backbone) -> 
     return vectors
 
 
-def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None) -> Assembly:
-    """Build everything but the trainer.
+@dataclass
+class Rows:
+    """The rows of a run.
 
-    Args:
-        config: the run's configuration.
-        fit: ``False`` for dry runs: the lens is built with random weights instead of being trained.
-        lens_root: where a trained lens is looked for, by default the cache (a saved run has its own copy).
+    Attributes:
+        train, valid, test: what the language model sees; ``full_train`` and ``full_valid`` are the lens's.
     """
-    seconds: dict[str, float] = {}
-    cache = cache_folder(config)
-    with stage(seconds, "data"):
-        dataset = CTRDataset(config)
-        full_train, full_valid, full_test = dataset.build()
-        few = draw_rows(len(full_train), config["few_shot"], config["seed"], "few_shot")
-        train = full_train.subset(few)
-        valid, test = (
-            rows.subset(draw_rows(len(rows), config["eval_rows"], config["eval_seed"], purpose))
-            if config["eval_rows"] and config["eval_rows"] < len(rows)
-            else rows
-            for rows, purpose in ((full_valid, "valid"), (full_test, "test"))
-        )
+
+    dataset: HistoryDataset
+    full_train: HistoryDataset
+    full_valid: HistoryDataset
+    train: HistoryDataset
+    valid: HistoryDataset
+    test: HistoryDataset
+    sizes: dict[str, int]
+
+
+def prepare_rows(config: Config) -> Rows:
+    """Read the dataset, split it, and draw ``few_shot`` and ``eval_rows``."""
+    dataset = create_dataset(config)
+    full_train, full_valid, full_test = dataset.build()
+    few_shot = config["few_shot"]
+    if config.origins.get("few_shot") is None and isinstance(few_shot, int):
+        few_shot = min(few_shot, len(full_train))  # a default must not be too large for a small dataset
+    train = full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
+    valid, test = (bounded(config, rows, name) for rows, name in ((full_valid, "valid"), (full_test, "test")))
     sizes = {
         "all": len(full_train) + len(full_valid) + len(full_test),
         "train": len(full_train),
@@ -156,23 +177,103 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
         "valid_used": len(valid),
         "test_used": len(test),
     }
+    return Rows(dataset, full_train, full_valid, train, valid, test, sizes)
 
+
+def bounded(config: Config, rows: HistoryDataset, purpose: str) -> HistoryDataset:
+    """``rows``, or the seeded draw of ``eval_rows`` of them; ``purpose`` is ``valid`` or ``test``."""
+    if config["eval_rows"] and config["eval_rows"] < len(rows):
+        return rows.subset(draw_rows(len(rows), config["eval_rows"], config["eval_seed"], purpose))
+    return rows
+
+
+def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None) -> Assembly:
+    """Build everything but the trainer.
+
+    Args:
+        config: the run's configuration.
+        fit: ``False`` for dry runs: the lens is built with random weights instead of being trained.
+        lens_root: where a trained lens is looked for, by default the cache (a saved run has its own copy).
+    """
+    seconds: dict[str, float] = {}
+    with stage(seconds, "data"):
+        rows = prepare_rows(config)
     with stage(seconds, "backbone"):
-        prompt_config = load_prompt_config(config["prompt"])
         backbone = load_backbone(
             config["backbone"],
             device=config["device"],
             dtype=config["dtype"],
             quantization=config["quantization"],
             gradient_checkpointing=config["gradient_checkpointing"],
-            cache_dir=cache,
-            texts=dataset.item_texts(),
+            cache_dir=cache_folder(config),
+            texts=rows.dataset.item_texts(),
             seed=config["seed"],
         )
+
+    def train_lens() -> Lens | None:
+        if not config["lens"]:
+            return None
+        with stage(seconds, "lens"):
+            lens = fit_lens(
+                config,
+                rows.full_train,
+                rows.full_valid,
+                cache_dir=lens_root or cache_folder(config),
+                exclude_rows=rows.train.inter_feat["row_id"].numpy()
+                if config["lens_rows"] == "without_few_shot"
+                else None,
+                fit=fit,
+            )
+            return lens.to(config["device"])
+
+    candidates = None
+    if config["task"] == "ctr":
+        prompts, lens = _ctr_prompts(config, rows, backbone, train_lens, seconds)
+    else:
+        lens = train_lens()
+        with stage(seconds, "candidates"):
+            candidates = draw_candidate_sets(config, rows, lens)
+        prompts = _title_prompts(config, rows, backbone, candidates)
+
+    torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
+    model = get_model(config["model"])(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
+    model.to(config["device"])
+    return Assembly(
+        config=config,
+        dataset=rows.dataset,
+        train=rows.train,
+        valid=rows.valid,
+        test=rows.test,
+        backbone=backbone,
+        lens=lens,
+        prompts=prompts,
+        model=model,
+        candidates=candidates,
+        item_counts=item_counts(rows.full_train),
+        train_data=TrainDataLoader(config, rows.train, None, shuffle=True),
+        valid_data=eval_loader(config, rows.dataset, rows.valid, candidates and candidates["valid"], "valid"),
+        test_data=eval_loader(config, rows.dataset, rows.test, candidates and candidates["test"], "test"),
+        sizes=rows.sizes,
+        identities={
+            "model": config["model"],
+            "data": rows.dataset.content_hash(),
+            "backbone": backbone.sha256,
+            "lens": lens.identity if lens else "none",
+            "configuration": configuration_hash(config),
+        }
+        | {f"{split} candidates": found.sha256 for split, found in (candidates or {}).items()},
+        seconds=seconds,
+    )
+
+
+def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, seconds) -> tuple:
+    """Prompts and lens of the labelled task; either may need vectors of the other for semantic retrieval."""
+    dataset = rows.dataset
+    with stage(seconds, "backbone"):
         prompts = PromptBuilder(
             dataset,
             backbone.tokenizer,
-            prompt_config,
+            load_prompt_config(config["prompt"]),
             max_prompt_tokens=config["max_prompt_tokens"],
             retriever=RecentRetriever(dataset.history, config["text_history_length"]),
         )
@@ -185,49 +286,70 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
             vectors = item_vectors(config, prompts, backbone)
     if config["id_retrieval"] == "semantic":
         dataset.set_id_retriever(SemanticRetriever(dataset.history, config["id_history_length"], vectors))
-
-    lens = None
-    if config["lens"]:
-        with stage(seconds, "lens"):
-            excluded = None
-            if config["lens_rows"] == "without_few_shot":
-                excluded = train.inter_feat["row_id"].numpy()
-            lens = fit_lens(
-                config,
-                full_train,
-                full_valid,
-                cache_dir=lens_root or cache,
-                exclude_rows=excluded,
-                fit=fit,
-            )
-            lens.to(config["device"])
+    lens = train_lens()
     if config["text_retrieval"] == "semantic":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
         prompts.retriever = SemanticRetriever(dataset.history, config["text_history_length"], source)
+    return prompts, lens
 
-    torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
-    model = get_model(config["model"])(config, train, backbone=backbone, prompts=prompts, lens=lens)
-    model.to(config["device"])
-    return Assembly(
-        config=config,
-        dataset=dataset,
-        train=train,
-        valid=valid,
-        test=test,
-        backbone=backbone,
-        lens=lens,
-        prompts=prompts,
-        model=model,
-        train_data=TrainDataLoader(config, train, None, shuffle=True),
-        valid_data=NegSampleEvalDataLoader(config, valid, None, shuffle=False),
-        test_data=NegSampleEvalDataLoader(config, test, None, shuffle=False),
-        sizes=sizes,
-        identities={
-            "model": config["model"],
-            "data": dataset.content_hash(),
-            "backbone": backbone.sha256,
-            "lens": lens.identity if lens else "none",
-            "configuration": configuration_hash(config),
-        },
-        seconds=seconds,
+
+def _title_prompts(config: Config, rows: Rows, backbone: Backbone, candidates) -> TitlePromptBuilder:
+    """Prompts of the next-item task; they may list each row's candidates where these are stored."""
+    listed = None
+    if candidates is not None:  # the splits have no row in common
+        parts = list(candidates.values())
+        listed = CandidateSet(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("row_ids", "items", "targets")
+            )
+        ).of
+    return TitlePromptBuilder(
+        rows.dataset,
+        backbone.tokenizer,
+        load_title_prompt_config(config["prompt"]),
+        max_prompt_tokens=config["max_prompt_tokens"],
+        retriever=RecentRetriever(rows.dataset.history, config["text_history_length"]),
+        candidates=listed,
     )
+
+
+def item_counts(train: HistoryDataset) -> np.ndarray:
+    """How often each item is the target of a training row, ``[n_items]``."""
+    return np.bincount(train.inter_feat[train.iid_field].numpy(), minlength=train.item_num)
+
+
+def draw_candidate_sets(config: Config, rows: Rows, lens: Lens | None) -> dict[str, CandidateSet] | None:
+    """The stored candidates of the rows of each split, or ``None`` where ``eval_mode`` has none."""
+    if config["eval_mode"] != "candidates":
+        return None
+    counts = item_counts(rows.full_train)
+    return {
+        name: draw_candidates(
+            split,
+            num_negatives=config["num_negatives"],
+            kind=config["negatives"],
+            seed=config["candidate_seed"],
+            purpose=name,
+            item_counts=counts,
+            item_scores=lens.score_items if lens is not None else None,
+            scores_identity=lens.identity if lens is not None else None,
+            cache_dir=cache_folder(config),
+        )
+        for name, split in (("train", rows.train), ("valid", rows.valid), ("test", rows.test))
+    }
+
+
+def eval_loader(
+    config: Config, dataset: HistoryDataset, rows: HistoryDataset, candidates: CandidateSet | None, split: str
+):
+    """The loader that RecBole's Trainer evaluates ``split`` (``valid`` or ``test``) with."""
+    if config["task"] == "ctr":
+        return NegSampleEvalDataLoader(config, rows, None, shuffle=False)
+    if candidates is not None:
+        return CandidateDataLoader(config, rows, candidates)
+    if config["eval_mode"] == "full":
+        return FullSortEvalDataLoader(config, rows, None, shuffle=False)
+    distribution = {"uni": "uniform", "pop": "popularity"}[config["eval_mode"][:3]]
+    sampler = RepeatableSampler(["valid", "test"], dataset, distribution).set_phase(split)
+    return NegSampleEvalDataLoader(config, rows, sampler, shuffle=False)

@@ -1,7 +1,9 @@
-"""RecBole's own models through our entry point: RecBole's dataset, loaders, model, trainer and evaluator.
+"""RecBole's own models through our entry point: RecBole's model and trainer, and where it matters our rows.
 
-Only the end differs: labelled evaluations keep their rows, and the result is written as for our models. With
-``task: ctr`` a sequential model runs on the very rows of our models (:class:`recbole_llm.data.CTRDataset`).
+Only the ends differ. With ``task: ctr`` a sequential model runs on the very rows of our models
+(:class:`recbole_llm.data.CTRDataset`), with ``task: next_item`` every model runs on those of the next-item task
+(:class:`recbole_llm.data.NextItemDataset`) and ranks the same stored candidates. Evaluations keep their rows, and the
+result is written as for our models.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recbole.data import data_preparation
+from recbole.data import create_samplers, data_preparation
+from recbole.data.utils import get_dataloader
 from recbole.utils import EvaluatorType, init_seed
 
-from recbole_llm.assembly import stage
+from recbole_llm.assembly import bounded, cache_folder, eval_loader, item_counts, stage
 from recbole_llm.config import Config, keys_read_by
+from recbole_llm.data import draw_candidates
 from recbole_llm.evaluation import RowCollector, build_result, write_result
 from recbole_llm.registry import create_dataset, get_trainer
 
@@ -28,7 +32,10 @@ def run(config: Config, run_folder: Path) -> dict:
     with stage(seconds, "data"):
         dataset = create_dataset(config)
         logger.info(dataset)
-        train_data, valid_data, test_data = data_preparation(config, dataset)
+        if config["task"] == "next_item":
+            train_data, valid_data, test_data = next_item_loaders(config, dataset)
+        else:
+            train_data, valid_data, test_data = data_preparation(config, dataset)
     sizes = {
         name: len(data._dataset)
         for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))
@@ -42,22 +49,23 @@ def run(config: Config, run_folder: Path) -> dict:
     config["checkpoint_dir"] = str(run_folder)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
-    if labelled:
+    keeps_rows = labelled or config["task"] == "next_item"
+    if keeps_rows:
         trainer.eval_collector = RowCollector(config)
-        if "LABEL_FIELD" not in keys_read_by(config.model_class):
-            logger.warning(
-                "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
-                "ACC are defined; compare it by AUC and GAUC",
-                config["model"],
-            )
-            unbounded = model.predict
-            model.predict = lambda interaction: torch.sigmoid(unbounded(interaction).double())
+    if labelled and "LABEL_FIELD" not in keys_read_by(config.model_class):
+        logger.warning(
+            "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
+            "ACC are defined; compare it by AUC and GAUC",
+            config["model"],
+        )
+        unbounded = model.predict
+        model.predict = lambda interaction: torch.sigmoid(unbounded(interaction).double())
     show = config["show_progress"]
     with stage(seconds, "fit"):
         _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)
     with stage(seconds, "test"):
         test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
-    rows = named_rows(dataset, trainer.eval_collector.rows()) if labelled else None
+    rows = named_rows(dataset, trainer.eval_collector.rows()) if keeps_rows else None
     result = build_result(
         model=config["model"],
         name=config["run_name"],
@@ -70,10 +78,46 @@ def run(config: Config, run_folder: Path) -> dict:
         valid=valid,
         test=test,
         rows=rows,
+        eval_rows=config["eval_rows"],
         seconds=seconds,
         bootstrap_samples=config["bootstrap_samples"],
+        n_items=dataset.item_num - 1,
     )
     return {**result, "path": str(write_result(run_folder, result, rows))}
+
+
+def next_item_loaders(config: Config, dataset) -> tuple:
+    """Train, validation and test loaders on the rows, and with the candidates, of our next-item models.
+
+    Validation is on all validation rows, as it is cheap here; testing is on the rows that ``eval_rows`` leaves.
+
+    Raises:
+        ValueError: for candidates that only a lens can choose.
+    """
+    if config["negatives"] == "hard" and config["eval_mode"] == "candidates":
+        raise ValueError(
+            f"negatives: hard are chosen by a lens, and {config['model']} is run without one; set negatives: uniform "
+            "or popularity"
+        )
+    splits = dataset.build()
+    train, valid, test = splits[0], splits[1], bounded(config, splits[2], "test")
+    train_sampler, *_ = create_samplers(config, dataset, splits)
+    train_data = get_dataloader(config, "train")(config, train, train_sampler, shuffle=True)
+    loaders = []
+    for name, rows in (("valid", valid), ("test", test)):
+        candidates = None
+        if config["eval_mode"] == "candidates":
+            candidates = draw_candidates(
+                rows,
+                num_negatives=config["num_negatives"],
+                kind=config["negatives"],
+                seed=config["candidate_seed"],
+                purpose=name,
+                item_counts=item_counts(train),
+                cache_dir=cache_folder(config),
+            )
+        loaders.append(eval_loader(config, dataset, rows, candidates, name))
+    return train_data, *loaders
 
 
 def named_rows(dataset, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -83,5 +127,6 @@ def named_rows(dataset, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "user": dataset.id2token(dataset.uid_field, rows["user"]),
         "item": dataset.id2token(dataset.iid_field, rows["item"]),
     }
-    named["model_score"] = named.pop("score")
+    column = "score" if "score" in named else "rank"
+    named[f"model_{column}"] = named.pop(column)
     return named

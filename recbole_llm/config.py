@@ -2,11 +2,12 @@
 
 Precedence, lowest first, as RecBole has it::
 
-    RecBole's overall < sample < dataset yaml  <  our overall < our model < our dataset yaml (our models only)
-        < config files < config_dict < command line
+    RecBole's overall < sample < dataset yaml  <  our overall < our task < our model < our dataset yaml (our models
+        only) < config files < config_dict < command line
 
 For RecBole's own models our defaults are not loaded, but for the keys of ours that concern every model; the
-dataset yaml of ours is used where RecBole has none. ``task: ctr`` puts such a model on our labelled protocol.
+dataset yaml of ours is used where RecBole has none. ``task: ctr`` puts such a model on our labelled protocol,
+``task: next_item`` on our rows and candidates.
 """
 
 from __future__ import annotations
@@ -51,6 +52,26 @@ PROTOCOL = (
 )
 """Keys of our overall.yaml that make the labelled protocol; a RecBole model gets them with ``task: ctr``."""
 
+RANKING_PROTOCOL = (
+    "eval_args",
+    "repeatable",
+    "threshold",
+    "normalize_all",
+    "load_col",
+    "metrics",
+    "topk",
+    "valid_metric",
+)
+"""Likewise for ``task: next_item``. Negatives for the training stay what the model's own loss needs."""
+
+TASKS = ("ctr", "next_item")
+
+SIZES = {
+    "cpu": {"few_shot": 256, "eval_rows": 200},
+    "cuda": {"few_shot": 8192, "eval_rows": None},
+}
+"""What ``auto`` stands for by the kind of device; chosen by time alone."""
+
 LENSES_THAT_SEE_THE_TARGET = ("DIN",)
 
 # Read by RecBole's code, but in none of its yaml files and argument lists.
@@ -59,7 +80,7 @@ _UNLISTED_KEYS = (
     "token_num_threshold", "verbose", "world_size",
 )  # fmt: skip
 _NAMES = ("model", "dataset", "config_files")
-_DATASET_KEYS = ("text", "ctr")
+_DATASET_KEYS = ("text", *TASKS)
 
 
 # Worked out by RecBole or by this machine, so no part of what `from_dict` takes over.
@@ -304,29 +325,42 @@ class Config(RecBoleConfig):
         dataset_file = PROPERTIES / "dataset" / f"{dataset}.yaml"
         of_dataset = load_yaml(dataset_file) if dataset_file.is_file() else {}
         internal = self.internal_config_dict
+        task = self._task_of(model_class)
+        task_file = PROPERTIES / "task" / f"{task}.yaml"
+        of_task = load_yaml(task_file) if task_file.is_file() else {}
         if self.is_own:
             internal.update(overall)
+            internal.update(of_task)
             model_file = PROPERTIES / "model" / f"{model}.yaml"
             internal.update(load_yaml(model_file) if model_file.is_file() else {})
             internal.update(of_dataset)
             return
-        internal.update({key: overall[key] for key, known in KEYS.items() if not known.llm})
+        defaults = {**overall, **of_task}
+        internal.update({key: defaults[key] for key, known in KEYS.items() if not known.llm})
         internal["task"] = None
-        on_our_protocol = self.external_config_dict.get("task") == "ctr"
-        if on_our_protocol:
-            internal.update({key: overall[key] for key in PROTOCOL})
-        if on_our_protocol or not (RECBOLE_PROPERTIES / "dataset" / f"{dataset}.yaml").is_file():
+        if task:
+            protocol = PROTOCOL if task == "ctr" else RANKING_PROTOCOL
+            internal.update({key: defaults[key] for key in protocol})
+        if task or not (RECBOLE_PROPERTIES / "dataset" / f"{dataset}.yaml").is_file():
             internal.update(of_dataset)
         else:
             internal.update({key: of_dataset[key] for key in _DATASET_KEYS if key in of_dataset})
 
+    def _task_of(self, model_class: type) -> str | None:
+        """``task`` as the user gives it, else the task of our model; None for RecBole's own protocols."""
+        own = getattr(model_class, "task", None) if self.is_own else None
+        return self.external_config_dict.get("task", own)
+
     def _get_final_config_dict(self) -> dict[str, Any]:
         """Merge, then check keys, values and combinations (those with the device: `_init_device`)."""
         internal, external = dict(self.internal_config_dict), dict(self.external_config_dict)
-        of_dataset, of_user = internal.pop("ctr", None) or {}, external.pop("ctr", None) or {}
-        self._check_keys({**of_user, **external})
-        if external.get("task", internal.get("task")) == "ctr":
-            internal = {**internal, **of_dataset, **of_user}
+        of_dataset = {task: internal.pop(task, None) or {} for task in TASKS}
+        of_user = {task: external.pop(task, None) or {} for task in TASKS}
+        for section in (*of_user.values(), external):
+            self._check_keys(section)
+        task = external.get("task", internal.get("task"))
+        if task in TASKS:
+            internal = {**internal, **of_dataset[task], **of_user[task]}
         final = self.final_config_dict = {**internal, **external}
         check_values(final, self.origins)
         self._set_history_length(final)
@@ -339,6 +373,8 @@ class Config(RecBoleConfig):
     def _set_default_parameters(self) -> None:
         final = self.final_config_dict
         user_path = self.external_config_dict.get("data_path")
+        if final["task"] == "next_item":
+            self._set_eval_mode(final)
         self._set_metrics(final)
         if (
             final["MODEL_TYPE"] == ModelType.SEQUENTIAL
@@ -365,6 +401,10 @@ class Config(RecBoleConfig):
             device = self._choose_device(final)
             final.update(device=device, single_spec=True, local_rank=0)
         on_cuda = final["device"].type == "cuda"
+        for key, value in SIZES["cuda" if on_cuda else "cpu"].items():
+            if final.get(key) == "auto":
+                final[key] = value
+                logger.info("%s: %s (auto, on %s)", key, value or "all", final["device"].type)
         # RecBole asks for the memory of a CUDA device wherever use_gpu is set.
         final["use_gpu"] = on_cuda
         final["gpu_id"] = str(final["gpu_id"] or "")
@@ -411,7 +451,7 @@ class Config(RecBoleConfig):
 
     def _set_history_length(self, final: dict[str, Any]) -> None:
         """RecBole's name for the length of an ID history follows ours on our rows."""
-        if final.get("task") != "ctr" or final["MODEL_TYPE"] != ModelType.SEQUENTIAL:
+        if final.get("task") not in TASKS or final["MODEL_TYPE"] != ModelType.SEQUENTIAL:
             return
         recbole_name, ours = "MAX_ITEM_LIST_LENGTH", "id_history_length"
         given = self.external_config_dict
@@ -425,8 +465,15 @@ class Config(RecBoleConfig):
     def _check_combinations(self, final: dict[str, Any]) -> None:
         """What cannot work together, each with the remedy; derived values are filled in."""
         user, said = self.external_config_dict, self._said
-        if final["task"] != "ctr":
-            raise ValueError(f"{said('task')}: {self.model} needs task: ctr")
+        task = getattr(self.model_class, "task", "ctr")
+        if final["task"] != task:
+            raise ValueError(f"{said('task')}: {self.model} needs task: {task}")
+        if task == "next_item":
+            self._check_next_item(final)
+        elif final["gate"] == "token":
+            raise ValueError(
+                f"{said('gate')} reads the prompt's tokens, which only the next_item task offers it"
+            )
 
         if final["mixer"] == "identity":
             if user.get("gate") is not None:
@@ -482,6 +529,43 @@ class Config(RecBoleConfig):
                 f"{said('lens_rows')} with {said('few_shot')}: no rows would be left for the lens"
             )
         final["micro_batch_size"] = min(final["micro_batch_size"], final["train_batch_size"])
+
+    def _check_next_item(self, final: dict[str, Any]) -> None:
+        """What the next-item task cannot have: anything that would need the target, or its label."""
+        said = self._said
+        for key, allowed in (
+            ("id_retrieval", "recent"),
+            ("text_retrieval", "recent"),
+            ("lens_residual", False),
+            ("lens_rows", "all"),
+            ("lens_ratings", False),
+        ):
+            if final[key] != allowed:
+                raise ValueError(f"{said(key)} is not possible in the next_item task: set {key}: {allowed}")
+        if final["lens"] in LENSES_THAT_SEE_THE_TARGET:
+            raise ValueError(
+                f"{said('lens')} needs the target item, which the next_item task is to find: set lens: SASRec"
+            )
+        if final["two_stage"] and final["eval_mode"] != "full":
+            raise ValueError(f"{said('two_stage')} with {said('eval_mode')}: set eval_mode: full")
+        if final["negatives"] == "hard" and final["lens"] is None:
+            raise ValueError(f"{said('negatives')} needs a lens, and {said('lens')}: set lens: SASRec")
+        if final["generate"] and final["eval_mode"] != "candidates":
+            raise ValueError(
+                f"{said('generate')} with {said('eval_mode')}: what the LLM writes is matched with stored "
+                "candidates; set eval_mode: candidates"
+            )
+
+    def _set_eval_mode(self, final: dict[str, Any]) -> None:
+        """RecBole's ``eval_args.mode`` from ``eval_mode``. Stored candidates are its uniN with our loader."""
+        if "mode" in (self.external_config_dict.get("eval_args") or {}):
+            raise ValueError(
+                f"{self._said('eval_args')}: in the next_item task the mode is set by eval_mode: candidates, full, "
+                "uniN or popN; leave mode out"
+            )
+        mode = final["eval_mode"]
+        mode = f"uni{final['num_negatives']}" if mode == "candidates" else mode
+        final["eval_args"] = {**final["eval_args"], "mode": {"valid": mode, "test": mode}}
 
     def _resolve_gate_scope(self, final: dict[str, Any]) -> None:
         """``auto``: what the lens offers; a state made of a semantic history has seen the target, too."""
@@ -643,6 +727,8 @@ class Config(RecBoleConfig):
                 others.
         """
         given = {key: value for key, value in values.items() if key not in _DERIVED_KEYS}
+        if given.get("task") == "next_item":  # the mode follows eval_mode
+            given["eval_args"] = {k: v for k, v in given["eval_args"].items() if k != "mode"}
         negatives = given.get("train_neg_sample_args")
         if isinstance(negatives, Mapping) and negatives.get("distribution") == "none":
             given["train_neg_sample_args"] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from recbole.data.interaction import Interaction
 
 from recbole_llm.assembly import Assembly
 
@@ -22,12 +23,41 @@ def describe(parts: Assembly) -> str:
     examples = np.sort(rng.permutation(len(parts.train))[:EXAMPLES])
     interaction = parts.train[torch.from_numpy(examples)]
     for i, row in enumerate(examples):
-        label = int(interaction[config["LABEL_FIELD"]][i])
         lines += [
-            f"--- prompt of few_shot row {row}, label {label} ({parts.prompts.answer_words[1 - label]!r}) ---",
+            f"--- prompt of few_shot row {row}, {_answer(parts, interaction, i)} ---",
             parts.prompts.text(interaction, i),
         ]
     return "\n".join(lines)
+
+
+def _answer(parts: Assembly, interaction: Interaction, i: int) -> str:
+    """What row ``i`` teaches, in words."""
+    if parts.config["task"] == "ctr":
+        label = int(interaction[parts.config["LABEL_FIELD"]][i])
+        return f"label {label} ({parts.prompts.answer_words[1 - label]!r})"
+    return f"answer {parts.prompts.answer_text(int(interaction[parts.dataset.iid_field][i]))!r}"
+
+
+def _task_decisions(parts: Assembly) -> list[str]:
+    """What only one of the tasks has to say: label balance, or candidates."""
+    config = parts.config
+    if config["task"] == "ctr":
+        lines = []
+        for name, rows in (("few_shot", parts.train), ("valid", parts.valid), ("test", parts.test)):
+            labels = rows.inter_feat[config["LABEL_FIELD"]].float()
+            lines.append(f"label balance, {name}: {labels.mean():.4f} positive of {len(labels):,}")
+        return lines
+    among = {
+        "candidates": f"{config['num_negatives'] + 1} stored candidates ({config['negatives']})",
+        "full": f"all {parts.dataset.item_num - 1:,} items"
+        + (f", of which the LLM ranks the lens's first {config['two_stage']}" if config["two_stage"] else ""),
+    }.get(config["eval_mode"], f"RecBole's {config['eval_mode']}, drawn anew at every evaluation")
+    digests = {name: found.sha256[:16] for name, found in (parts.candidates or {}).items()}
+    return [
+        f"targets are ranked among {among}" + (f", hashes {digests}" if digests else ""),
+        f"prompts list the candidates: {parts.prompts.lists_candidates}; item vectors behind titles: "
+        f"{parts.prompts.item_slots}; curriculum: {config['curriculum']}",
+    ]
 
 
 def decisions(parts: Assembly) -> list[str]:
@@ -47,13 +77,11 @@ def decisions(parts: Assembly) -> list[str]:
         f"data prepared in {preparation['seconds']:.1f} s with {preparation['peak_bytes'] / 2**30:.2f} GiB more "
         "than before at the peak",
     ]
-    for name, rows in (("few_shot", parts.train), ("valid", parts.valid), ("test", parts.test)):
-        labels = rows.inter_feat[config["LABEL_FIELD"]].float()
-        lines.append(f"label balance, {name}: {labels.mean():.4f} positive of {len(labels):,}")
+    lines += _task_decisions(parts)
     longest = 0
     for name, rows in (("few_shot", parts.train), ("test", parts.test)):
         picked = np.sort(rng.permutation(len(rows))[:SAMPLE_ROWS])
-        encoded = parts.prompts.encode(rows[torch.from_numpy(picked)])
+        encoded = parts.model.encode(rows[torch.from_numpy(picked)])
         lengths = np.array([len(ids) for ids in encoded.input_ids])
         longest = max(longest, int(lengths.max()))
         quantiles = ", ".join(f"{q}%: {np.percentile(lengths, q):.0f}" for q in (5, 25, 50, 75, 95, 100))

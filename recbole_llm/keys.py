@@ -173,7 +173,7 @@ PROBABILITY = Number(0, 1, open="high")
 
 KEYS: dict[str, Key] = {
     # the run
-    "task": Key("what is predicted", Choice("ctr"), optional=True, llm=False),
+    "task": Key("what is predicted", Choice("ctr", "next_item"), optional=True, llm=False),
     "device": Key(
         "where to compute", Text("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d+)?"), llm=False
     ),
@@ -183,8 +183,9 @@ KEYS: dict[str, Key] = {
     "output_dir": Key("folder of the run's results", Text(), optional=True, llm=False),
     "dry_run": Key("build everything, train nothing", Flag(), llm=False),
     "resume": Key("run folder or checkpoint to continue", Flag(), Text(), optional=True, llm=False),
-    "few_shot": Key("training rows for the LLM", Whole(1), Share(), optional=True),
-    "eval_rows": Key("bound on validation and on test rows", Whole(1), optional=True, llm=False),
+    "few_shot": Key("training rows for the LLM", Whole(1), Share(), Choice("auto"), optional=True),
+    "eval_rows": Key("bound on validation and on test rows", Whole(1), Choice("auto"), optional=True, llm=False),
+    "compare_with": Key("further models on the same rows", ListOf(Text()), Text(), optional=True, llm=False),
     "eval_seed": Key("seed of the draw of eval_rows", Whole(0), llm=False),
     "bootstrap_samples": Key("resamples of users for the intervals", Whole(0), llm=False),
     "zero_shot": Key("also score the untrained LLM", Flag()),
@@ -197,6 +198,21 @@ KEYS: dict[str, Key] = {
     "text_history_length": Key("items that the prompt shows", Whole(0)),
     "text_retrieval": Key("how they are chosen", Choice("recent", "semantic")),
     "semantic_vectors": Key("item vectors of semantic retrieval", Choice("backbone", "lens")),
+    # next item: rows, candidates, scoring
+    "min_rating": Key("interactions rated lower are removed", Number(), optional=True, llm=False),
+    "user_split": Key("shares of users for train, valid, test", ListOf(Number(0)), optional=True, llm=False),
+    "eval_mode": Key("what the target is ranked among",
+                     Text("candidates, full, uniN or popN", r"candidates|full|(uni|pop)\d+"), llm=False),
+    "num_negatives": Key("candidates beside the target", Whole(1), llm=False),
+    "negatives": Key("how they are drawn", Choice("uniform", "popularity", "hard"), llm=False),
+    "candidate_seed": Key("seed of their draw", Whole(0), llm=False),
+    "curriculum": Key("from text-only to hybrid prompts",
+                      Choice("linear", "text_only", "hybrid_only", "as_released")),
+    "two_stage": Key("items of the lens that the LLM ranks again", Whole(1), optional=True),
+    "scoring_batch_size": Key("rows per scoring pass", Whole(1)),
+    "trie_nodes": Key("title tokens per row and scoring pass", Whole(16)),
+    "generate": Key("also let the LLM write its answer", Flag()),
+    "max_new_tokens": Key("longest answer written", Whole(1)),
     # language model and prompt
     "backbone": Key("the language model", Text()),
     "quantization": Key("keep the backbone's weights in few bits", Choice("8bit", "4bit"), optional=True),
@@ -213,7 +229,8 @@ KEYS: dict[str, Key] = {
     # adapter
     "mixer": Key("how the experts are combined", Choice("identity", "expert", "factor", "output", "dense")),
     "gate": Key("network from lens state to mixture",
-                Choice("mlp60", "linear", "uniform", "random", "shuffled"), optional=True),
+                Choice("mlp60", "linear", "mlp", "cnn", "cnn_groupnorm", "token", "uniform", "random", "shuffled"),
+                optional=True),
     "num_experts": Key("number of meta-LoRAs", Whole(1)),
     "lora_r": Key("rank", Whole(1)),
     "lora_alpha": Key("scale of the update is lora_alpha over rank", POSITIVE),
@@ -226,6 +243,7 @@ KEYS: dict[str, Key] = {
     "lens_residual": Key("add the lens's logit to the answer margin", Flag()),
     # training
     "gate_learning_rate": Key("learning rate of the gates", POSITIVE, optional=True),
+    "projector_learning_rate": Key("learning rate of the item vectors' projector", POSITIVE, optional=True),
     "residual_learning_rate": Key("learning rate of the residual's scales", POSITIVE, optional=True),
     "autocast_dtype": Key("number format of the arithmetic", Choice("bfloat16", "float16"), optional=True),
     "lr_schedule": Key("learning rate after the warm-up", Choice("linear", "cosine", "constant")),

@@ -8,10 +8,8 @@ RecBole's own models take the same path with RecBole's own dataset, loaders and 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -19,25 +17,24 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from recbole.utils import init_logger, init_seed, set_color
-from tqdm import tqdm
+from recbole.utils import init_logger, init_seed
 
-from recbole_llm import classical
-from recbole_llm.assembly import Assembly, assemble, cache_folder, lasting_configuration, stage
+from recbole_llm import classical, compare
+from recbole_llm.assembly import Assembly, assemble, lasting_configuration, stage
 from recbole_llm.checkpoint import CheckpointError, load_checkpoint
 from recbole_llm.classical import named_rows
 from recbole_llm.config import Config
 from recbole_llm.dry_run import decisions, describe
 from recbole_llm.evaluation import build_result, result_table, write_result
 from recbole_llm.lens import lens_folder
-from recbole_llm.model.answer_ctr import AnswerCTR
+from recbole_llm.references import reference_columns, written_answers
 from recbole_llm.trainer import LLMTrainer
 
 logger = logging.getLogger(__name__)
 
 FREE_BYTES_NEEDED = 1 << 30
 CONFIG_FILE = "config.json"
+RESULT_FILE = "result.json"
 
 
 def run_recbole_llm(
@@ -67,15 +64,35 @@ def run_recbole_llm(
         config_dict=config_dict,
         cmd_line=cmd_line,
     )
+    folder = open_run_folder(config)
+    others = compare.check_models(config, folder)
+    if config["resume"] and (folder / RESULT_FILE).is_file() and others:
+        logger.info("%s is finished, going on with the models to compare with", folder)
+        result = {
+            **json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")),
+            "path": str(folder / RESULT_FILE),
+        }
+    else:
+        result = run_one(config, folder)
+    if not others or "dry_run" in result:
+        return result
+    results = [result, *compare.run_others(config, others, folder, run_one)]
+    comparison = compare.compare_rows(
+        folder, results, samples=config["bootstrap_samples"], seed=config["seed"]
+    )
+    return {**result, "compared": results, "comparison": comparison}
+
+
+def run_one(config: Config, folder: Path) -> dict:
+    """Train and evaluate the one model of a configuration in an existing folder."""
     init_seed(config["seed"], config["reproducibility"])
-    run_folder = open_run_folder(config)
     init_logger(config)
     logger.info("device: %s", config["device"])
-    if not issubclass(config.model_class, AnswerCTR):
-        return classical.run(config, run_folder)
+    if not config.is_own:
+        return classical.run(config, folder)
     if config["dry_run"]:
         return {"dry_run": describe(assemble(config, fit=False))}
-    return _train_and_evaluate(config, run_folder)
+    return _train_and_evaluate(config, folder)
 
 
 def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
@@ -89,22 +106,19 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     for line in decisions(parts):
         logger.info("%s", line)
 
-    zero_shot = None
-    if config["zero_shot"]:
-        with stage(parts.seconds, "zero_shot"):
-            zero_shot = untrained_scores(parts)
+    references = reference_columns(parts)
     with stage(parts.seconds, "fit"):
         _, valid_metrics = trainer.fit(
             parts.train_data, parts.valid_data, saved=True, show_progress=config["show_progress"]
         )
+    parts.model.reset_work()
     with stage(parts.seconds, "test"):
         test_metrics = trainer.evaluate(parts.test_data, show_progress=config["show_progress"])
-    rows = named_rows(parts.dataset, trainer.eval_collector.rows())
-    if parts.lens is not None:
-        with stage(parts.seconds, "lens_test"):
-            rows["lens_score"] = lens_scores(parts)
-    if zero_shot is not None:
-        rows["zero_shot_score"] = zero_shot
+    rows = {**named_rows(parts.dataset, trainer.eval_collector.rows()), **references}
+    extra = parts.model.extra_results()
+    if config["generate"]:
+        with stage(parts.seconds, "generate"):
+            rows["written"], extra["generated"] = written_answers(parts)
     lens, sizes, tuned = parts.lens, parts.sizes, trainer.tokens["train"]
     result = build_result(
         model=config["model"],
@@ -138,6 +152,7 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         seconds={**parts.seconds, "train": trainer.seconds["train"], "evaluate": trainer.seconds["evaluate"]},
         tokens_per_second=tuned / trainer.seconds["train"] if tuned else None,
         bootstrap_samples=config["bootstrap_samples"],
+        n_items=parts.dataset.item_num - 1,
         extra={
             "identities": parts.identities,
             "prompts_shortened": parts.model.rows_shortened,
@@ -145,7 +160,7 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
                 name: sum(p.numel() for p in group.values())
                 for name, group in parts.model.parameter_groups().items()
             },
-            "residual": parts.model.residual_terms(),
+            **extra,
         },
     )
     return finish(result, rows, run_folder)
@@ -154,51 +169,6 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
 def finish(result: dict, rows: dict[str, np.ndarray] | None, run_folder: Path) -> dict:
     """Write the result; the returned copy says where."""
     return {**result, "path": str(write_result(run_folder, result, rows))}
-
-
-# ---------------------------------------------------------------------- scores of the models compared with
-
-
-@torch.no_grad()
-def lens_scores(parts: Assembly) -> np.ndarray:
-    """Probability of "yes" by the lens alone for every test row, ``[n]``, in the loader's order."""
-    scores = []
-    for interaction, *_ in parts.test_data:
-        _, logit = parts.lens.represent(interaction.to(parts.config["device"]))
-        scores.append(torch.sigmoid(logit.double()).cpu())
-    return torch.cat(scores).numpy()
-
-
-@torch.no_grad()
-def untrained_scores(parts: Assembly) -> np.ndarray:
-    """Probability of "yes" by the language model before any tuning for every test row, ``[n]``.
-
-    Cached by the weights and the prompts, because every run on the same rows needs the same numbers.
-    """
-    digest = hashlib.sha256(
-        f"{parts.backbone.sha256} {parts.backbone.dtype} {parts.model.answer_ids}".encode()
-    )
-    batches = [batch[0] for batch in parts.test_data]
-    for interaction in batches:
-        for ids in parts.prompts.encode(interaction).input_ids:
-            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
-    path = cache_folder(parts.config) / "zero_shot" / f"{digest.hexdigest()[:32]}.npy"
-    if path.is_file():
-        logger.info("zero-shot scores from the cache: %s", path)
-        return np.load(path, allow_pickle=False)
-    parts.model.eval()
-    progress = tqdm(
-        batches,
-        ncols=100,
-        desc=set_color("Zero-shot  ", "pink"),
-        disable=not parts.config["show_progress"],
-    )
-    scores = torch.cat([parts.model.predict_untrained(interaction).cpu() for interaction in progress])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial.npy")
-    np.save(temporary, scores.double().numpy())
-    os.replace(temporary, path)
-    return scores.double().numpy()
 
 
 # ---------------------------------------------------------------------- folders and saved runs
@@ -327,4 +297,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(result: dict) -> str:
     """The end of a run's output: the table, and where the result is."""
-    return f"{result_table(result)}\nresult: {result['path']}"
+    results = result.get("compared", [result])
+    lines = [result_table(results)]
+    if "comparison" in result:
+        lines.append(compare.comparison_table(result["comparison"], result["name"]))
+    return "\n".join([*lines, *(f"result: {found['path']}" for found in results)])

@@ -13,7 +13,7 @@ from recbole.utils import ModelType
 
 from recbole_llm import compat
 
-OWN_MODELS = ("RecLoRA", "TALLRec")
+OWN_MODELS = ("RecLoRA", "TALLRec", "iLoRA", "LLaRA", "TALLRecNext")
 """Names of our models; the class of that name is in ``recbole_llm.model.<lower-case name>``."""
 
 _PACKAGES = (
@@ -50,7 +50,9 @@ def nearest(name: str, names, n: int = 3) -> list[str]:
 
 def is_own(model_class: type) -> bool:
     """Whether a model class is one of ours (or of the user's, built on ours)."""
-    return any(base.__name__ in OWN_MODELS or base.__name__ == "AnswerCTR" for base in model_class.__mro__)
+    return any(
+        base.__name__ in OWN_MODELS or base.__name__ == "LLMRecommender" for base in model_class.__mro__
+    )
 
 
 def get_model(name: str) -> type:
@@ -85,7 +87,9 @@ def get_trainer(model_type: ModelType, model_name: str) -> type:
 
 
 def create_dataset(config):
-    """The dataset of a run: `CTRDataset` for sequential models in the ``ctr`` task, else RecBole's choice."""
+    """The dataset of a run: ours for our tasks (``ctr``: sequential models only), else RecBole's choice."""
+    if config["task"] == "next_item":
+        return importlib.import_module("recbole_llm.data").NextItemDataset(config)
     if config["task"] == "ctr" and config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         return importlib.import_module("recbole_llm.data").CTRDataset(config)
     from recbole.data import create_dataset as recbole_dataset

@@ -72,7 +72,7 @@ def deferred_interrupt() -> Iterator[None]:
 
 
 class LLMTrainer(Trainer):
-    """Trains an :class:`~recbole_llm.model.answer_ctr.AnswerCTR` model.
+    """Trains an :class:`~recbole_llm.model.base.LLMRecommender`.
 
     Args:
         config: the run's configuration.
@@ -110,7 +110,7 @@ class LLMTrainer(Trainer):
     # ------------------------------------------------------------------ optimizer
 
     def _build_optimizer(self, **kwargs) -> torch.optim.Optimizer:
-        rates = {"gate": self.config["gate_learning_rate"], "residual": self.config["residual_learning_rate"]}
+        rates = {group: self.config[f"{group}_learning_rate"] for group in ("gate", "residual", "projector")}
         groups = []
         for name, parameters in self.model.parameter_groups().items():
             rate = rates.get(name) or self.learning_rate
@@ -162,7 +162,9 @@ class LLMTrainer(Trainer):
             self._save_last()  # so that even a run killed before its first checkpoint can be resumed
         for step in range(first, len(batches)):
             started, tokens_before = time.monotonic(), self.model.tokens_processed
-            factor = self._set_learning_rate(epoch_idx * len(batches) + step, total_steps)
+            global_step = epoch_idx * len(batches) + step
+            factor = self._set_learning_rate(global_step, total_steps)
+            self.model.begin_step(global_step, len(batches), self.epochs)
             self._rng = rng_state()
             loss = self._backward(train_data.collate_fn(batches[step].tolist()), step)
             with deferred_interrupt():
@@ -173,7 +175,6 @@ class LLMTrainer(Trainer):
             seconds, tokens = time.monotonic() - started, self.model.tokens_processed - tokens_before
             self.seconds["train"] += seconds
             self.tokens["train"] += tokens
-            global_step = epoch_idx * len(batches) + step
             self.tensorboard.add_scalar("Loss/Step", loss, global_step)
             self.tensorboard.add_scalar("LearningRate", factor * self.learning_rate, global_step)
             progress.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")

@@ -466,7 +466,7 @@ def test_keys_that_only_the_model_reads_are_known():
         ("temperature", 0, "a number > 0"),
         ("temperature", float("nan"), "a number > 0"),
         ("lora_dropout", 1.0, "a number in [0, 1)"),
-        ("gate", "mlp", "one of mlp60, linear"),
+        ("gate", "mlp61", "one of mlp60, linear"),
         ("mixer", "sum", "one of identity"),
         ("lens_residual", 1, "true or false"),
         ("target_modules", "q_proj", "a list, each entry a str"),

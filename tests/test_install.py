@@ -396,7 +396,16 @@ def test_git_ignores_no_file_of_the_package():
     if shutil.which("git") is None or not (REPO / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
-        ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "properties", "recbole_llm", "tests"],
+        [
+            "git",
+            "ls-files",
+            "--others",
+            "--ignored",
+            "--exclude-standard",
+            "properties",
+            "recbole_llm",
+            "tests",
+        ],
         cwd=REPO,
         capture_output=True,
         text=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 MIXERS = ("identity", "expert", "factor", "output", "dense")
-GATES = ("mlp60", "linear", "uniform", "random", "shuffled")
+GATES = ("mlp60", "linear", "mlp", "cnn", "cnn_groupnorm", "token", "uniform", "random", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,18 @@ class AdapterConfig:
         lora_alpha: alpha.
         lora_dropout: dropout on x before A.
         target_modules: names (or name endings) of the linear layers to adapt, as in PEFT.
-        gate: ``mlp60`` and ``linear`` are learned. The rest are controls: ``uniform`` (g = 1/K, no
-            parameters), ``random`` (a frozen, seeded random linear map of z: individual, but learned from
-            nothing), ``shuffled`` (``mlp60``, fed with the z of the batch's previous row: right capacity,
-            wrong person).
-        gate_dropout: dropout inside ``mlp60`` (softmax gates only).
+        gate: ``mlp60``, ``mlp``, ``linear``, ``cnn``, ``cnn_groupnorm`` and ``token`` are learned
+            (:func:`~recbole_llm.adapter.gate.build_gate` has the networks). ``cnn`` normalises over the batch
+            while it trains, and keeps running statistics as buffers; ``token`` is for a z that the caller
+            makes of the LLM's own token embeddings, H being their width. The rest are controls: ``uniform``
+            (g = 1/K, no parameters), ``random`` (a frozen, seeded random linear map of z: individual, but
+            learned from nothing), ``shuffled`` (``mlp60``, fed with the z of the batch's previous row: right
+            capacity, wrong person).
+        gate_dropout: dropout inside ``mlp60`` (softmax gates only) and ``mlp``.
         temperature: the softmax is taken of ``logits / temperature``; not used by ``identity`` and ``dense``.
         top_k: keep the k largest gates of each row, renormalised; ``None`` keeps all.
-        share_gate: one gate for all projections instead of one for each. What is shared is the gate's
-            parameters; every projection evaluates it, so in training each draws its own ``gate_dropout``
-            mask.
+        share_gate: one gate for all projections instead of one for each. It is evaluated once for each
+            ``set_instance``, so all projections get the same mixture, in training, too.
         seed: seed of the ``random`` gate. Everything else is drawn from torch's global generator.
 
     Raises:
@@ -76,6 +78,12 @@ class AdapterConfig:
         for name in ("lora_dropout", "gate_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        if self.gate == "cnn" and self.mixer != "identity" and self.instance_size < 5:
+            raise ValueError(
+                "gate 'cnn' halves the instance representation twice and normalises what is left, which "
+                f"needs an instance_size of at least 5, got {self.instance_size}; choose gate cnn_groupnorm "
+                "or linear"
+            )
         modules = self.target_modules
         if (
             not isinstance(modules, (list, tuple))

@@ -9,6 +9,7 @@ goes on to own freezing, dtypes, devices, adapter on/off; nothing of it is repla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,11 +38,18 @@ class Router:
         self.instance: Tensor | None = None
         self.version = torch.tensor(0, device="cpu")
         self._shared_gate: Gate | None = None
+        self._value: Tensor | None = None  # of the shared gate, for the instances that are set
+        self._computed_from: tuple | None = None
 
     def set(self, z: Tensor | None) -> None:
         """Set the instances ``z [B, H]`` of the next forward pass, or ``None``."""
         self.instance = z
         self.version = self.version + 1  # a new tensor: the old one may be saved for a backward pass
+        self._value = self._computed_from = None
+        gate = self._shared_gate
+        if z is not None and gate is not None and gate.training and torch.is_grad_enabled():
+            # Here and not in the first layer that asks: gradient checkpointing would run that layer again.
+            self._value = gate(_like_weights(z, gate))
 
     def gate_for(self, name: str) -> Gate:
         """The gate of the projection ``name``: its own, or the one that all share."""
@@ -50,6 +58,19 @@ class Router:
         if self._shared_gate is None:
             self._shared_gate = build_gate(self.config, "shared")
         return self._shared_gate
+
+    def gate_value(self, gate: Gate, z: Tensor) -> Tensor:
+        """What ``gate`` makes of the instances ``z [B, H]``; a shared gate computes it once for all projections."""
+        if gate is not self._shared_gate:
+            return gate(z)
+        if self._value is not None and self._computed_from is None:  # by `set`, with its graph
+            return self._value.to(z.device)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in gate.parameters()):
+            return gate(z)
+        state = tuple(t._version for t in (*gate.parameters(), *gate.buffers()))
+        if self._value is None or self._computed_from != (state, gate.training):
+            self._value, self._computed_from = gate(z), (state, gate.training)
+        return self._value.to(z.device)
 
     def read(self, x: Tensor, layer: Linear) -> Tensor:
         """The instances that belong to the input ``x`` of ``layer``, ``[B, H]``.
@@ -76,6 +97,12 @@ class Router:
                 "z.repeat_interleave(n, dim=0)"
             )
         return z
+
+
+def _like_weights(z: Tensor, gate: Gate) -> Tensor:
+    """``z`` on the device and in the format of the gate's own tensors."""
+    tensor = next(chain(gate.parameters(), gate.buffers()), None)
+    return z if tensor is None or not tensor.is_floating_point() else z.to(tensor.device, tensor.dtype)
 
 
 class SameInstance(torch.autograd.Function):
@@ -166,7 +193,7 @@ class PersonalizedVariant(LoraVariant):
         """``x [B, T, d_in], result [B, T, d_out] -> [B, T, d_out]``."""
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         z = module.router.read(x, module).to(a.device, a.dtype)
-        gate = module.lora_gate[active_adapter](z)
+        gate = module.router.gate_value(module.lora_gate[active_adapter], z)
         module.last_gate = gate.detach()
         x = module.lora_dropout[active_adapter](x)
         update = module.mixer.update(x, a, b, gate, module.scaling[active_adapter])

@@ -55,6 +55,8 @@ class PersonalizedAdapter:
     def set_instance(self, z: Tensor | None) -> None:
         """Say whose batch comes next. Stays until the next call. Has no effect with mixer ``identity``.
 
+        In training, gate ``cnn`` counts the rows of each call once in its running statistics.
+
         Args:
             z: instance representations ``[B, H]``, row i for sequence i; ``None`` forgets the last ones. With
                 gate ``shuffled`` sequence i gets row i - 1 (cyclic); a batch of one row cannot be shuffled.
@@ -71,6 +73,8 @@ class PersonalizedAdapter:
                     self._warned_single_row = True
                     logger.warning("gate 'shuffled': a batch of one row keeps its own instance")
                 z = z.roll(1, dims=0)
+            for gate in self._gates().values():
+                gate.observe(z)
         self._router.set(z)
 
     def _checked(self, z: Tensor) -> Tensor:

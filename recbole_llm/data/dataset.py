@@ -1,11 +1,13 @@
-"""Labelled rows with their histories: the dataset of the CTR task.
+"""Rows with their histories: what the datasets of all tasks share, and the dataset of the CTR task.
 
-:class:`CTRDataset` is RecBole's SequentialDataset with four differences:
+:class:`HistoryDataset` is RecBole's SequentialDataset with three differences:
 
-- the rating stays beside the label (RecBole's ``threshold`` deletes it): prompts and lenses show past stars;
 - rows are ordered by the exact (timestamp, user, item); RecBole rounds timestamps to float32 before it sorts;
 - rows need ``min_history`` earlier interactions, which themselves are no rows but stay in the histories;
-- histories are gathered per batch in :meth:`CTRDataset.join` from one sorted array, never stored per row.
+- histories are gathered per batch in :meth:`HistoryDataset.join` from one sorted array, never stored per row.
+
+:class:`CTRDataset` adds labels, and keeps the rating beside the label (RecBole's ``threshold`` deletes it):
+prompts and lenses show past stars. :class:`recbole_llm.data.next_item.NextItemDataset` has no labels.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from recbole.utils import FeatureSource, FeatureType
 
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.retriever import RecentRetriever, Retriever
-from recbole_llm.data.text import ItemText, TextSettings, read_header
+from recbole_llm.data.text import ItemText, TextSettings, read_atomic, read_header
 
 try:
     import resource
@@ -76,16 +78,16 @@ def draw_rows(n_rows: int, size: int | float | None, seed: int, purpose: str) ->
     return np.sort(generator.permutation(n_rows)[:count])
 
 
-class CTRDataset(SequentialDataset):
-    """Rows (user, item, rating, timestamp, label), each with the slice of earlier interactions it may use.
+class HistoryDataset(SequentialDataset):
+    """Rows (user, item, timestamp, ...), each with the slice of earlier interactions it may use.
 
-    After :meth:`build`, ``inter_feat`` has beside the loaded fields ``label``, ``item_length``, ``row_id``
-    (rank of the row among all interactions in exact time order; stable under ``min_history`` and draws) and
+    After :meth:`build`, ``inter_feat`` has beside the loaded fields ``item_length``, ``row_id`` (rank of the
+    row among all interactions in exact time order; stable under ``min_history`` and draws) and
     ``history_end`` (its own position in :attr:`history`).
 
     Args:
         config: RecBole's Config with our keys ``min_history``, ``history_ties`` and ``history_scope``
-            (defaults 5, ``order`` and ``all`` where a plain Config has none).
+            (defaults :attr:`MIN_HISTORY`, ``order`` and ``all`` where a plain Config has none).
 
     Attributes:
         history: the sorted interactions, shared by all splits; ``None`` before :meth:`build`.
@@ -94,8 +96,13 @@ class CTRDataset(SequentialDataset):
 
     Raises:
         FileNotFoundError: if the folder or the ``.inter`` file is missing.
-        ValueError: if a column is missing, labels cannot be made, or only one class is left.
+        ValueError: if a column is missing or empty, or a setting would spoil it.
     """
+
+    MIN_HISTORY = 1
+    """Earlier interactions that a row needs where the configuration does not say."""
+    DISTINCT_TITLES = False
+    """Whether items with equal titles are told apart where ``text.disambiguate`` does not say."""
 
     def __init__(self, config):
         self.history: HistoryIndex | None = None
@@ -109,15 +116,8 @@ class CTRDataset(SequentialDataset):
 
     # ------------------------------------------------------------------ checks
 
-    @staticmethod
-    def _check_settings(config) -> None:
-        if config["benchmark_filename"] is not None:
-            raise ValueError(
-                "benchmark_filename: given splits are not supported in the ctr task, set it to ~"
-            )
-        raw = {config[key] for key in ("RATING_FIELD", "TIME_FIELD", "LABEL_FIELD")} | set(
-            config["threshold"] or ()
-        )
+    def _check_settings(self, config) -> None:
+        raw = set(self._raw_fields(config))
         if config["normalize_all"]:
             raise ValueError(
                 "normalize_all: True would scale ratings and timestamps to [0, 1]; set it to False"
@@ -125,7 +125,20 @@ class CTRDataset(SequentialDataset):
         for key in ("normalize_field", "numerical_features", "discretization"):
             clash = sorted(raw.intersection(config[key] or ()))
             if clash:
-                raise ValueError(f"{key}: {clash} must keep the raw values in the ctr task; take them out")
+                raise ValueError(f"{key}: {clash} must keep the raw values; take them out")
+
+    def _raw_fields(self, config) -> list[str]:
+        """Columns whose values must reach the rows as they are in the file."""
+        return [config["RATING_FIELD"], config["TIME_FIELD"]]
+
+    def _needed_columns(self) -> dict[str, str]:
+        """Columns of ``.inter`` without which there are no rows, and the configuration key that asks for them."""
+        return {self.uid_field: "USER_ID_FIELD", self.iid_field: "ITEM_ID_FIELD"}
+
+    def _inter_files(self) -> list[str]:
+        """Names of the files of interactions: one, or RecBole's ``benchmark_filename``, one per split."""
+        names = self.config["benchmark_filename"]
+        return [f"{self.dataset_name}.{name + '.' if name else ''}inter" for name in names or [""]]
 
     def _load_data(self, token: str, dataset_path: str) -> None:
         folder = Path(dataset_path)
@@ -145,67 +158,64 @@ class CTRDataset(SequentialDataset):
                 )
             self._download()
         self._check_columns(folder, token)
+        super()._load_data(token, dataset_path)
+
+    def _load_feat(self, filepath: str, source) -> pd.DataFrame | None:
+        """RecBole's table of a file, if its reader did not stumble over quotes.
+
+        It takes a cell that begins with a double quote for a quoted one, up to the next quote before a separator:
+        it fails where there is none, and else makes one row of all lines in between.
+        """
+        remedy = (
+            "RecBole takes a cell that begins with a double quote for a quoted one: remove such quotes, or leave "
+            "the file out of load_col (titles are read all the same)"
+        )
         try:
-            super()._load_data(token, dataset_path)
+            table = super()._load_feat(filepath, source)
         except pd.errors.ParserError as error:
-            raise ValueError(
-                f"an atomic file in {folder} cannot be read ({error}). RecBole takes a cell that begins with "
-                "a double quote for a quoted one: remove such quotes, or leave the file out of load_col"
-            ) from error
+            raise ValueError(f"{filepath} cannot be read ({error}). {remedy}") from error
+        if table is not None and b'"' in Path(filepath).read_bytes():
+            rows = len(read_atomic(Path(filepath), self.config["field_separator"], self.config["encoding"]))
+            if len(table) != rows:
+                raise ValueError(f"{filepath} has {rows:,} rows, of which {len(table):,} are read. {remedy}")
+        return table
 
     def _check_columns(self, folder: Path, token: str) -> None:
         """Name every column that is asked for and not there, before RecBole reads a byte of data."""
-        inter = folder / f"{token}.inter"
-        if not inter.is_file():
-            raise FileNotFoundError(
-                f"{inter} does not exist; {folder} holds {sorted(p.name for p in folder.iterdir())}"
-            )
         separator, encoding = self.config["field_separator"], self.config["encoding"]
-        present = {"inter": read_header(inter, separator, encoding)}
-        for suffix in ("user", "item"):
-            path = folder / f"{token}.{suffix}"
+        present = {}
+        for name in (*self._inter_files(), f"{token}.user", f"{token}.item"):
+            path = folder / name
             if path.is_file():
-                present[suffix] = read_header(path, separator, encoding)
+                present[path] = read_header(path, separator, encoding)
+            elif path.suffix == ".inter":
+                raise FileNotFoundError(
+                    f"{path} does not exist; {folder} holds {sorted(p.name for p in folder.iterdir())}"
+                )
         load_col = self.config["load_col"]
-        for suffix, columns in present.items():
-            asked = (load_col or {}).get(suffix) or ()
+        for path, columns in present.items():
+            asked = (load_col or {}).get(path.suffix[1:]) or ()
             missing = [column for column in asked if asked != "*" and column not in columns]
             if missing:
-                raise ValueError(
-                    f"load_col: {folder / f'{token}.{suffix}'} has no column {missing}; it has {columns}"
-                )
-        loaded = present["inter"]
-        if load_col is not None and load_col.get("inter") != "*":
-            loaded = list(load_col.get("inter") or ())
-        loaded = [
-            column
-            for column in loaded
-            if column not in ((self.config["unload_col"] or {}).get("inter") or ())
-        ]
-        needed = {self.uid_field: "USER_ID_FIELD", self.iid_field: "ITEM_ID_FIELD"}
-        threshold = self.config["threshold"]
-        if threshold:
-            needed |= {field: "threshold" for field in threshold}
-        else:
-            needed[self.label_field] = "LABEL_FIELD, threshold being ~"
-        for field, key in needed.items():
-            if field not in loaded:
-                raise ValueError(
-                    f"{inter}: column {field!r} ({key}) is not loaded, so there are no labels or ids to "
-                    f"learn from. The file has {present['inter']}, load_col and unload_col keep {loaded}"
-                )
+                raise ValueError(f"load_col: {path} has no column {missing}; it has {columns}")
+        unloaded = (self.config["unload_col"] or {}).get("inter") or ()
+        for path in (path for path in present if path.suffix == ".inter"):
+            loaded = present[path]
+            if load_col is not None and load_col.get("inter") != "*":
+                loaded = list(load_col.get("inter") or ())
+            loaded = [column for column in loaded if column not in unloaded]
+            for field, key in self._needed_columns().items():
+                if field not in loaded:
+                    raise ValueError(
+                        f"{path}: column {field!r} ({key}) is not loaded, so there are no rows to "
+                        f"learn from. The file has {present[path]}, load_col and unload_col keep {loaded}"
+                    )
 
     # ------------------------------------------------------------------ loading
 
     def _fill_nan(self) -> None:
         """RecBole would fill a missing rating or time with the mean: a made-up label or order."""
-        raw = (
-            self.config["RATING_FIELD"],
-            self.time_field,
-            self.label_field,
-            *(self.config["threshold"] or ()),
-        )
-        for field in dict.fromkeys(name for name in raw if name in self.inter_feat):
+        for field in dict.fromkeys(name for name in self._raw_fields(self.config) if name in self.inter_feat):
             empty = np.flatnonzero(self.inter_feat[field].isna())
             if len(empty):
                 row = self.inter_feat.iloc[empty[0]]
@@ -215,34 +225,6 @@ class CTRDataset(SequentialDataset):
                     f"{self.id2token(self.iid_field, int(row[self.iid_field]))}); fill them in or remove them"
                 )
         super()._fill_nan()
-
-    def _set_label_by_threshold(self) -> None:
-        """Label 1 where the threshold's column is at least its value; the column itself stays."""
-        threshold = self.config["threshold"]
-        if threshold:
-            if len(threshold) != 1:
-                raise ValueError(f"threshold: {threshold} must hold exactly one column")
-            ((field, value),) = threshold.items()
-            values = self.inter_feat[field]
-            if not pd.api.types.is_numeric_dtype(values) or self.field2type[field] is not FeatureType.FLOAT:
-                raise ValueError(
-                    f"threshold: column {field!r} of {self.dataset_name}.inter is not of type float"
-                )
-            self.inter_feat[self.label_field] = (values >= value).astype(np.float32)
-            self.set_field_property(self.label_field, FeatureType.FLOAT, FeatureSource.INTERACTION, 1)
-            what = f"threshold: {field} >= {value}, with {field} from {values.min():g} to {values.max():g},"
-        else:
-            # A label column may be declared a token; by now its values would be internal ids.
-            if self.field2type[self.label_field] is not FeatureType.FLOAT:
-                raise ValueError(
-                    f"column {self.label_field!r} of {self.dataset_name}.inter must be of type float (0 or 1)"
-                )
-            what = f"column {self.label_field!r} of {self.dataset_name}.inter"
-        labels = self.inter_feat[self.label_field]
-        if not labels.isin((0, 1)).all():
-            raise ValueError(f"{what} holds other values than 0 and 1; set threshold to make labels")
-        if labels.nunique() < 2:
-            raise ValueError(f"{what} gives all {len(labels):,} interactions the label {labels.iloc[0]:g}")
 
     def _change_feat_format(self) -> None:
         """Sort by the exact order, then let RecBole turn the tables into tensors (timestamps: float32).
@@ -291,20 +273,26 @@ class CTRDataset(SequentialDataset):
             self.set_field_property(field + suffix, kind, FeatureSource.INTERACTION, self.max_item_list_len)
         self.set_field_property(self.item_list_length_field, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
 
-    def _history_fields(self) -> dict[str, np.ndarray]:
-        """Fields of the history and their arrays, by name of the field."""
-        fields = {self.iid_field: "item_ids", self.label_field: "labels", self.time_field: "timestamps"}
+    def _history_fields(self) -> dict[str, str]:
+        """Fields that the history has, and the names of their arrays in :class:`HistoryIndex`."""
+        fields = {self.iid_field: "item_ids", self.time_field: "timestamps"}
         if self._rating_field is not None:
             fields[self._rating_field] = "ratings"
         return fields
 
+    def _labels(self) -> np.ndarray | None:
+        """0/1 labels of all interactions ``[n]``; ``None`` where the task has none."""
+        return None
+
     @property
     def _rating_field(self) -> str | None:
-        """The column of stars: RATING_FIELD, else the threshold's, else none."""
-        for field in (self.config["RATING_FIELD"], *(self.config["threshold"] or ())):
-            if self.field2type.get(field) is FeatureType.FLOAT and field != self.label_field:
-                return field
-        return None
+        """The column of stars, or ``None``."""
+        field = self.config["RATING_FIELD"]
+        return field if self.field2type.get(field) is FeatureType.FLOAT else None
+
+    @property
+    def _min_history(self) -> int:
+        return _setting(self.config, "min_history", self.MIN_HISTORY)
 
     def data_augmentation(self) -> None:
         """Index the histories and keep the rows that have enough of one (RecBole builds every list here)."""
@@ -314,29 +302,32 @@ class CTRDataset(SequentialDataset):
         self.history, position = HistoryIndex.from_time_order(
             users,
             feat[self.iid_field].numpy(),
-            feat[self.label_field].numpy(),
+            self._labels(),
             self._exact_times,
             None if rating is None else feat[rating].numpy(),
             n_users=self.user_num,
             ties=_setting(self.config, "history_ties", "order"),
         )
         earlier = position - self.history.user_start[users]
-        minimum = _setting(self.config, "min_history", 5)
+        minimum = self._min_history
         rows = np.flatnonzero(earlier >= minimum)
         if not len(rows):
             raise ValueError(
                 f"min_history: no row of {self.dataset_name} has {minimum} earlier interactions (the longest "
                 f"history has {earlier.max()}); set it lower"
             )
-        self.inter_feat = _take(feat, rows)
+        self._keep_rows(rows, earlier[rows], position[rows])
+
+    def _keep_rows(self, rows: np.ndarray, earlier: np.ndarray, position: np.ndarray) -> None:
+        """Reduce ``inter_feat`` to the rows at ``rows``, which have ``earlier`` items before their ``position``."""
+        self.inter_feat = _take(self.inter_feat, rows)
+        lengths = np.clip(earlier, 1, self.max_item_list_len)
         self.inter_feat.update(
             Interaction(
                 {
-                    self.item_list_length_field: torch.from_numpy(
-                        np.clip(earlier[rows], 1, self.max_item_list_len).astype(np.int64)
-                    ),
+                    self.item_list_length_field: torch.from_numpy(lengths.astype(np.int64)),
                     ROW_ID: torch.from_numpy(rows.astype(np.int64)),
-                    HISTORY_END: torch.from_numpy(position[rows]),
+                    HISTORY_END: torch.from_numpy(position),
                 }
             )
         )
@@ -344,20 +335,9 @@ class CTRDataset(SequentialDataset):
 
     # ------------------------------------------------------------------ splits
 
-    def build(self) -> list[CTRDataset]:
-        """Split by ``eval_args``: ``[train, valid, test]``.
-
-        Raises:
-            ValueError: if one of the splits has only one class.
-        """
-        splits = super().build()
-        for name, split in zip(("train", "valid", "test"), splits, strict=False):
-            balance = split.label_balance()
-            if balance["rows"] and balance["positive"] in (0, balance["rows"]):
-                raise ValueError(
-                    f"the {name} split of {self.dataset_name} has {balance['rows']:,} rows and all have the "
-                    f"label {int(balance['positive'] > 0)}; change threshold or eval_args"
-                )
+    def build(self) -> list[HistoryDataset]:
+        """Split by ``eval_args``: ``[train, valid, test]``."""
+        splits = self._split()
         scope = _setting(self.config, "history_scope", "all")
         if scope == "split":
             self.history.row_start = self._split_starts(splits)
@@ -377,7 +357,11 @@ class CTRDataset(SequentialDataset):
         )
         return splits
 
-    def _split_starts(self, splits: list[CTRDataset]) -> np.ndarray:
+    def _split(self) -> list[HistoryDataset]:
+        """RecBole's own split, on rows in exact time order."""
+        return super().build()
+
+    def _split_starts(self, splits: list[HistoryDataset]) -> np.ndarray:
         """For each position the first one of the same user in the same split (``history_scope: split``).
 
         The interactions before a user's first row, which belong to no split, count to the split of that row.
@@ -408,15 +392,9 @@ class CTRDataset(SequentialDataset):
             for start, end in zip([0, *ends], [*ends, len(self)], strict=True)
         ]
 
-    def subset(self, indices: np.ndarray) -> CTRDataset:
+    def subset(self, indices: np.ndarray) -> HistoryDataset:
         """The rows at ``indices``, with everything else shared."""
         return self.copy(_take(self.inter_feat, np.asarray(indices)))
-
-    def label_balance(self) -> dict[str, float]:
-        """``rows``, ``positive`` (their number) and ``share`` (positive / rows)."""
-        labels = self.inter_feat[self.label_field]
-        rows, positive = len(labels), int(labels.sum())
-        return {"rows": rows, "positive": positive, "share": positive / rows if rows else float("nan")}
 
     # ------------------------------------------------------------------ batches
 
@@ -452,9 +430,10 @@ class CTRDataset(SequentialDataset):
     def join(self, df: Interaction) -> Interaction:
         """Add user and item features, and to rows of the dataset their history.
 
-        Adds ``item_id_list`` int64 ``[B, L]``, ``label_list``, ``timestamp_list`` and ``rating_list`` float32
-        ``[B, L]``, in time order from the left with zeros at the end, and ``item_length`` ``[B]``. An empty
-        history is given length 1 (one padding item): RecBole's models read position ``item_length - 1``.
+        Adds ``item_id_list`` int64 ``[B, L]`` and, of what the data has, ``timestamp_list``, ``rating_list`` and
+        ``label_list`` float32 ``[B, L]``, in time order from the left with zeros at the end, and ``item_length``
+        ``[B]``. An empty history is given length 1 (one padding item): RecBole's models read position
+        ``item_length - 1``.
         """
         if self.user_feat is not None and self.uid_field in df:
             df.update(_take(self.user_feat, df[self.uid_field].numpy()))
@@ -486,7 +465,7 @@ class CTRDataset(SequentialDataset):
         if value_field is not None and value_field not in fields:
             raise ValueError(f"value_field: {value_field!r} is none of {sorted(fields)}")
         ends, users = self.inter_feat[HISTORY_END].numpy(), self.inter_feat[self.uid_field].numpy()
-        first = _setting(self.config, "min_history", 5)
+        first = self._min_history
         opening = self.history.user_start[users] + first == ends
         positions = np.concatenate([ends, *(ends[opening] - back for back in range(1, first + 1))])
         columns = {self.uid_field: np.concatenate([users, *[users[opening]] * first])}
@@ -538,6 +517,99 @@ class CTRDataset(SequentialDataset):
             self._shared["hash"] = digest.digest()
         rows = np.ascontiguousarray(self.inter_feat[ROW_ID].numpy()).tobytes()
         return hashlib.sha256(self._shared["hash"] + rows).hexdigest()
+
+
+class CTRDataset(HistoryDataset):
+    """Rows with 0/1 labels: a column of the file, or ``threshold`` on another column, which stays beside them.
+
+    ``inter_feat`` has ``label`` beside the fields of :class:`HistoryDataset`, and batches have ``label_list``.
+
+    Raises:
+        ValueError: as :class:`HistoryDataset`; or if labels cannot be made, or only one class is left.
+    """
+
+    MIN_HISTORY = 5
+
+    def _check_settings(self, config) -> None:
+        if config["benchmark_filename"] is not None:
+            raise ValueError(
+                "benchmark_filename: given splits are not supported in the ctr task, set it to ~"
+            )
+        super()._check_settings(config)
+
+    def _raw_fields(self, config) -> list[str]:
+        return [*super()._raw_fields(config), config["LABEL_FIELD"], *(config["threshold"] or ())]
+
+    def _needed_columns(self) -> dict[str, str]:
+        threshold = self.config["threshold"]
+        if threshold:
+            return super()._needed_columns() | {field: "threshold" for field in threshold}
+        return super()._needed_columns() | {self.label_field: "LABEL_FIELD, threshold being ~"}
+
+    def _set_label_by_threshold(self) -> None:
+        """Label 1 where the threshold's column is at least its value; the column itself stays."""
+        threshold = self.config["threshold"]
+        if threshold:
+            if len(threshold) != 1:
+                raise ValueError(f"threshold: {threshold} must hold exactly one column")
+            ((field, value),) = threshold.items()
+            values = self.inter_feat[field]
+            if not pd.api.types.is_numeric_dtype(values) or self.field2type[field] is not FeatureType.FLOAT:
+                raise ValueError(
+                    f"threshold: column {field!r} of {self.dataset_name}.inter is not of type float"
+                )
+            self.inter_feat[self.label_field] = (values >= value).astype(np.float32)
+            self.set_field_property(self.label_field, FeatureType.FLOAT, FeatureSource.INTERACTION, 1)
+            what = f"threshold: {field} >= {value}, with {field} from {values.min():g} to {values.max():g},"
+        else:
+            # A label column may be declared a token; by now its values would be internal ids.
+            if self.field2type[self.label_field] is not FeatureType.FLOAT:
+                raise ValueError(
+                    f"column {self.label_field!r} of {self.dataset_name}.inter must be of type float (0 or 1)"
+                )
+            what = f"column {self.label_field!r} of {self.dataset_name}.inter"
+        labels = self.inter_feat[self.label_field]
+        if not labels.isin((0, 1)).all():
+            raise ValueError(f"{what} holds other values than 0 and 1; set threshold to make labels")
+        if labels.nunique() < 2:
+            raise ValueError(f"{what} gives all {len(labels):,} interactions the label {labels.iloc[0]:g}")
+
+    def _labels(self) -> np.ndarray:
+        return self.inter_feat[self.label_field].numpy()
+
+    def _history_fields(self) -> dict[str, str]:
+        items, *others = super()._history_fields().items()
+        return dict([items, (self.label_field, "labels"), *others])
+
+    @property
+    def _rating_field(self) -> str | None:
+        """The column of stars: RATING_FIELD, else the threshold's, else none."""
+        for field in (self.config["RATING_FIELD"], *(self.config["threshold"] or ())):
+            if self.field2type.get(field) is FeatureType.FLOAT and field != self.label_field:
+                return field
+        return None
+
+    def build(self) -> list[CTRDataset]:
+        """Split by ``eval_args``: ``[train, valid, test]``.
+
+        Raises:
+            ValueError: if one of the splits has only one class.
+        """
+        splits = super().build()
+        for name, split in zip(("train", "valid", "test"), splits, strict=False):
+            balance = split.label_balance()
+            if balance["rows"] and balance["positive"] in (0, balance["rows"]):
+                raise ValueError(
+                    f"the {name} split of {self.dataset_name} has {balance['rows']:,} rows and all have the "
+                    f"label {int(balance['positive'] > 0)}; change threshold or eval_args"
+                )
+        return splits
+
+    def label_balance(self) -> dict[str, float]:
+        """``rows``, ``positive`` (their number) and ``share`` (positive / rows)."""
+        labels = self.inter_feat[self.label_field]
+        rows, positive = len(labels), int(labels.sum())
+        return {"rows": rows, "positive": positive, "share": positive / rows if rows else float("nan")}
 
 
 def _take(feat: Interaction, rows: np.ndarray) -> Interaction:

@@ -24,7 +24,7 @@ class HistoryIndex:
 
     Attributes:
         item_ids: internal item ids, int64 ``[n]``.
-        labels: 0/1 labels, float32 ``[n]``.
+        labels: 0/1 labels, float32 ``[n]``; ``None`` if the task has none.
         timestamps: exact times, float64 ``[n]`` (RecBole's own are float32).
         ratings: raw ratings ("stars"), float32 ``[n]``; ``None`` if the data has none.
         user_start: int64 ``[n_users + 1]``; user ``u`` owns positions ``[user_start[u], user_start[u + 1])``.
@@ -35,7 +35,7 @@ class HistoryIndex:
     """
 
     item_ids: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     timestamps: np.ndarray
     ratings: np.ndarray | None
     user_start: np.ndarray
@@ -51,7 +51,7 @@ class HistoryIndex:
         cls,
         user_ids: np.ndarray,
         item_ids: np.ndarray,
-        labels: np.ndarray,
+        labels: np.ndarray | None,
         timestamps: np.ndarray,
         ratings: np.ndarray | None,
         *,
@@ -70,7 +70,7 @@ class HistoryIndex:
         np.cumsum(np.bincount(user_ids, minlength=n_users), out=user_start[1:])
         index = cls(
             item_ids=item_ids[by_user].astype(np.int64),
-            labels=labels[by_user].astype(np.float32),
+            labels=None if labels is None else labels[by_user].astype(np.float32),
             timestamps=timestamps[by_user].astype(np.float64),
             ratings=None if ratings is None else ratings[by_user].astype(np.float32),
             user_start=user_start,

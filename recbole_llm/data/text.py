@@ -2,7 +2,9 @@
 
 Text never passes through RecBole's tensors: RecBole splits titles into words, treats a leading double quote
 as the start of a quoted cell, and drops titles such as "None". The raw files are read here and mapped to
-RecBole's internal ids by the raw token.
+RecBole's internal ids by the raw token. What a title goes through, in this order: quotes that a writer of the
+file put around it, HTML entities, one line of plain text, the year and the article, a placeholder if nothing is
+left, the limit of its length, and, if asked for, what tells it from equal titles.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import csv
 import difflib
 import html
+import io
 import logging
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +28,23 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from recbole_llm.data.dataset import CTRDataset
+    from recbole_llm.data.dataset import HistoryDataset
 
 logger = logging.getLogger(__name__)
 
 # Where a dataset's yaml does not name its columns, the first of these that the file has.
 COMMON_COLUMNS = {
-    "title": ("movie_title", "book_title", "title", "item_name", "name"),
+    "title": (
+        "movie_title",
+        "book_title",
+        "title",
+        "item_name",
+        "name",
+        "game_title",
+        "app_name",
+        "track_name",
+        "artist_name",
+    ),
     "year": ("release_year", "publication_year", "year"),
     "genre": ("genre", "genres", "class", "categories", "category"),
 }
@@ -40,14 +55,29 @@ _PARENTHESES = re.compile(r"\(([^()]*)\)")
 _TRAILING_YEAR = re.compile(r"\s*\((\d{4})\)$")
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);")
 _YEAR = re.compile(r"\d{4}")
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+
+# A quoted cell that spans more lines than this is taken for a title that begins with a quote.
+MAX_LINES_OF_A_CELL = 100
+# Invisible, but part of how words are written in Persian and the languages of India, and of emoji.
+_JOINERS = "\u200c\u200d"
 
 
 # ---------------------------------------------------------------------------------------------- reading files
 
 
+def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+    """The lines of a file. Only "\\n" ends one: Python and pandas know others too, which occur inside titles."""
+    try:
+        with path.open(encoding=encoding or "utf-8-sig", newline="\n") as file:
+            for line in file:
+                yield line.rstrip("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}; set encoding to that of the file, e.g. latin-1") from error
+
+
 def _open_header(path: Path, separator: str, encoding: str | None) -> list[str]:
-    with path.open(encoding=encoding or "utf-8-sig") as file:
-        header = file.readline().rstrip("\r\n").split(separator)
+    header = next(_lines(path, encoding), "").split(separator)
     wrong = [cell for cell in header if cell.count(":") != 1]
     if wrong:
         raise ValueError(
@@ -62,34 +92,115 @@ def read_header(path: Path, separator: str = "\t", encoding: str | None = None) 
 
 
 def read_atomic(path: Path, separator: str = "\t", encoding: str | None = None) -> pd.DataFrame:
-    """An atomic file as text: every cell a str exactly as written, columns without their types."""
-    header = _open_header(path, separator, encoding)
-    try:
-        table = pd.read_csv(
+    """An atomic file as text: every cell a str as it is meant, columns without their types.
+
+    A cell is taken as it is written, except where it must have been quoted by a writer of csv files: it begins
+    and ends with a double quote, and quotes inside are doubled. Only such cells may hold separators and line
+    breaks. Lines that end early are filled up with empty cells, and counted in the log.
+
+    Raises:
+        ValueError: if a line has more cells than the header.
+    """
+    columns = read_header(path, separator, encoding)
+    lines = list(_lines(path, encoding))[1:]
+    rows, short = [], []
+    for number, cells in _records(lines, separator, len(columns)):
+        if len(cells) > len(columns):
+            raise ValueError(
+                f"{path}: line {number} has {len(cells)} cells, but the header has {len(columns)} ({columns})"
+            )
+        if len(cells) < len(columns):
+            short.append(number)
+        rows.append(cells + [""] * (len(columns) - len(cells)))
+    if short:
+        logger.warning(
+            "%s: %d lines have fewer cells than the header (first: line %d); what is missing counts as empty",
             path,
-            sep=separator,
-            dtype=str,
-            quoting=csv.QUOTE_NONE,
-            keep_default_na=False,
-            encoding=encoding or "utf-8-sig",
+            len(short),
+            short[0],
         )
-    except pd.errors.ParserError as error:
-        raise ValueError(f"{path}: {error}") from error
-    table.columns = [cell.split(":")[0] for cell in header]
-    return table.fillna("")  # rows that end early
+    return pd.DataFrame(rows, columns=columns, dtype=str)
+
+
+def _records(lines: list[str], separator: str, width: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a file: the number of each one's first line, and its cells. Empty lines are no rows."""
+    at = 0
+    while at < len(lines):
+        number, cells, used = at + 2, lines[at].split(separator), 1
+        if '"' in lines[at]:
+            left_open = cells[-1].startswith('"') and not _QUOTED.fullmatch(cells[-1])
+            quoted = (None, 1)
+            if len(cells) != width or left_open:
+                quoted = _quoted_record(lines[at : at + MAX_LINES_OF_A_CELL], separator, width)
+            if quoted[0] is not None:
+                cells, used = quoted
+            else:
+                cells = [_unquoted(cell) for cell in cells]
+        if lines[at] or used > 1:
+            yield number, cells
+        at += used
+
+
+def _quoted_record(lines: list[str], separator: str, width: int) -> tuple[list[str] | None, int]:
+    """The row that begins with the first of ``lines`` if read as csv, and how many lines it takes."""
+    if len(separator) > 1:  # unknown to the csv module
+        return None, 1
+    for count in range(1, len(lines) + 1):
+        if count > 1 and lines[count - 1].count(separator) + 1 >= width:
+            break  # this line is a row of its own
+        text = io.StringIO("\n".join(lines[:count]), newline="")
+        try:
+            rows = list(csv.reader(text, delimiter=separator, strict=True))
+        except csv.Error:
+            continue
+        if len(rows) == 1 and len(rows[0]) == width:
+            return rows[0], count
+    return None, 1
+
+
+def _unquoted(cell: str) -> str:
+    match = _QUOTED.fullmatch(cell)
+    return match[1].replace('""', '"') if match else cell
 
 
 # -------------------------------------------------------------------------------------------- cleaning titles
 
 
 def clean(text: str) -> str:
-    """One line of plain text: HTML entities decoded, whitespace collapsed, control characters dropped.
+    """One line of plain text.
 
-    >>> clean("Et Dieu&#8230;Cr\\u00e9a \\n la  Femme")
-    'Et Dieu…Créa la Femme'
+    HTML entities are decoded, also where they were encoded twice; letters and their accents become one
+    character (NFC); whitespace is collapsed; control characters become spaces; and what is invisible (soft
+    hyphens, marks of direction, ...) is dropped.
+
+    >>> clean("Et Dieu&#8230;Cr\\u00e9a \\n la  Femme &amp;amp; l'homme")
+    "Et Dieu…Créa la Femme & l'homme"
     """
-    decoded = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
-    return " ".join("".join(c if c.isprintable() else " " for c in decoded).split())
+    for _ in range(2):
+        text = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
+    return " ".join("".join(map(_shown, unicodedata.normalize("NFC", text))).split())
+
+
+def _shown(char: str) -> str:
+    if char.isprintable() or char in _JOINERS:
+        return char
+    invisible = unicodedata.category(char) == "Cf" and char != "\u200b"  # a zero-width space does part words
+    return "" if invisible else " "
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters, cut at the end of a word if one ends in the second half.
+
+    >>> shorten("The quick brown fox", 12)
+    'The quick…'
+    """
+    if len(text) <= limit:
+        return text
+    head = text[: limit - 1]
+    if not text[limit - 1].isspace():
+        space = head.rfind(" ")
+        head = head[:space] if space >= limit // 2 else head
+    return head.rstrip() + "…"
 
 
 def _article_first(text: str) -> str:
@@ -129,6 +240,9 @@ class TextSettings:
         value_names: column -> value in the file -> its name. A value without a name, or named ``~``, is not
             shown.
         missing_values: cells that mean nothing is known.
+        max_title_length: longer titles are cut to so many characters; ``None``: never.
+        disambiguate: where several items have the same title, add the year, else the genres, else the item's id
+            of the file. ``None``: in tasks that are answered by titles, where of two equal ones neither could win.
     """
 
     title: str | None = "auto"
@@ -140,6 +254,8 @@ class TextSettings:
     user_fields: Mapping[str, str] = field(default_factory=dict)
     value_names: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     missing_values: tuple[str, ...] = ("",)
+    max_title_length: int | None = 200
+    disambiguate: bool | None = None
 
     @classmethod
     def from_config(cls, config) -> TextSettings:
@@ -179,13 +295,18 @@ class TextSettings:
             )
         if not settings.genre_separator:
             raise ValueError("text.genre_separator must not be empty")
+        limit = settings.max_title_length
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
+            raise ValueError(f"text.max_title_length: {limit!r} is neither an int >= 2 nor ~")
+        if settings.disambiguate is not None and not isinstance(settings.disambiguate, bool):
+            raise ValueError(f"text.disambiguate: {settings.disambiguate!r} is none of true, false and ~")
         return settings
 
 
 class _Table:
     """A raw ``.item`` or ``.user`` file, aligned with RecBole's internal ids."""
 
-    def __init__(self, dataset: CTRDataset, suffix: str, id_field: str):
+    def __init__(self, dataset: HistoryDataset, suffix: str, id_field: str):
         self.path = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}"
         self._ids = dataset.field2token_id[id_field]
         self._size = dataset.num(id_field)
@@ -233,8 +354,9 @@ class ItemText:
             permutation, not the ids of the file, which may themselves be memorised.
 
     Attributes:
-        titles: by internal item id, in natural order and without the year.
-        years: four digits, or ''.
+        titles: by internal item id, in natural order and without the year. Several items may have one title,
+            unless ``text.disambiguate`` is in force.
+        years: four digits, or '' (also where ``disambiguate`` put the year into the title).
         genres: "Comedy, Drama", or ''.
 
     Raises:
@@ -242,7 +364,7 @@ class ItemText:
             ``text.missing_title: placeholder``).
     """
 
-    def __init__(self, dataset: CTRDataset, *, obfuscate: bool = False):
+    def __init__(self, dataset: HistoryDataset, *, obfuscate: bool = False):
         settings = dataset.text_settings
         table = _Table(dataset, "item", dataset.iid_field)
         missing = settings.missing_values
@@ -266,11 +388,15 @@ class ItemText:
             for cell in table.values(columns["genre"], missing)
         ]
         self._fill_missing(dataset, settings, table, columns["title"])
+        if settings.max_title_length is not None:
+            self._shorten(dataset, settings.max_title_length)
         if obfuscate:
             self.titles = ["", *map(self._placeholder, range(1, len(self.titles)))]
+        elif dataset.DISTINCT_TITLES if settings.disambiguate is None else settings.disambiguate:
+            self._tell_apart(dataset)
 
     def _fill_missing(
-        self, dataset: CTRDataset, settings: TextSettings, table: _Table, column: str | None
+        self, dataset: HistoryDataset, settings: TextSettings, table: _Table, column: str | None
     ) -> None:
         tokens = dataset.field2id_token[dataset.iid_field]
         order = np.argsort(tokens[1:].astype(str), kind="stable")
@@ -302,9 +428,59 @@ class ItemText:
         for item in range(1, len(self.titles)):
             self.titles[item] = self.titles[item] or self._placeholder(item)
 
+    def _shorten(self, dataset: HistoryDataset, limit: int) -> None:
+        long = [item for item, title in enumerate(self.titles) if len(title) > limit]
+        if long:
+            logger.warning(
+                "%s: %d titles are longer than %d characters (text.max_title_length) and are cut; the longest has %d",
+                dataset.dataset_name,
+                len(long),
+                limit,
+                max(len(self.titles[item]) for item in long),
+            )
+        for item in long:
+            self.titles[item] = shorten(self.titles[item], limit)
+
+    def _tell_apart(self, dataset: HistoryDataset) -> None:
+        """Add to equal titles what tells them apart: "Heat (1986)", "Heat (1995, Crime)", "Heat (1995, no. 7)"."""
+        tokens = dataset.field2id_token[dataset.iid_field]
+        bare, added = list(self.titles), defaultdict(int)
+        notes: dict[int, list[str]] = defaultdict(list)
+        kinds = (
+            ("years", self.years),
+            ("genres", self.genres),
+            ("ids", ["", *(f"no. {token}" for token in tokens[1:])]),
+        )
+        for kind, values in kinds:
+            for group in _equal(self.titles):
+                # Equal notes tell nobody apart, and one that only some items have tells only those.
+                if len({values[item] for item in group}) > 1:
+                    for item in (item for item in group if values[item]):
+                        notes[item].append(values[item])
+                        added[kind] += 1
+                        if kind == "years":
+                            self.years[item] = ""
+            for item, words in notes.items():
+                self.titles[item] = f"{bare[item]} ({', '.join(words)})"
+        if notes:
+            logger.info(
+                "%s: %d items share their title with another one and were told apart by %s",
+                dataset.dataset_name,
+                len(notes),
+                ", ".join(f"{kind} ({count})" for kind, count in added.items()),
+            )
+
     def descriptions(self) -> list[str]:
         """Title and genres as one text, by internal item id ('' for padding), for semantic vectors."""
         return [f"{t}. {g}" if g else t for t, g in zip(self.titles, self.genres, strict=True)]
+
+
+def _equal(titles: list[str]) -> list[list[int]]:
+    """Items (internal ids) by title, upper and lower case alike, where there are several of one."""
+    items: dict[str, list[int]] = defaultdict(list)
+    for item, title in enumerate(titles[1:], start=1):
+        items[title.casefold()].append(item)
+    return [group for group in items.values() if len(group) > 1]
 
 
 class UserText:
@@ -317,7 +493,7 @@ class UserText:
         ValueError: if a named column is missing.
     """
 
-    def __init__(self, dataset: CTRDataset):
+    def __init__(self, dataset: HistoryDataset):
         self._dataset = dataset
 
     @cached_property

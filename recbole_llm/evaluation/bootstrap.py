@@ -7,6 +7,7 @@ or sorted again:
     LogLoss, ACC    sum_u w_u S_u / sum_u w_u n_u          S_u the user's sum of losses or hits, n_u its rows
     GAUC            sum_u w_u P_u AUC_u / sum_u w_u P_u     over users with both classes
     AUC             from one sort by score, see `PairOrder`
+    HR, NDCG, MRR   sum_u w_u S_u / sum_u w_u n_u          S_u the user's sum of gains, see `ranking`
 
 All models share the draws, so that the difference of two models is taken within each replicate (paired).
 Intervals are percentile intervals (Efron & Tibshirani 1993, chapter 13).
@@ -31,6 +32,7 @@ from recbole_llm.evaluation.metrics import (
     user_auc,
     user_codes,
 )
+from recbole_llm.evaluation.ranking import RANK_METRICS, row_rank_metric
 
 METRICS = ("auc", "logloss", "acc", "gauc")
 MIN_USERS = 10
@@ -39,6 +41,8 @@ MAX_UNDEFINED = 0.05
 """Share of replicates without a value (one class drawn) above which no interval is given."""
 _CHUNK_WEIGHTS = 2_000_000
 """Replicates are worked off in chunks of this many user weights: 16 MB, whatever the number of users."""
+_USABLE = {"gauc": " with both classes", "hit_ratio_valid": " with a valid answer"}
+"""Which users can move a metric, where not all can."""
 
 
 @dataclass
@@ -64,7 +68,8 @@ class Bootstrap:
         values: name -> metric -> value on the rows themselves, None if undefined.
         replicates: name -> metric -> [samples] float64, NaN where the draw leaves it undefined.
         reasons: name -> metric -> why the value is undefined.
-        usable_users: metric -> number of users that can move it (for GAUC: those with both classes).
+        usable_users: metric -> number of users that can move it (for GAUC: those with both classes; for a
+            ratio: those with anything below the line).
     """
 
     users: int
@@ -124,8 +129,8 @@ class Bootstrap:
         tail = (1 - self.level) / 2
         usable = self.usable_users[metric]
         if usable < MIN_USERS:
-            which = " with both classes" if metric == "gauc" else ""
-            return Interval(value, reason=f"no interval: only {usable} users{which}, fewer than {MIN_USERS}")
+            which = f"{usable} users{_USABLE.get(metric, '')}"
+            return Interval(value, reason=f"no interval: only {which}, fewer than {MIN_USERS}")
         if self.samples * tail < 1:
             return Interval(
                 value, reason=f"no interval: {self.samples} samples are too few for {self.level:.0%}"
@@ -168,8 +173,7 @@ def bootstrap(
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
         raise ValueError(f"bootstrap knows no metric {unknown}; it knows {list(METRICS)}")
-    if n < 0 or not 0 < level < 1:
-        raise ValueError(f"bootstrap needs n >= 0 and 0 < level < 1, not n={n}, level={level}")
+    _check_draws(n, level)
     if not scores:
         raise ValueError("bootstrap was given no model's scores")
     labels = np.asarray(labels)
@@ -186,21 +190,117 @@ def bootstrap(
                 )
             except UndefinedMetric as error:
                 result.values[name][metric], result.reasons[name][metric] = None, str(error)
-        result.replicates[name] = {metric: np.empty(n) for metric in statistics[name]}
     positive = np.bincount(codes[labels == 1], minlength=names.size) > 0
     negative = np.bincount(codes[labels != 1], minlength=names.size) > 0
     result.usable_users = {
         m: int((positive & negative).sum()) if m == "gauc" else names.size for m in metrics
     }
+    _replicate(result, statistics)
+    return result
 
-    generator = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK_WEIGHTS // max(1, names.size))
-    for begin in range(0, n, chunk):
-        weights = _draw(generator, names.size, min(chunk, n - begin))
+
+def bootstrap_ranks(
+    users: np.ndarray,
+    ranks: Mapping[str, np.ndarray],
+    metrics: Sequence[str] = RANK_METRICS,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Bootstrap:
+    """`bootstrap` for rankings with one target per row, paired by user in the same way.
+
+    Args:
+        users: [rows] the user of each row; the draws are those of `bootstrap` for the same users, `n` and
+            `seed`.
+        ranks: model name -> [rows] rank of the target, as `target_ranks` gives it.
+        metrics: hr@k, ndcg@k, mrr@k with any k.
+        n: number of replicates; 0 gives the values without intervals.
+        seed: of the draws.
+        level: of the intervals.
+
+    Raises:
+        ValueError: on an unknown metric, unequal lengths, no rows, or ranks that are no whole numbers from 1
+            on.
+    """
+    metrics = tuple(dict.fromkeys(metric.lower() for metric in metrics))
+    ratios = {}
+    for name, rank in ranks.items():
+        gains = {metric: row_rank_metric(metric, rank) for metric in metrics}
+        ratios[name] = {metric: (gain, np.ones(gain.size)) for metric, gain in gains.items()}
+    return bootstrap_ratios(users, ratios, n=n, seed=seed, level=level)
+
+
+def bootstrap_ratios(
+    users: np.ndarray,
+    ratios: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Bootstrap:
+    """The bootstrap of any metrics of the form sum of `top` / sum of `bottom` over the rows.
+
+    Args:
+        users: [rows] the user of each row.
+        ratios: model name -> metric -> (top [rows], bottom [rows] >= 0); the same metrics for every model. A
+            user counts as able to move a metric if some model has a positive `bottom` in his rows.
+        n, seed, level: as in `bootstrap`.
+
+    Raises:
+        ValueError: if lengths or metrics differ, or there are no models or no rows.
+    """
+    _check_draws(n, level)
+    if not ratios:
+        raise ValueError("bootstrap was given no models")
+    metrics = tuple(next(iter(ratios.values())))
+    users = np.asarray(users)
+    names, codes = user_codes(users, users.size)
+    if not users.size:
+        raise UndefinedMetric("there are no rows to evaluate")
+    result = Bootstrap(names.size, users.size, n, seed, level, metrics)
+    statistics: dict[str, dict[str, _Statistic]] = {}
+    usable = {metric: np.zeros(names.size, bool) for metric in metrics}
+    for name, of_model in ratios.items():
+        if tuple(of_model) != metrics:
+            raise ValueError(f"{name} has the metrics {list(of_model)}, but others have {list(metrics)}")
+        result.values[name], result.reasons[name], statistics[name] = {}, {}, {}
+        for metric, (top, bottom) in of_model.items():
+            top, bottom = np.asarray(top, np.float64), np.asarray(bottom, np.float64)
+            if not top.shape == bottom.shape == users.shape:
+                raise ValueError(
+                    f"{name}, {metric}: {users.size} rows have users, but the values have the shapes "
+                    f"{top.shape} and {bottom.shape}"
+                )
+            below = np.bincount(codes, weights=bottom)
+            usable[metric] |= below > 0
+            if not below.any():
+                reason = f"{metric}: no user{_USABLE.get(metric, '')}"
+                result.values[name][metric], result.reasons[name][metric] = None, reason
+                continue
+            result.values[name][metric] = float(top.sum() / bottom.sum())
+            statistics[name][metric] = _Ratio(np.bincount(codes, weights=top), below)
+    result.usable_users = {metric: int(of_metric.sum()) for metric, of_metric in usable.items()}
+    _replicate(result, statistics)
+    return result
+
+
+def _check_draws(n: int, level: float) -> None:
+    if n < 0 or not 0 < level < 1:
+        raise ValueError(f"bootstrap needs n >= 0 and 0 < level < 1, not n={n}, level={level}")
+
+
+def _replicate(result: Bootstrap, statistics: Mapping[str, Mapping[str, _Statistic]]) -> None:
+    """Fills `result.replicates`: the same draws of users for every statistic of every model."""
+    result.replicates |= {
+        name: {metric: np.empty(result.samples) for metric in of_model}
+        for name, of_model in statistics.items()
+    }
+    generator = np.random.default_rng(result.seed)
+    chunk = max(1, _CHUNK_WEIGHTS // max(1, result.users))
+    for begin in range(0, result.samples, chunk):
+        weights = _draw(generator, result.users, min(chunk, result.samples - begin))
         for name, of_model in statistics.items():
             for metric, statistic in of_model.items():
                 result.replicates[name][metric][begin : begin + len(weights)] = statistic(weights)
-    return result
 
 
 def _draw(generator: np.random.Generator, n_users: int, n: int) -> np.ndarray:

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from recbole.evaluator.collector import Collector, DataStruct
 
+from recbole_llm.evaluation.ranking import target_ranks
+
 ROW_ID_FIELD = "row_id"
 
 
 class RowCollector(Collector):
-    """Collects what the metrics need and, on labelled rows, also user, item, row_id, label and score of each.
+    """Collects what the metrics need, and the rows: user, item, row_id, and label and score or the rank.
 
     It takes the place of RecBole's collector for any model, ours or RecBole's:
 
@@ -25,8 +27,10 @@ class RowCollector(Collector):
         trainer.evaluate(test_data)
         rows = trainer.eval_collector.rows()
 
-    Metrics may ask for 'data.user' beside RecBole's resources. Ranking evaluation works as in RecBole,
-    without rows.
+    Metrics may ask for 'data.user' beside RecBole's resources. What metrics get in ranking evaluations is
+    RecBole's own. Their rows are kept where each ranking has one target (leave-one-out, and every evaluation
+    of a sequential model), whether all items are ranked or drawn candidates. A ranking with several targets,
+    as general models have with ratio splits, has no rank to speak of and leaves no rows.
     """
 
     def __init__(self, config) -> None:
@@ -34,21 +38,31 @@ class RowCollector(Collector):
         self.data_struct = _ListStruct()
         self._row_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._rows: dict[str, np.ndarray] | None = None
+        self._rankings: str | None = None  # why those of this evaluation leave no rows
+        self._no_rows: str | None = "no evaluation has been finished"
 
     def reset(self) -> None:
         """Forgets an evaluation that an error or Ctrl-C cut off; a finished one is forgotten by itself."""
         self.data_struct.reset()
         self._row_parts.clear()
+        self._rankings = None
 
     def eval_batch_collect(self, scores_tensor: torch.Tensor, interaction, positive_u, positive_i) -> None:
-        """Takes one batch. In labelled evaluation `scores_tensor` is [B] (or [B, 1]), one score per row.
+        """Takes one batch, as RecBole's Trainer hands it over.
+
+        Args:
+            scores_tensor: labelled: [B] (or [B, 1]), one score per row. Ranking: [B, n_items], -inf for what
+                is no candidate.
+            interaction: [B] rows, or [B x C] where candidates were drawn: the C candidates of each ranking in
+                turn.
+            positive_u, positive_i: [P] row and item of every target, None in labelled evaluation.
 
         Raises:
-            ValueError: if the scores are not one per row, or the label field is missing.
+            ValueError: labelled: if the scores are not one per row, or the label field is missing. Ranking:
+                if a score is NaN, or a target has the score -inf.
         """
-        if not self.register.need(
-            "rec.score"
-        ):  # ranking metrics; RecBole does not allow both kinds in one run
+        if not self.register.need("rec.score"):  # ranking; RecBole allows only one kind of metrics in a run
+            self._collect_ranks(scores_tensor, interaction, positive_u, positive_i)
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
             return
         scores = scores_tensor.reshape(-1)
@@ -91,9 +105,11 @@ class RowCollector(Collector):
         """
         rows = {name: torch.cat(parts).cpu() for name, parts in self._row_parts.items()}
         struct = self.data_struct.finish()
+        self._rows, self._no_rows = None, self._rankings or "the last evaluation had none"
         self.reset()
-        self._rows = None
-        if rows:
+        if "rank" in rows:
+            self._rows = {name: value.numpy() for name, value in rows.items()}
+        elif rows:
             if rows["score"].dtype in (torch.bfloat16, torch.float16):
                 rows["score"] = rows["score"].float()  # the metrics read NumPy arrays, which have no bfloat16
             missing = torch.isnan(rows["score"])
@@ -113,19 +129,48 @@ class RowCollector(Collector):
         return struct
 
     def rows(self) -> dict[str, np.ndarray]:
-        """The last finished labelled evaluation, in the order evaluated.
+        """The last finished evaluation, in the order evaluated.
 
         Returns:
-            'user', 'item' [n] internal ids, 'row_id' [n] if the dataset has it, 'label', 'score' [n] float64.
+            'user', 'item' [n] internal ids (of a ranking, the target), 'row_id' [n] if the dataset has it;
+            labelled: 'label', 'score' [n] float64;
+            ranking: 'rank' [n] int64 of the target, ties against the model, and 'candidates' [n] int64: how
+            many items were ranked (those with a score other than -inf).
 
         Raises:
-            ValueError: if there was none, or the last evaluation ranked items.
+            ValueError: if there was none, or the last evaluation's rankings had several targets each.
         """
         if self._rows is None:
-            raise ValueError(
-                "there are no rows: no labelled evaluation has been finished (ranking keeps none)"
-            )
+            raise ValueError(f"there are no rows: {self._no_rows}")
         return dict(self._rows)
+
+    def _collect_ranks(self, scores: torch.Tensor, interaction, positive_u, positive_i) -> None:
+        if self._rankings:
+            return
+        n = len(scores)
+        if not torch.equal(positive_u.cpu(), torch.arange(n)):
+            self._rankings = "a ranking of the last evaluation had several targets, or none"
+            self._row_parts.clear()
+            return
+        user_field = self.config["USER_ID_FIELD"]
+        # Candidates of one ranking lie side by side, so that each C-th row speaks for its ranking.
+        each, rest = divmod(len(interaction), n)
+        user = interaction[user_field]
+        if rest or not torch.equal(user, user[::each].repeat_interleave(each)):
+            raise ValueError(
+                f"{len(interaction)} rows were scored for {n} rankings, but they are not the same number of "
+                f"rows of one [{user_field}] for each ranking in turn, as candidates of a ranking must be"
+            )
+        part = {
+            "user": user[::each],
+            "item": positive_i,
+            "rank": target_ranks(scores, positive_i),
+            "candidates": (scores > -torch.inf).sum(dim=1),
+        }
+        if ROW_ID_FIELD in interaction:
+            part["row_id"] = interaction[ROW_ID_FIELD][::each]
+        for name, value in part.items():
+            self._row_parts[name].append(value.detach().clone())
 
 
 class _ListStruct(DataStruct):

@@ -10,10 +10,14 @@
     zero_shot           {metrics: {test}} or null: the same prompts, the untrained LLM
     rows                {train, few_shot, valid, test, eval_rows, eval_rows_bounded
                          [, valid_available, test_available]}: valid and test are the rows evaluated;
-                        with eval_rows_bounded they are a seeded draw from those available
+                        with eval_rows_bounded they are a seeded draw from those available.
+                        With ranks also candidates: {min, max, all_items}: how many items a row's target was
+                        ranked among, and whether they were the whole catalogue each time
     metrics             {valid: {..}, test: {..}}. On labelled rows, test auc, logloss, acc and gauc are of
-                        the test rows, in float64; the others are RecBole's, rounded to metric_decimal_place
-    intervals           null without labelled rows, else
+                        the test rows, in float64; with ranks so are hr@k, ndcg@k and mrr@k, ties counting
+                        against the model (each k below the number of candidates, and 1); the others, hit@k
+                        among them, are RecBole's, rounded to metric_decimal_place
+    intervals           null without rows, else (with ranks, hr@1, .. stand in the place of auc, ..)
                         {unit: "user", users, rows, samples, seed, level,
                          models: {model|lens|zero_shot: {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
                          differences: {"model - lens": {auc: {value, low, high[, reason]}, ..}, ..}}
@@ -29,7 +33,9 @@
 
 `test_rows.npz` has one array per column, all of one length, no pickles: user, item (internal ids or tokens),
 row_id, label (int8), model_score, and where they exist lens_score and zero_shot_score (float64
-probabilities).
+probabilities). Rankings have, instead of label and scores, candidates (how many items were ranked) and
+model_rank, and where they exist lens_rank, zero_shot_rank, popularity_rank and others (1 being best); item is
+the target.
 """
 
 from __future__ import annotations
@@ -50,7 +56,8 @@ import numpy as np
 import torch
 
 import recbole_llm
-from recbole_llm.evaluation.bootstrap import Bootstrap, bootstrap
+from recbole_llm.evaluation.bootstrap import Bootstrap, bootstrap, bootstrap_ranks
+from recbole_llm.evaluation.ranking import RANK_METRICS, parse_rank_metric
 
 try:
     import resource
@@ -62,9 +69,11 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 RESULT_FILE = "result.json"
 ROWS_FILE = "test_rows.npz"
-_SCORE = "_score"
+_SCORE, _RANK = "_score", "_rank"
 _PACKAGES = ("torch", "transformers", "peft", "recbole", "numpy", "pandas")
 _TITLES = {"auc": "AUC", "logloss": "LogLoss", "acc": "ACC", "gauc": "GAUC"}
+_RANK_COLUMNS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr@10")
+"""Of the table; the result has all `RANK_METRICS`."""
 
 
 def merge_rows(
@@ -76,28 +85,41 @@ def merge_rows(
 
     Returns:
         user, item, row_id (if known), label, model_score, and NAME_score for every other that is not None, in
-        the order of `model`. Others in another order are matched by row_id.
+        the order of `model`. Others in another order are matched by row_id. Of rankings likewise, with
+        candidates (if known), model_rank and NAME_rank instead of label and scores.
 
     Raises:
-        ValueError: if another model's rows are not the same rows.
+        ValueError: if another model's rows are not the same rows, or were ranked among another number of
+            candidates, or one was ranked and the other was not.
     """
-    keys = [key for key in ("user", "item", "row_id", "label") if key in model]
-    merged = {key: model[key] for key in keys} | {"model" + _SCORE: model["score"]}
+    value, suffix = ("rank", _RANK) if "rank" in model else ("score", _SCORE)
+    keys = [key for key in ("user", "item", "row_id", "label", "candidates") if key in model]
+    merged = {key: model[key] for key in keys} | {"model" + suffix: model[value]}
     for name, rows in others.items():
         if rows is None:
             continue
-        score, order = rows["score"], np.arange(len(rows["score"]))
+        if value not in rows:
+            raise ValueError(f"the rows of {name} have no [{value}], but the model's rows have")
+        score, order = rows[value], np.arange(len(rows[value]))
         if "row_id" in model and "row_id" in rows and not np.array_equal(model["row_id"], rows["row_id"]):
             order = np.argsort(rows["row_id"], kind="stable")
             if len(order) == len(model["row_id"]):
                 order = order[np.argsort(np.argsort(model["row_id"], kind="stable"), kind="stable")]
-        shared = [key for key in keys if key != "row_id" or key in rows]
-        if any(key not in rows or not np.array_equal(rows[key][order], model[key]) for key in shared):
+        shared = [key for key in keys if key not in ("row_id", "candidates") or key in rows]
+        differ = [
+            key for key in shared if key not in rows or not np.array_equal(rows[key][order], model[key])
+        ]
+        if differ == ["candidates"]:
             raise ValueError(
-                f"the rows of {name} ({len(score)}) are not the rows of the model ({len(model['score'])}): "
+                f"{name} ranked {_span(rows['candidates'])} candidates where the model ranked "
+                f"{_span(model['candidates'])}: evaluate both with the same candidates"
+            )
+        if differ:
+            raise ValueError(
+                f"the rows of {name} ({len(score)}) are not the rows of the model ({len(model[value])}): "
                 "evaluate both on the same test data"
             )
-        merged[name + _SCORE] = score[order]
+        merged[name + suffix] = score[order]
     return merged
 
 
@@ -122,27 +144,31 @@ def build_result(
     tokens_per_second: float | None = None,
     memory: Mapping[str, int | None] | None = None,
     bootstrap_samples: int = 1000,
+    n_items: int | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything a run is to leave behind, as a dict of the schema above.
 
     Args:
         model: the model's class name, as `--model` takes it.
-        dataset: its name; task: 'ctr'; seed: also of the bootstrap; device: what was computed on.
+        dataset: its name; task: 'ctr', 'next_item'; seed: also of the bootstrap; device: what was computed
+            on.
         config: a RecBole Config or any mapping.
         row_counts: train, few_shot, valid, test; valid_available and test_available where `eval_rows` cut
             them.
         valid, test: what RecBole's evaluator gave.
-        rows: the test rows as `merge_rows` gives them; every column NAME_score is one model to be measured.
-            None for a ranking evaluation.
+        rows: the test rows as `merge_rows` gives them; every column NAME_score, or NAME_rank of a ranking
+            evaluation, is one model to be measured. None where `RowCollector` has none.
         name: the run's name in tables, by default the model's.
-        names: labels in tables for other score columns, by default "lens DIN" (its name) and "untrained LLM".
+        names: labels in tables for other columns, by default "lens DIN" (its name) and "untrained LLM".
         backbone: {name, sha256, source, dtype}, None for RecBole's own models.
         lens: {name, identity, ...}, None if there is none.
         eval_rows: the setting of that name.
         seconds: stage -> seconds; tokens_per_second: of training.
         memory: by default `peak_memory()`.
         bootstrap_samples: 0 for no intervals.
+        n_items: of a ranking evaluation: size of the catalogue without the padding item, to tell whether all
+            items were ranked.
         extra: further keys of the result; none of the schema's.
 
     Raises:
@@ -151,18 +177,27 @@ def build_result(
     labels = {"model": name or model, "zero_shot": "untrained LLM"}
     labels["lens"] = f"lens {lens['name']}" if lens and lens.get("name") else "lens"
     labels |= names or {}
-    intervals, measured = None, {}
+    intervals, measured, counts = None, {}, dict(row_counts)
     if rows is not None:
-        if len(rows["label"]) != row_counts["test"]:
+        if len(rows["user"]) != row_counts["test"]:
             raise ValueError(
-                f"{len(rows['label'])} test rows were scored, but row_counts['test'] is {row_counts['test']}"
+                f"{len(rows['user'])} test rows were scored, but row_counts['test'] is {row_counts['test']}"
             )
-        scores = {key.removesuffix(_SCORE): value for key, value in rows.items() if key.endswith(_SCORE)}
-        estimate = bootstrap(rows["user"], rows["label"], scores, n=bootstrap_samples, seed=seed)
+        scores, ranks = (
+            {key.removesuffix(suffix): value for key, value in rows.items() if key.endswith(suffix)}
+            for suffix in (_SCORE, _RANK)
+        )
+        if scores and ranks:
+            raise ValueError(f"rows are either scored or ranked, but these have the columns {sorted(rows)}")
+        if ranks:
+            counts["candidates"] = _candidates(rows.get("candidates"), n_items)
+            metrics = _metrics_below(counts["candidates"]["min"])
+            estimate = bootstrap_ranks(rows["user"], ranks, metrics, n=bootstrap_samples, seed=seed)
+        else:
+            estimate = bootstrap(rows["user"], rows["label"], scores, n=bootstrap_samples, seed=seed)
         _log_reasons(estimate, labels)
         intervals, measured = estimate.to_dict("lens"), estimate.values
-        labels |= {key: key.replace("_", " ") for key in scores if key not in labels}
-    counts = dict(row_counts)
+        labels |= {key: key.replace("_", " ") for key in scores | ranks if key not in labels}
     result = {
         "schema": SCHEMA,
         "name": labels["model"],
@@ -202,27 +237,28 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
     """A fixed-width table of one run, or of several on the same test rows, as `build_result` gives them.
 
     One line per model: the untrained LLM, the lens, others, then each run's own model; with AUC and its
-    interval, LogLoss, ACC, GAUC, and the paired difference of the AUC to the lens of the same run. Ranking
-    runs show RecBole's metrics.
+    interval, LogLoss, ACC, GAUC, and the paired difference of the AUC to the lens of the same run. Runs with
+    ranks show HR@1 in the place of AUC and HR@5, NDCG@5, NDCG@10 and MRR@10 beside it, as far as k is below
+    the number of candidates; rankings without rows show RecBole's metrics.
 
     Raises:
-        ValueError: if the runs were measured on different numbers of rows or users, or one ranked and one did
-            not.
+        ValueError: if the runs were measured on different numbers of rows, users or candidates, or one ranked
+            and one did not.
     """
     results = [results] if isinstance(results, Mapping) else list(results)
-    basis = {
-        (r["intervals"]["rows"], r["intervals"]["users"]) if r["intervals"] else r["rows"].get("test")
-        for r in results
-    }
+    basis = {_basis(r) for r in results}
     if len(basis) != 1:
-        raise ValueError(
-            f"one table needs one test set, but these runs were measured on (rows, users) {basis}"
-        )
+        what = "rows, users, candidates" if any("candidates" in r["rows"] for r in results) else "rows, users"
+        raise ValueError(f"one table needs one test set, but these runs were measured on ({what}) {basis}")
     if results[0]["intervals"] is None:
         columns = list(dict.fromkeys(key for r in results for key in r["metrics"]["test"]))
         body = [[r["name"], *(_number(r["metrics"]["test"].get(key)) for key in columns)] for r in results]
         return _layout([["model", *columns], *body])
 
+    main, columns = "auc", ("logloss", "acc", "gauc")
+    if "candidates" in results[0]["rows"]:
+        known = next(iter(results[0]["intervals"]["models"].values()))
+        main, *columns = (metric for metric in _RANK_COLUMNS if metric in known)
     notes: list[str] = []
     lines: list[list[str]] = []
     own: list[list[str]] = []
@@ -232,17 +268,15 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
             found["models"], key=lambda k: ("zero_shot", "lens").index(k) if k in ("zero_shot", "lens") else 2
         ):
             label, values = result["names"][key], found["models"][key]
-            difference = found["differences"].get(f"{key} - lens", {}).get("auc")
+            difference = found["differences"].get(f"{key} - lens", {}).get(main)
             line = [
                 label,
-                _cell(values["auc"], f"{label}, AUC", notes),
-                *(_number(values[metric]["value"]) for metric in ("logloss", "acc", "gauc")),
-                _cell(difference, f"{label}, AUC - lens", notes, sign="+") if difference else "",
+                _cell(values[main], f"{label}, {_title(main)}", notes),
+                *(_number(values[metric]["value"]) for metric in columns),
+                _cell(difference, f"{label}, {_title(main)} - lens", notes, sign="+") if difference else "",
             ]
             notes += [
-                f"{label}, {_TITLES[m]}: {values[m]['reason']}"
-                for m in ("logloss", "acc", "gauc")
-                if values[m]["value"] is None
+                f"{label}, {_title(m)}: {values[m]['reason']}" for m in columns if values[m]["value"] is None
             ]
             if key == "model":
                 own.append(line)
@@ -250,7 +284,8 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
                 lines.append(line)
     first = results[0]["intervals"]
     level = f"[{first['level']:.0%} interval]"
-    table = [["model", f"AUC {level}", "LogLoss", "ACC", "GAUC", f"AUC - lens {level}"], *lines, *own]
+    head = ["model", f"{_title(main)} {level}", *map(_title, columns), f"{_title(main)} - lens {level}"]
+    table = [head, *lines, *own]
     if not any(line[-1] for line in table[1:]):
         table = [line[:-1] for line in table]
     return "\n".join([_layout(table), _footer(results[0]), *dict.fromkeys(notes)])
@@ -283,14 +318,19 @@ def write_result(
         raise ValueError(f"the columns differ in length: { {key: len(c) for key, c in columns.items()} }")
     if columns:
         _write_atomically(folder / ROWS_FILE, lambda file: np.savez_compressed(file, **columns))
-    dropped: list[str] = []
-    plain = _plain({**result, "test_rows": ROWS_FILE if columns else None}, "", dropped)
-    if dropped:
-        logger.warning("%s: not a finite number, written as null: %s", RESULT_FILE, ", ".join(dropped))
-    text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     path = folder / RESULT_FILE
-    _write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(path, {**result, "test_rows": ROWS_FILE if columns else None})
     return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` atomically; what JSON cannot hold becomes plain, numbers that are not finite null."""
+    dropped: list[str] = []
+    plain = _plain(content, "", dropped)
+    if dropped:
+        logger.warning("%s: not a finite number, written as null: %s", path.name, ", ".join(dropped))
+    text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    _write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -361,7 +401,42 @@ def _log_reasons(estimate: Bootstrap, labels: Mapping[str, str]) -> None:
         for metric in estimate.metrics:
             reason = estimate.interval(key, metric).reason
             if reason:
-                logger.warning("%s, %s: %s", labels.get(key, key), _TITLES[metric], reason)
+                logger.warning("%s, %s: %s", labels.get(key, key), _title(metric), reason)
+
+
+def _title(metric: str) -> str:
+    """'gauc' -> 'GAUC', 'ndcg@5' -> 'NDCG@5'."""
+    return _TITLES.get(metric, metric.upper())
+
+
+def _candidates(counts: np.ndarray | None, n_items: int | None) -> dict[str, int | bool | None]:
+    """What the result says of the [rows] numbers of candidates, which may be unknown."""
+    if counts is None:
+        return {"min": None, "max": None, "all_items": None}
+    low, high = int(np.min(counts)), int(np.max(counts))
+    return {"min": low, "max": high, "all_items": None if n_items is None else low == high == n_items}
+
+
+def _metrics_below(candidates: int | None) -> tuple[str, ...]:
+    """The rank metrics that say something: at a k of all candidates, every model hits. HR@1 always stays."""
+    return tuple(
+        metric
+        for metric in RANK_METRICS
+        if metric == "hr@1" or candidates is None or parse_rank_metric(metric)[1] < candidates
+    )
+
+
+def _span(counts: np.ndarray) -> str:
+    low, high = int(np.min(counts)), int(np.max(counts))
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _basis(result: Mapping[str, Any]) -> Any:
+    """What two results must share to stand in one table."""
+    found, ranked = result["intervals"], result["rows"].get("candidates")
+    if not found:
+        return result["rows"].get("test")
+    return (found["rows"], found["users"], *((ranked["min"], ranked["max"]) if ranked else ()))
 
 
 def _number(value: float | None, sign: str = "") -> str:
@@ -381,9 +456,20 @@ def _footer(result: Mapping[str, Any]) -> str:
     available = rows.get("test_available")
     drawn = f" of {available:,} (a seeded draw: eval_rows)" if available and available > rows["test"] else ""
     return (
-        f"{result['dataset']}: {found['rows']:,}{drawn} test rows of {found['users']:,} users; intervals "
+        f"{result['dataset']}: {found['rows']:,}{drawn} test rows of {found['users']:,} users"
+        f"{_among(rows['candidates']) if 'candidates' in rows else ''}; intervals "
         f"from {found['samples']:,} bootstrap samples of users, differences paired"
     )
+
+
+def _among(candidates: Mapping[str, Any]) -> str:
+    """The footer's words on what was ranked."""
+    ties = "; ties count against the model"
+    if candidates["min"] is None:
+        return ties
+    number = _span(np.array([candidates["min"], candidates["max"]]))
+    what = f"all {number} items" if candidates["all_items"] else f"{number} candidates"
+    return f", each target ranked among {what}{ties}"
 
 
 def _layout(lines: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ with compat.anomaly_detection_kept():  # importing RecBole's sequential models s
     from recbole_llm.lens.din import LensDIN
     from recbole_llm.lens.fit import fit_lens, lens_folder
     from recbole_llm.lens.lens import Lens, LensError
+    from recbole_llm.lens.next_item import NextItemSequence, next_item
     from recbole_llm.lens.sequence import LabelledSequence, LensSASRec, labelled
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "LensDIN",
     "LensError",
     "LensSASRec",
+    "NextItemSequence",
     "fit_lens",
     "labelled",
     "lens_folder",
+    "next_item",
 ]

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import recbole
 import torch
-from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
+from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader, TrainDataLoader
 from recbole.trainer import Trainer
 from torch import Tensor, nn
 
 from recbole_llm import compat
 from recbole_llm.lens.lens import Lens, LensError
-from recbole_llm.lens.settings import build_model, lens_settings, random_state_kept
+from recbole_llm.lens.next_item import NextItemSequence
+from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +38,13 @@ def fit_lens(
 ) -> Lens:
     """Train the lens of a configuration, or take it from the cache.
 
-    It is trained on the labels of all rows of ``train``, selected by AUC on ``valid``, and stops early. The
-    caller's random-number state does not change, so that nothing depends on whether the cache was warm.
+    It is trained on all rows of ``train``, selected on ``valid``, and stops early: in the ctr task on their
+    labels and by AUC, in the next-item task on their items and by NDCG@10 of ranking all items. The caller's
+    random-number state does not change, so that nothing depends on whether the cache was warm.
 
     Args:
-        config: the run's (``lens``, ``lens_config``, ``lens_ratings``, ``gate_scope``, ``seed``, ...).
-        train: all training rows (:class:`recbole_llm.data.CTRDataset`).
+        config: the run's (``task``, ``lens``, ``lens_config``, ``lens_ratings``, ``gate_scope``, ``seed``, ...).
+        train: all training rows (:class:`recbole_llm.data.CTRDataset`, or rows of its interface without labels).
         valid: all validation rows.
         cache_dir: the cache; lenses are kept in its subfolder ``lens``.
         exclude_rows: ``row_id`` of training rows that the lens must not be trained on (``lens_rows:
@@ -55,15 +57,19 @@ def fit_lens(
 
     Raises:
         ValueError: for a lens that cannot be built or cannot have the wanted ``gate_scope``, rows of one
-            class only, or ``exclude_rows`` that are not training rows.
+            class only (``ctr``), no rows or too few items (``next_item``), or ``exclude_rows`` that are not
+            training rows.
     """
-    name, seed = config["lens"], config["seed"]
+    name, seed, task = config["lens"], config["seed"], lens_task(config)
     settings = lens_settings(config, train)
-    if config["lens_ratings"] and not settings["lens_ratings"]:
+    if task == "ctr" and config["lens_ratings"] and not settings["lens_ratings"]:
         logger.warning("lens %s: the dataset has no ratings, so past ratings are not an input", name)
     train = without_rows(train, exclude_rows)
     for split, rows in (("training", train), ("validation", valid)):
-        _check_labels(rows, settings["LABEL_FIELD"], name, split)
+        if task == "ctr":
+            _check_labels(rows, settings["LABEL_FIELD"], name, split)
+        else:
+            _check_items(rows, max(settings["topk"]), name, split)
 
     with random_state_kept(seed):
         model = build_model(settings, train)
@@ -116,7 +122,8 @@ def without_rows(dataset, rows: np.ndarray | None):
 def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -> str:
     """What the state will depend on: ``user_item`` or ``user``.
 
-    A semantic history is chosen by the target, so with it every state depends on the target.
+    A semantic history is chosen by the target, so with it every state depends on the target, and items cannot
+    be ranked: the history of the row's own item would give that item away.
 
     Args:
         name: the lens's name.
@@ -125,8 +132,13 @@ def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -
         id_retrieval: how the lens's history is chosen.
 
     Raises:
-        ValueError: if the lens cannot give a state of that scope.
+        ValueError: if the lens cannot give a state of that scope, or items cannot be ranked.
     """
+    if id_retrieval == "semantic" and isinstance(model, NextItemSequence):
+        raise ValueError(
+            "id_retrieval: semantic chooses the history by the target, which the next-item task is to find; "
+            "set id_retrieval: recent"
+        )
     if id_retrieval == "semantic":
         if wanted == "user" and "user_item" in model.gate_scopes:
             raise ValueError(
@@ -149,6 +161,7 @@ def lens_identity(settings, train, valid) -> str:
     digest = hashlib.sha256()
     plain = {
         "code": CODE_VERSION,
+        **({"task": "next_item"} if lens_task(settings) == "next_item" else {}),
         "recbole": recbole.__version__,
         "lens": settings["lens"],
         "keys": settings["lens_keys"],
@@ -178,34 +191,54 @@ def _check_labels(rows, label_field: str, name: str, split: str) -> None:
         )
 
 
+def _check_items(rows, topk: int, name: str, split: str) -> None:
+    if len(rows) == 0:
+        raise ValueError(
+            f"lens {name}: there are no {split} rows; check min_history, eval_args and lens_rows"
+        )
+    if rows.item_num - 1 < topk:
+        raise ValueError(
+            f"lens {name}: the dataset has {rows.item_num - 1} items, and a lens of the next-item task is "
+            f"selected by its ranking at {topk}; take lens: ~ or a dataset with at least {topk} items"
+        )
+
+
 @torch.no_grad()
 def _check_state(model: nn.Module, rows) -> None:
     """Ask for a representation once, so that an unsuitable model is refused before hours of training."""
     model.eval()
     batch = rows[np.arange(min(2, len(rows)))].to(next(model.parameters()).device)
-    model.represent(batch, model.gate_scopes[0])
+    if isinstance(model, NextItemSequence):
+        model.check(batch)
+    else:
+        model.represent(batch, model.gate_scopes[0])
 
 
 def _train(settings, model: nn.Module, train, valid) -> dict:
     """Train ``model`` in place, leave the best epoch's weights in it, and say how it went."""
     name = settings["lens"]
     logger.info("lens %s: training on %d rows, validating on %d", name, len(train), len(valid))
+    task, metric = lens_task(settings), settings["valid_metric"].lower()
+    eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
     best: dict[str, Tensor] = {}
     curve: list[float] = []
+    best_epoch = 0
     started = time.monotonic()
     # The folder stays empty: the best weights are kept in memory, not pickled with the configuration.
     with tempfile.TemporaryDirectory() as scratch, compat.no_tensorboard():
         settings["checkpoint_dir"] = scratch
         trainer = Trainer(settings, model)
 
-        def keep_best(_epoch: int, score: float) -> None:
+        def keep_best(epoch: int, score: float) -> None:
+            nonlocal best_epoch
             curve.append(float(score))
-            if trainer.cur_step == 0:  # RecBole's early stopping has just seen an improvement
+            if trainer.cur_step == 0:  # RecBole has just seen an improvement, or the best score again
+                best_epoch = epoch + 1
                 best.update({key: value.detach().clone() for key, value in model.state_dict().items()})
 
         _, metrics = trainer.fit(
             TrainDataLoader(settings, train, None, shuffle=True),
-            NegSampleEvalDataLoader(settings, valid, None, shuffle=False),
+            eval_loader(settings, valid, None, shuffle=False),
             saved=False,
             show_progress=bool(settings["show_progress"]),
             callback_fn=keep_best,
@@ -215,11 +248,12 @@ def _train(settings, model: nn.Module, train, valid) -> dict:
     logger.info("lens %s: %d epochs in %.0f s, valid %s", name, len(curve), seconds, dict(metrics))
     return {
         "trained": True,
+        "task": task,
         "seconds": round(seconds, 2),
         "epochs": len(curve),
-        "best_epoch": int(np.argmax(curve)) + 1,
+        "best_epoch": best_epoch,
         "valid": {key: float(value) for key, value in metrics.items()},
-        "valid_auc_by_epoch": curve,
+        f"valid_{metric}_by_epoch": curve,
         "rows": {"train": len(train), "valid": len(valid)},
         "keys": settings["lens_keys"],
         "ratings": settings["lens_ratings"],

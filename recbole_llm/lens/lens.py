@@ -15,7 +15,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from recbole_llm.lens.settings import build_model, lens_settings, random_state_kept
+from recbole_llm.lens.next_item import NextItemSequence
+from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "lens.safetensors", "lens.json"
@@ -29,7 +30,7 @@ class Lens(nn.Module):
     """A trained model of RecBole, frozen: no gradients, no dropout, no autocast, whatever is done around it.
 
     Args:
-        model: a lens model (:class:`LensDIN`, :class:`LensSASRec`, ...).
+        model: a lens model (:class:`LensDIN`, :class:`LensSASRec`, :class:`NextItemSequence`, ...).
         name: its name in the configuration.
         gate_scope: ``user_item`` if the state depends on the target, ``user`` if it does not.
         identity: hash of everything that determined the weights.
@@ -70,7 +71,8 @@ class Lens(nn.Module):
             interaction: a joined batch of ``B`` rows, on any device.
 
         Returns:
-            The state ``[B, width]`` and the logit of a positive label ``[B]``, float32, on the lens's device.
+            The state ``[B, width]`` and the logit of a positive label ``[B]`` (next-item task: the score of the
+            row's item, its logit among all items), float32, on the lens's device.
         """
         device = self.device
         with torch.autocast(device.type, enabled=False):
@@ -78,6 +80,28 @@ class Lens(nn.Module):
         return state.float(), logit.float()
 
     forward = represent
+
+    @torch.no_grad()
+    def score_items(self, interaction: Interaction) -> Tensor:
+        """How well every item would follow each row's history, in the next-item task.
+
+        Args:
+            interaction: a joined batch of ``B`` rows, on any device; their own items are not looked at.
+
+        Returns:
+            ``[B, n_items]`` float32, on the lens's device; column 0, the padding item, is -inf. Items of the
+            history keep their scores, as in RecBole's full ranking of sequential models.
+
+        Raises:
+            LensError: if the lens was trained on labels.
+        """
+        if not isinstance(self.model, NextItemSequence):
+            raise LensError(
+                f"the lens {self.name} was trained on labels, so it ranks no items; set task: next_item"
+            )
+        device = self.device
+        with torch.autocast(device.type, enabled=False):
+            return self.model.score_items(interaction.to(device)).float()
 
     @torch.no_grad()
     def item_vectors(self) -> Tensor:
@@ -108,8 +132,8 @@ class Lens(nn.Module):
 
         Args:
             folder: the folder given to :meth:`save`.
-            config: the run's configuration; its ``lens``, ``lens_config`` and ``lens_ratings`` must be those
-                that the lens was trained with.
+            config: the run's configuration; its ``task``, ``lens``, ``lens_config`` and ``lens_ratings`` must
+                be those that the lens was trained with.
             dataset: the training rows (sizes of the vocabularies, fields of users and items).
             gate_scope: read another state than the one saved with (a DIN has two).
 
@@ -121,6 +145,11 @@ class Lens(nn.Module):
             found = description["name"]
             raise LensError(
                 f"{folder / DESCRIPTION} is a {found}, the configuration has lens: {config['lens']}"
+            )
+        task = description["info"].get("task", "ctr")
+        if task != lens_task(config):
+            raise LensError(
+                f"{folder / DESCRIPTION} is a lens of the task {task}, the configuration has task: {config['task']}"
             )
         with random_state_kept(0):
             model = build_model(lens_settings(config, dataset), dataset)

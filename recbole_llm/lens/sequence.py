@@ -37,7 +37,60 @@ _INPUTS = {
 }
 
 
-class LabelledSequence(SequentialRecommender):
+class HistoryEncoder(SequentialRecommender):
+    """A sequential model read as an encoder of histories; to be inherited before the model's own class.
+
+    Args:
+        config: the lens's own configuration.
+        dataset: the training rows.
+
+    Raises:
+        ValueError: if the model does not make one vector of a history; the message names models that do.
+    """
+
+    gate_scopes = ("user",)
+    known_to_work: tuple[str, ...] = ()
+
+    def __init__(self, config, dataset) -> None:
+        super().__init__(config, dataset)
+        self.input_fields = self._input_fields()
+        embedding = getattr(self, "item_embedding", None)
+        if not isinstance(embedding, nn.Embedding):
+            raise self._unsuitable("it has no item_embedding")
+        self.widths = {"user": embedding.embedding_dim}
+
+    def _unsuitable(self, reason: str) -> ValueError:
+        name = type(self).__name__.removeprefix("Lens")
+        works = f"Known to work: {', '.join(self.known_to_work)}"
+        return ValueError(f"lens {name} gives no representation: {reason}. {works}")
+
+    def _input_fields(self) -> list[str]:
+        """The fields to pass to the model's ``forward``, in order."""
+        names = list(inspect.signature(super().forward).parameters)
+        unknown = [name for name in names if name not in _INPUTS]
+        if unknown or not any(_INPUTS[name] == "ITEM_SEQ" for name in names):
+            raise self._unsuitable(f"its forward({', '.join(names)}) does not take a history alone")
+        return [getattr(self, _INPUTS[name]) for name in names]
+
+    def state(self, interaction: Interaction) -> Tensor:
+        """The model's vector of the history, ``[B, H]``."""
+        inputs = [interaction[field] for field in self.input_fields]
+        state = self.call_forward(interaction, inputs)
+        if not isinstance(state, Tensor) or state.shape != (len(inputs[0]), self.widths["user"]):
+            shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise self._unsuitable(f"its forward returns {shape}, not [batch, {self.widths['user']}]")
+        return state
+
+    def call_forward(self, _interaction: Interaction, inputs: list[Tensor]) -> Tensor:
+        """The model's ``forward`` of its inputs."""
+        return self.forward(*inputs)
+
+    def item_vectors(self) -> Tensor:
+        """The item embeddings, ``[n_items, H]``; row 0 is the padding item."""
+        return self.item_embedding.weight
+
+
+class LabelledSequence(HistoryEncoder):
     """Puts a labelled head on a sequential model; to be inherited before the model's own class.
 
     With ``lens_ratings`` the embedding of the rating is added to the embedding of every earlier item, where
@@ -52,17 +105,12 @@ class LabelledSequence(SequentialRecommender):
     """
 
     input_type = InputType.POINTWISE
-    gate_scopes = ("user",)
+    known_to_work = ("DIN", *WORKING)
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         self.LABEL_FIELD = config["LABEL_FIELD"]
-        self.input_fields = self._input_fields()
-        embedding = getattr(self, "item_embedding", None)
-        if not isinstance(embedding, nn.Embedding):
-            raise self._unsuitable("it has no item_embedding")
-        width = embedding.embedding_dim
-        self.widths = {"user": width}
+        width = self.widths["user"]
         self.item_bias = nn.Embedding(self.n_items, 1, padding_idx=0)
         self.bias = nn.Parameter(torch.zeros(()))
         nn.init.zeros_(self.item_bias.weight)
@@ -74,45 +122,27 @@ class LabelledSequence(SequentialRecommender):
             nn.init.zeros_(self.rating_embedding.weight)
         self.bce = nn.BCEWithLogitsLoss()
 
-    def _unsuitable(self, reason: str) -> ValueError:
-        name = type(self).__name__.removeprefix("Lens")
-        works = f"Known to work: DIN, {', '.join(WORKING)}"
-        return ValueError(f"lens {name} gives no representation: {reason}. {works}")
-
-    def _input_fields(self) -> list[str]:
-        """The fields to pass to the model's ``forward``, in order."""
-        names = list(inspect.signature(super().forward).parameters)
-        unknown = [name for name in names if name not in _INPUTS]
-        if unknown or not any(_INPUTS[name] == "ITEM_SEQ" for name in names):
-            raise self._unsuitable(f"its forward({', '.join(names)}) does not take a history alone")
-        return [getattr(self, _INPUTS[name]) for name in names]
-
-    def state(self, interaction: Interaction) -> Tensor:
-        """The model's vector of the history, ``[B, H]``."""
-        inputs = [interaction[field] for field in self.input_fields]
+    def call_forward(self, interaction: Interaction, inputs: list[Tensor]) -> Tensor:
+        """The model's ``forward`` of its inputs, the ratings added to the items."""
         if self.ratings is None:
+            return self.forward(*inputs)
+        history = interaction[self.ITEM_SEQ]
+        rated = self.rating_embedding(self.ratings(interaction[self.RATING_SEQ], history != 0))
+        added = []
+
+        def add_ratings(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if args[0] is not history:
+                return None
+            added.append(True)
+            return output + rated
+
+        handle = self.item_embedding.register_forward_hook(add_ratings)
+        try:
             state = self.forward(*inputs)
-        else:
-            history = interaction[self.ITEM_SEQ]
-            rated = self.rating_embedding(self.ratings(interaction[self.RATING_SEQ], history != 0))
-            added = []
-
-            def add_ratings(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-                if args[0] is not history:
-                    return None
-                added.append(True)
-                return output + rated
-
-            handle = self.item_embedding.register_forward_hook(add_ratings)
-            try:
-                state = self.forward(*inputs)
-            finally:
-                handle.remove()
-            if not added:
-                raise self._unsuitable("it does not look its history up in one call; set lens_ratings: False")
-        if not isinstance(state, Tensor) or state.shape != (len(inputs[0]), self.widths["user"]):
-            shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            raise self._unsuitable(f"its forward returns {shape}, not [batch, {self.widths['user']}]")
+        finally:
+            handle.remove()
+        if not added:
+            raise self._unsuitable("it does not look its history up in one call; set lens_ratings: False")
         return state
 
     def represent(self, interaction: Interaction, gate_scope: str = "user") -> tuple[Tensor, Tensor]:
@@ -129,10 +159,6 @@ class LabelledSequence(SequentialRecommender):
     def predict(self, interaction: Interaction) -> Tensor:
         """The probability of a positive label, ``[B]``."""
         return torch.sigmoid(self.represent(interaction)[1])
-
-    def item_vectors(self) -> Tensor:
-        """The item embeddings, ``[n_items, H]``; row 0 is the padding item."""
-        return self.item_embedding.weight
 
 
 class LensSASRec(LabelledSequence, SASRec):

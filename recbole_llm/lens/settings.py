@@ -16,6 +16,7 @@ from torch import nn
 from recbole_llm.config import RECBOLE_PROPERTIES, load_yaml, properties_dir
 from recbole_llm.keys import check_values
 from recbole_llm.lens.din import LensDIN
+from recbole_llm.lens.next_item import NEXT_ITEM_WORKING, next_item
 from recbole_llm.lens.sequence import WORKING, LensSASRec, labelled
 from recbole_llm.registry import get_model, nearest
 
@@ -27,19 +28,16 @@ _NO_SAMPLING = {
     "candidate_num": 0,
 }
 
-# What does not depend on the user: the labels of the data, value metrics, one process, float32.
+# What does not depend on the user: one process, float32, no sampled negatives ...
 _FIXED = {
     "MODEL_TYPE": ModelType.SEQUENTIAL,
     "MODEL_INPUT_TYPE": InputType.POINTWISE,
-    "loss_type": "CE",  # read by the constructors of RecBole's models; the loss is ours
+    "loss_type": "CE",  # a labelled lens has a loss of its own, and RecBole's constructor reads this key
     "train_neg_sample_args": _NO_SAMPLING,
     "valid_neg_sample_args": _NO_SAMPLING,
     "test_neg_sample_args": _NO_SAMPLING,
     "transform": None,
-    "metrics": ["AUC", "LogLoss"],
-    "valid_metric": "AUC",
     "valid_metric_bigger": True,
-    "eval_type": EvaluatorType.VALUE,
     "metric_decimal_place": 6,
     "eval_step": 1,
     "enable_amp": False,
@@ -48,18 +46,41 @@ _FIXED = {
     "log_wandb": False,
 }
 
+# ... and per task how validation rows are scored: by their labels, or by the rank of the item among all items.
+_FIXED_BY_TASK = {
+    "ctr": {
+        "metrics": ["AUC", "LogLoss"],
+        "valid_metric": "AUC",
+        "eval_type": EvaluatorType.VALUE,
+    },
+    "next_item": {
+        "metrics": ["NDCG", "Hit", "MRR"],
+        "topk": [1, 5, 10],
+        "valid_metric": "NDCG@10",
+        "eval_type": EvaluatorType.RANKING,
+    },
+}
+_EVAL_MODE = {"ctr": "labeled", "next_item": "full"}
 
-def lens_keys(name: str) -> dict:
+
+def lens_task(config) -> str:
+    """What a lens is trained for: ``ctr`` (labels) or ``next_item`` (the item that comes next)."""
+    return "next_item" if config["task"] == "next_item" else "ctr"
+
+
+def lens_keys(name: str, task: str = "ctr") -> dict:
     """Every key that ``lens_config`` may hold for the lens ``name``, with its default.
 
-    ``properties/lens/overall.yaml`` (training) and ``properties/lens/<name>.yaml``; for a lens without a file
-    of its own, the model's own yaml in RecBole.
+    ``overall.yaml`` (training) and ``<name>.yaml`` in ``properties/lens`` (``next_item``: in its folder
+    ``next_item``); for a lens without a file of its own, the model's own yaml in RecBole.
     """
     folder = properties_dir() / "lens"
+    folder = folder / task if task == "next_item" else folder
     files = [folder / f"{name}.yaml", RECBOLE_PROPERTIES / "model" / f"{name}.yaml"]
     model = next((load_yaml(file) for file in files if file.is_file()), {})
     keys = {**load_yaml(folder / "overall.yaml"), **model}
-    return {key: value for key, value in keys.items() if key not in _FIXED}
+    fixed = _FIXED | _FIXED_BY_TASK[task]
+    return {key: value for key, value in keys.items() if key not in fixed}
 
 
 def lens_settings(config, dataset):
@@ -75,8 +96,8 @@ def lens_settings(config, dataset):
     Raises:
         ValueError: for a key in ``lens_config`` that the lens does not have, or a value that it cannot have.
     """
-    name = config["lens"]
-    keys = lens_keys(name)
+    name, task = config["lens"], lens_task(config)
+    keys = lens_keys(name, task)
     given = config["lens_config"] or {}
     for key in given:
         if key not in keys:
@@ -90,13 +111,18 @@ def lens_settings(config, dataset):
 
     settings = copy.copy(config)
     settings.final_config_dict = dict(config.final_config_dict)
-    ratings = bool(config["lens_ratings"]) and dataset.history.ratings is not None
+    # In the next-item task the model is RecBole's own, which knows no ratings.
+    ratings = task == "ctr" and bool(config["lens_ratings"]) and dataset.history.ratings is not None
     device = torch.device(config["device"])
-    for key, value in {**keys, **_FIXED, "lens_ratings": ratings, "lens_keys": keys}.items():
+    fixed = _FIXED | _FIXED_BY_TASK[task]
+    for key, value in {**keys, **fixed, "lens_ratings": ratings, "lens_keys": keys}.items():
         settings[key] = copy.deepcopy(value)
     settings["device"] = device
     settings["use_gpu"] = device.type == "cuda"
-    settings["eval_args"] = {**config["eval_args"], "mode": {"valid": "labeled", "test": "labeled"}}
+    settings["eval_args"] = {
+        **config["eval_args"],
+        "mode": dict.fromkeys(("valid", "test"), _EVAL_MODE[task]),
+    }
     return settings
 
 
@@ -110,17 +136,20 @@ def build_model(settings, dataset) -> nn.Module:
     Raises:
         ValueError: if there is no such model, or it cannot serve as a lens.
     """
-    name = settings["lens"]
-    if name == "DIN":
+    name, of_task = settings["lens"], lens_task(settings)
+    if of_task == "ctr" and name == "DIN":
         return LensDIN(settings, dataset).to(settings["device"])
-    if name == "SASRec":
+    if of_task == "ctr" and name == "SASRec":
         return LensSASRec(settings, dataset).to(settings["device"])
     model_class = get_model(name)
-    works = f"Known to work: DIN, {', '.join(WORKING)}"
+    works = f"Known to work: {', '.join(('DIN', *WORKING) if of_task == 'ctr' else NEXT_ITEM_WORKING)}"
     if not issubclass(model_class, SequentialRecommender):
         raise ValueError(f"lens {name} is not a sequential recommender of RecBole. {works}")
+    if of_task == "next_item" and name in ("DIN", "DIEN"):
+        raise ValueError(f"lens {name} scores labelled rows, it cannot rank items. {works}")
+    make = labelled if of_task == "ctr" else next_item
     try:
-        return labelled(model_class)(settings, dataset).to(settings["device"])
+        return make(model_class)(settings, dataset).to(settings["device"])
     except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(f"lens {name} cannot be built from its defaults ({error}). {works}") from error
 

@@ -19,7 +19,7 @@ def test_rank_and_scale(mixer, rank, scale):
     ("change", "words"),
     [
         ({"mixer": "mean"}, "mixer is 'mean'"),
-        ({"gate": "mlp"}, "gate is 'mlp'"),
+        ({"gate": "mlp61"}, "gate is 'mlp61'"),
         ({"r": 6}, "r=6 is not divisible by num_experts=4"),
         ({"r": 0}, "r must be a whole number"),
         ({"r": 8.0}, "r must be a whole number"),

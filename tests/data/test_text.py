@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from atomic_files import random_interactions, write_atomic
 
-from recbole_llm.data import ItemText, UserText, natural_order
-from recbole_llm.data.text import clean, read_atomic
+from recbole_llm.data import CTRDataset, ItemText, NextItemDataset, UserText, natural_order
+from recbole_llm.data.text import clean, read_atomic, shorten
 
 INTER_COLUMNS = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 
@@ -66,6 +66,105 @@ def test_files_are_read_as_they_are(tmp_path):
     ]
     path = write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token_seq", rows)
     assert read_atomic(path).values.tolist() == [list(row) for row in rows]
+
+
+def test_scripts_that_join_letters_keep_their_marks():
+    assert clean("می\u200cخواهم") == "می\u200cخواهم"  # Persian: without the joiner another word
+    assert clean("\u202bשלום\u200f עולם\u202c") == "שלום עולם"  # marks of direction say nothing here
+    assert clean("Zauber\u00adflöte\ufeff") == "Zauberflöte"
+    assert clean("Ame\u0301lie") == "Amélie" and len(clean("Ame\u0301lie")) == 6
+    assert clean("千と千尋の神隠し\u3000（2001）") == "千と千尋の神隠し （2001）"
+    assert clean("Sid Meier&amp;#39;s &amp;amp; &#x5343;") == "Sid Meier's & 千"
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "expected"),
+    [
+        ("The quick brown fox", 19, "The quick brown fox"),
+        ("The quick brown fox", 18, "The quick brown…"),
+        ("The quick brown fox", 16, "The quick brown…"),
+        ("The quick brown fox", 15, "The quick…"),
+        ("A" + "b" * 30, 10, "A" + "b" * 8 + "…"),
+        ("千と千尋の神隠し", 5, "千と千尋…"),
+    ],
+)
+def test_long_text_is_cut_between_words(text, limit, expected):
+    assert shorten(text, limit) == expected and len(expected) <= limit
+
+
+NAMED = "item_id:token name:token tag:token"
+
+
+def raw_file(tmp_path: Path, lines: str, header: str = NAMED, **kwargs) -> list[list[str]]:
+    path = tmp_path / "toy.item"
+    path.write_bytes((header.replace(" ", "\t") + "\n" + lines).encode(kwargs.pop("written", "utf-8")))
+    return read_atomic(path, **kwargs).to_numpy().tolist()
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ('1\t"Two\nlines"\tx\n2\tb\ty\n', [["1", "Two\nlines", "x"], ["2", "b", "y"]]),
+        ('1\t"Three\n\nlines, ""q"""\tx\n', [["1", 'Three\n\nlines, "q"', "x"]]),
+        ('1\ta\t"x\ny"\n2\tb\ty\n', [["1", "a", "x\ny"], ["2", "b", "y"]]),
+        ('1\t"tab\there"\tx\n2\tb\ty\n', [["1", "tab\there", "x"], ["2", "b", "y"]]),
+        ('1\t"say ""hi"""\tx\n', [["1", 'say "hi"', "x"]]),
+        ('1\t"Heat"\t""\n', [["1", "Heat", ""]]),
+        # Quotes that belong to the title:
+        ('1\t"Open\tx\n2\tb\ty\n', [["1", '"Open', "x"], ["2", "b", "y"]]),
+        ('1\ta\t"Open\n2\tb\ty"\n', [["1", "a", '"Open'], ["2", "b", 'y"']]),
+        ('1\t"Weird Al" sings "Live"\tx\n', [["1", '"Weird Al" sings "Live"', "x"]]),
+        ('1\t7" Single "A"\tx\n2\t"B\ty\n', [["1", '7" Single "A"', "x"], ["2", '"B', "y"]]),
+        # Rows that end early, an empty line, line ends of Windows, and line ends that only Python knows:
+        ("1\ta\n2\n\n3\tc\tz\n", [["1", "a", ""], ["2", "", ""], ["3", "c", "z"]]),
+        ('1\t"a\n2\tb\n3\tc"\tz\n', [["1", '"a', ""], ["2", "b", ""], ["3", 'c"', "z"]]),
+        ("1\ta\tx\r\n2\tb\ty\r\n", [["1", "a", "x"], ["2", "b", "y"]]),
+        ("1\ta\u2028b\x85c\x0bd\re\tx\n", [["1", "a\u2028b\x85c\x0bd\re", "x"]]),
+        ("", []),
+    ],
+)
+def test_no_row_of_a_raw_file_is_lost(tmp_path, lines, expected):
+    assert raw_file(tmp_path, lines) == expected
+
+
+def test_lines_that_do_not_fit_the_header_are_told(tmp_path, caplog):
+    raw_file(tmp_path, "1\ta\tx\n2\tb\n3\tc\n")
+    assert "2 lines have fewer cells than the header (first: line 3)" in caplog.text
+    with pytest.raises(ValueError, match=r"toy\.item: line 3 has 4 cells, but the header has 3"):
+        raw_file(tmp_path, "1\ta\tx\n2\tb\ty\tz\n")
+
+
+def test_the_encoding_of_a_file_may_be_set(tmp_path):
+    assert raw_file(tmp_path, "1\tAmélie\tx\n", written="latin-1", encoding="latin-1") == [
+        ["1", "Amélie", "x"]
+    ]
+    assert raw_file(tmp_path, "1\tAmélie\tx\n", written="utf-8-sig") == [["1", "Amélie", "x"]]
+    with pytest.raises(ValueError, match=r"toy\.item: .* set encoding to that of the file, e\.g\. latin-1"):
+        raw_file(tmp_path, "1\tAmélie\tx\n", written="latin-1")
+
+
+def test_recboles_reader_must_not_lose_rows_to_quotes(tmp_path, make_config, caplog):
+    """Its csv reader makes one row of items 2 to 4 here, and filter_inter_by_user_or_item drops the other two."""
+    write_atomic(tmp_path, "toy", "inter", "user_id:token item_id:token rating:float", random_three())
+    titles = [(str(i), f"Film {i}", 1980 + i) for i in range(1, 16)]
+    titles[1], titles[3] = ("2", '"Open', 1982), ("4", 'The end"', 1984)
+    write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token release_year:token", titles)
+    item = {"inter": ["user_id", "item_id", "rating"], "item": ["item_id", "release_year"]}
+    with pytest.raises(
+        ValueError, match=r"toy\.item has 15 rows, of which 13 are read\. RecBole takes a cell"
+    ):
+        CTRDataset(make_config(load_col=item))
+    write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token release_year:token", titles[:3])
+    with pytest.raises(ValueError, match=r"toy\.item cannot be read .*leave the file out of load_col"):
+        CTRDataset(make_config(load_col=item))
+    write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token release_year:token", titles)
+    dataset = CTRDataset(make_config(load_col={"inter": item["inter"]}))
+    dataset.build()
+    assert of(dataset, ItemText(dataset).titles, "2") == '"Open'
+
+
+def random_three() -> list[tuple]:
+    return [row[:3] for row in random_interactions()]
 
 
 # ---------------------------------------- items
@@ -188,12 +287,86 @@ def test_common_column_names_are_found(films):
         ({"titel": "x"}, r"text\.titel: unknown key; did you mean title\?"),
         ({"missing_title": "skip"}, "text.missing_title"),
         ({"genre_separator": ""}, "text.genre_separator"),
+        ({"max_title_length": 1}, r"text\.max_title_length: 1 is neither an int >= 2"),
+        ({"disambiguate": "yes"}, r"text\.disambiguate: 'yes' is none of"),
         ({"user_fields": {"age": "old"}}, r"text\.user_fields\.age: 'old' must hold \{\}"),
     ],
 )
 def test_settings_are_checked(films, section, message):
     with pytest.raises(ValueError, match=message):
         ItemText(films(**section))
+
+
+EQUAL = [
+    ("1", "Heat", "1995", "Crime"),
+    ("2", "heat (1986)", "1986", "Drama"),
+    ("3", "Chasing Amy", "1997", "Drama"),
+    ("4", "Chasing Amy", "1997", "Drama"),
+    ("5", "Emma", "1996", "Drama"),
+    ("6", "Emma", "1996", "Comedy Romance"),
+    ("7", "Emma", "", "Drama"),
+    ("8", "Heat and Dust", "1983", "Drama"),  # only begins like another one
+    ("9", "", "1999", "Drama"),
+]
+
+
+def test_equal_titles_are_told_apart_by_as_little_as_possible(films, caplog):
+    caplog.set_level(logging.INFO)
+    dataset = films(EQUAL, disambiguate=True, missing_title="placeholder", noun="Film")
+    text = ItemText(dataset)
+    found = {row[0]: (of(dataset, text.titles, row[0]), of(dataset, text.years, row[0])) for row in EQUAL[:8]}
+    assert found == {
+        "1": ("Heat (1995)", ""),
+        "2": ("heat (1986)", ""),
+        "3": ("Chasing Amy (no. 3)", "1997"),
+        "4": ("Chasing Amy (no. 4)", "1997"),
+        "5": ("Emma (1996, Drama)", ""),
+        "6": ("Emma (1996, Comedy, Romance)", ""),
+        "7": ("Emma", ""),
+        "8": ("Heat and Dust", "1983"),
+    }
+    assert len({title.casefold() for title in text.titles}) == 16
+    assert (
+        "6 items share their title with another one and were told apart by years (4), genres (2), ids (2)"
+        in (caplog.text)
+    )
+
+
+def test_equal_titles_stay_in_the_ctr_task_unless_asked(films, tmp_path, make_config):
+    dataset = films(EQUAL[:8])
+    assert of(dataset, ItemText(dataset).titles, "3") == of(dataset, ItemText(dataset).titles, "4")
+    config = make_config("SASRec", task="next_item", min_history=1, load_col=INTER_COLUMNS)
+    ranked = NextItemDataset(config)
+    ranked.build()
+    assert of(ranked, ranked.item_text().titles, "3") == "Chasing Amy (no. 3)"
+
+
+def test_long_titles_are_cut_and_then_told_apart(films, caplog):
+    long = "word " * 30
+    rows = [("1", long + "one", "", ""), ("2", long + "two", "", "Drama"), ("3", "short", "", "")]
+    dataset = films(rows, max_title_length=42, disambiguate=True)
+    titles = [of(dataset, ItemText(dataset).titles, token) for token in "123"]
+    assert titles[0].startswith("word word") and titles[0].endswith("word…") and len(titles[0]) <= 42
+    assert titles[1:] == [titles[0] + " (Drama)", "short"]
+    assert (
+        "2 titles are longer than 42 characters (text.max_title_length) and are cut; the longest has 153"
+        in (caplog.text)
+    )
+    uncut = films(rows, max_title_length=None)
+    assert of(uncut, ItemText(uncut).titles, "1") == long + "one"
+
+
+@pytest.mark.parametrize("column", ["name", "game_title", "artist_name"])
+def test_titles_may_be_all_there_is(films, column, caplog):
+    names = ["千と千尋の神隠し", "Beatles, The", "Björk", "Дельфин", "AC/DC", "!!!", "الليل"]
+    header = f"item_id:token {column}:token"
+    rows = [(str(i), name) for i, name in enumerate(names, start=1)]
+    rows += [(str(i), f"Band {i}") for i in range(len(names) + 1, 16)]
+    text = ItemText(dataset := films(rows, header))
+    expected = ["The Beatles" if name == "Beatles, The" else name for name in names]
+    assert [of(dataset, text.titles, row[0]) for row in rows[:7]] == expected
+    assert not any(text.years) and not any(text.genres) and not caplog.text
+    assert text.descriptions() == text.titles
 
 
 # ---------------------------------------- users

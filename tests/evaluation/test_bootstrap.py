@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from recbole_llm.evaluation import accuracy, auc, bootstrap, gauc, logloss
+from recbole_llm.evaluation import accuracy, auc, bootstrap, bootstrap_ranks, gauc, logloss, rank_metrics
 from recbole_llm.evaluation.metrics import user_codes
 
 module = import_module("recbole_llm.evaluation.bootstrap")  # the package has the function under this name
@@ -184,3 +184,79 @@ def test_wrong_arguments_are_named():
         bootstrap(users, labels, {})
     with pytest.raises(ValueError, match="one length"):
         bootstrap(users, labels, {"m": scores[1:]})
+
+
+RANK_METRICS = ("hr@1", "hr@5", "ndcg@5", "mrr@10")
+
+
+def rank_data(n_users=40, per_user=3, seed=0):
+    generator = np.random.default_rng(seed)
+    users = np.repeat(np.arange(n_users), per_user)
+    level = generator.integers(1, 12, n_users)[users]
+    return users, np.clip(level + generator.integers(-3, 4, users.size), 1, 20)
+
+
+def test_rank_replicates_equal_the_metrics_of_the_rows_drawn():
+    users, ranks = rank_data()
+    result = bootstrap_ranks(users, {"m": ranks}, RANK_METRICS, n=5, seed=8)
+    assert result.values["m"] == pytest.approx(rank_metrics(ranks, RANK_METRICS), abs=1e-14)
+    generator = np.random.default_rng(8)  # the draws, as `bootstrap` documents them: n users out of n
+    for replicate in range(5):
+        drawn = generator.integers(0, 40, 40)
+        copied = np.concatenate([ranks[users == user] for user in drawn])
+        for metric, value in rank_metrics(copied, RANK_METRICS).items():
+            assert result.replicates["m"][metric][replicate] == pytest.approx(value, abs=1e-12)
+
+
+def test_rank_draws_are_those_of_the_labelled_bootstrap():
+    users, ranks = rank_data()
+    labels, scores = np.arange(users.size) % 2, np.where(ranks == 1, 1.0, 0.0)
+    hits = np.where(labels == 1, scores, 1 - scores)  # predict so that a hit is a right row
+    labelled = bootstrap(users, labels, {"m": hits}, ["acc"], n=40, seed=2)
+    ranked = bootstrap_ranks(users, {"m": ranks}, ["HR@1"], n=40, seed=2)
+    np.testing.assert_allclose(ranked.replicates["m"]["hr@1"], labelled.replicates["m"]["acc"], atol=1e-14)
+
+
+def test_rank_differences_are_paired():
+    users, ranks = rank_data(n_users=200)
+    generator = np.random.default_rng(1)
+    better = np.maximum(1, ranks - generator.integers(0, 3, ranks.size))
+    result = bootstrap_ranks(users, {"base": ranks, "better": better, "copy": ranks.copy()}, n=400)
+    found, own = result.difference("better", "base", "ndcg@10"), result.interval("base", "ndcg@10")
+    assert 0 < found.low < found.value < found.high
+    assert found.high - found.low < 0.6 * (own.high - own.low)
+    nothing = result.difference("copy", "base", "hr@1")
+    assert (nothing.value, nothing.low, nothing.high) == (0.0, 0.0, 0.0)
+
+
+def test_rank_intervals_cover_the_truth_by_user():
+    # Five copies of each user's one rank: 80 observations of HR@1 = 0.3, not 400.
+    generator = np.random.default_rng(5)
+    covered, runs = 0, 200
+    for run in range(runs):
+        ranks = np.repeat(np.where(generator.random(80) < 0.3, 1, 7), 5)
+        one = bootstrap_ranks(np.repeat(np.arange(80), 5), {"m": ranks}, ["hr@1"], n=200, seed=run)
+        interval = one.interval("m", "hr@1")
+        covered += interval.low <= 0.3 <= interval.high
+    assert 0.89 <= covered / runs <= 0.99
+
+
+def test_rank_arguments_are_checked():
+    users, ranks = rank_data()
+    few = bootstrap_ranks(users[:12], {"m": ranks[:12]}, n=50).interval("m", "hr@1")
+    assert few.low is None and few.reason == "no interval: only 4 users, fewer than 10"
+    with pytest.raises(ValueError, match="no rank metric 'auc'"):
+        bootstrap_ranks(users, {"m": ranks}, ["auc"])
+    with pytest.raises(ValueError, match=r"120 rows have users.*\(119,\)"):
+        bootstrap_ranks(users, {"m": ranks[1:]})
+    with pytest.raises(ValueError, match="whole numbers from 1 on"):
+        bootstrap_ranks(users, {"m": ranks - 5})
+    with pytest.raises(ValueError, match="no models"):
+        bootstrap_ranks(users, {})
+    with pytest.raises(ValueError, match="no rows"):
+        bootstrap_ranks(np.array([], int), {"m": np.array([], int)})
+    with pytest.raises(ValueError, match="level=2"):
+        bootstrap_ranks(users, {"m": ranks}, level=2)
+    with pytest.raises(ValueError, match="b has the metrics"):
+        one = np.ones(users.size)
+        module.bootstrap_ratios(users, {"a": {"x": (one, one)}, "b": {"y": (one, one)}})

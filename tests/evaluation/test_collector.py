@@ -7,10 +7,13 @@ import collections
 import numpy as np
 import pytest
 import torch
+from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector, Evaluator
+from recbole.trainer import Trainer
 
-from recbole_llm.evaluation import RowCollector, auc, register_metrics
+from recbole_llm.config import Config
+from recbole_llm.evaluation import RowCollector, auc, rank_metrics, register_metrics
 from recbole_llm.evaluation.metrics import gauc
 
 FIELDS = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LABEL_FIELD": "label"}
@@ -156,13 +159,144 @@ def test_ranking_works_as_in_recbole_and_resources_stay():
         generator = torch.Generator().manual_seed(epoch)
         for _ in range(3):
             scores = torch.rand(4, 6, generator=generator)
-            positive = (torch.arange(4), torch.randint(0, 6, (4,), generator=generator))
+            positive = (torch.tensor([0, 0, 1, 3]), torch.randint(0, 6, (4,), generator=generator))
+            users = Interaction({"user_id": torch.arange(4)})
             for collector in (mine, theirs):
-                collector.eval_batch_collect(scores, None, *positive)
+                collector.eval_batch_collect(scores, users, *positive)
         struct, expected = mine.get_data_struct(), theirs.get_data_struct()
         torch.testing.assert_close(struct.get("rec.topk"), expected.get("rec.topk"), rtol=0, atol=0)
         result = Evaluator(settings).evaluate(struct)
         assert result["hit@3"] == Evaluator(config("Hit")).evaluate(expected)["hit@3"]
         assert 0 < result["itemcoverage@3"] <= 1 and result["averagepopularity@1"] >= 0
-    with pytest.raises(ValueError, match="ranking keeps none"):
+    with pytest.raises(ValueError, match="no rows: a ranking of the last evaluation had several targets"):
         mine.rows()
+
+
+def ranking_batches(seed=0, n_items=9, sizes=(4, 4, 2)):
+    """Rankings of all items but the first, as in a full-sort evaluation of a sequential model."""
+    generator = torch.Generator().manual_seed(seed)
+    for size in sizes:
+        scores = torch.randint(0, 6, (size, n_items), generator=generator).float()
+        scores[:, 0] = -torch.inf
+        target = torch.randint(1, n_items, (size,), generator=generator)
+        rows = Interaction(
+            {
+                "user_id": torch.randint(1, 4, (size,), generator=generator),
+                "item_id": target,
+                "row_id": torch.randint(0, 99, (size,), generator=generator),
+            }
+        )
+        yield scores, rows, target
+
+
+def test_ranking_rows_are_the_targets_and_their_ranks():
+    collector = RowCollector(config("Hit", "NDCG", mode="full"))
+    for seed in (1, 2):  # only the last evaluation stays
+        for scores, rows, target in ranking_batches(seed):
+            collector.eval_batch_collect(scores, rows, torch.arange(len(target)), target)
+        collector.get_data_struct()
+    expected = {"user": [], "item": [], "row_id": [], "rank": [], "candidates": []}
+    for scores, rows, target in ranking_batches(2):
+        for i, item in enumerate(target.tolist()):
+            others = [s for j, s in enumerate(scores[i].tolist()) if j not in (0, item)]
+            expected["user"].append(int(rows["user_id"][i]))
+            expected["item"].append(item)
+            expected["row_id"].append(int(rows["row_id"][i]))
+            expected["rank"].append(1 + sum(s >= float(scores[i, item]) for s in others))
+            expected["candidates"].append(8)
+    assert {key: value.tolist() for key, value in collector.rows().items()} == expected
+    assert {value.dtype for value in collector.rows().values()} == {np.dtype(np.int64)}
+
+
+def test_rows_of_drawn_candidates_are_read_from_the_first_of_each_ranking():
+    collector = RowCollector(config("Hit", mode="uni3"))
+    scores = torch.full((3, 9), -torch.inf)
+    items = torch.tensor([[1, 5, 6, 8], [2, 3, 4, 5], [8, 7, 7, 1]])  # a candidate may have been drawn twice
+    scores[torch.arange(3)[:, None], items] = torch.tensor([[3.0, 1, 2, 4], [1, 1, 1, 1], [0, 9, 9, 5]])
+    flat = Interaction(
+        {
+            "user_id": torch.tensor([7, 7, 4]).repeat_interleave(4),
+            "item_id": items.flatten(),
+            "row_id": torch.tensor([30, 31, 20]).repeat_interleave(4),
+        }
+    )
+    target = torch.tensor([6, 2, 1])
+    collector.eval_batch_collect(scores, flat, torch.arange(3), target)
+    collector.get_data_struct()
+    assert {key: value.tolist() for key, value in collector.rows().items()} == {
+        "user": [7, 7, 4],
+        "item": [6, 2, 1],
+        "row_id": [30, 31, 20],
+        "rank": [3, 4, 2],
+        "candidates": [4, 4, 3],
+    }
+    collector.reset()
+    with pytest.raises(ValueError, match="12 rows were scored for 3 rankings"):
+        collector.eval_batch_collect(scores, flat[torch.randperm(12)], torch.arange(3), target)
+
+
+def test_a_nan_in_a_ranking_is_refused_and_an_unfinished_ranking_forgotten():
+    collector = RowCollector(config("Hit", mode="full"))
+    (scores, rows, target), *_ = ranking_batches()
+    collector.eval_batch_collect(scores, rows, torch.arange(4), target)
+    bad = scores.clone()
+    bad[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN scores in 1 of 4 rows, the first being row 2"):
+        collector.eval_batch_collect(bad, rows, torch.arange(4), target)
+    collector.reset()
+    collector.eval_batch_collect(scores, rows, torch.zeros(4, dtype=torch.long), target)
+    collector.reset()  # with it, the several targets of the batch are forgotten
+    collector.eval_batch_collect(scores, rows, torch.arange(4), target)
+    collector.get_data_struct()
+    assert len(collector.rows()["rank"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "split", "candidates"),
+    [
+        ("SASRec", "full", {"LS": "test_only"}, 20),
+        ("SASRec", "uni5", {"LS": "test_only"}, None),
+        ("BPR", "full", {"LS": "valid_and_test"}, 6),  # all but the 14 of the history
+        ("BPR", "full", {"RS": [5, 1, 4]}, "several"),
+    ],
+)
+def test_through_recbole_trainer(atomic_data, tmp_path, model, mode, split, candidates):
+    settings = Config(
+        model,
+        "small",
+        config_dict={
+            "data_path": str(atomic_data),
+            "checkpoint_dir": str(tmp_path),
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "eval_args": {"split": split, "order": "TO", "group_by": "user", "mode": mode},
+            "eval_batch_size": 50,
+            "metrics": ["Hit", "NDCG", "MRR"],
+            "valid_metric": "MRR@5",
+            "topk": [1, 5],
+            "metric_decimal_place": 12,
+            "use_gpu": False,
+            "threshold": None,
+            **({"train_neg_sample_args": None, "loss_type": "CE"} if model == "SASRec" else {}),
+        },
+    )
+    torch.manual_seed(0)
+    train, _, test = data_preparation(settings, create_dataset(settings))
+    trainer = Trainer(settings, settings.model_class(settings, train._dataset).to("cpu"))
+    trainer.eval_collector = RowCollector(settings)
+    result = trainer.evaluate(test, load_best_model=False)
+    if candidates == "several":
+        with pytest.raises(ValueError, match="several targets"):
+            trainer.eval_collector.rows()
+        return
+    rows = trainer.eval_collector.rows()
+    dataset = test._dataset.inter_feat
+    known = {(int(u), int(i)) for u, i in zip(dataset["user_id"], dataset["item_id"], strict=True)}
+    assert set(zip(rows["user"].tolist(), rows["item"].tolist(), strict=True)) == known
+    assert len(rows["user"]) == 12 and len(set(rows["rank"])) > 1
+    if candidates is None:
+        assert 2 <= rows["candidates"].min() <= rows["candidates"].max() <= 6
+    else:
+        assert (rows["candidates"] == candidates).all()
+    mine = rank_metrics(rows["rank"], ["hr@1", "hr@5", "ndcg@5", "mrr@5"])
+    for key, value in mine.items():
+        assert value == pytest.approx(result[key.replace("hr", "hit")], abs=1e-11)

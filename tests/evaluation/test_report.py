@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from enum import Enum
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from recbole_llm.evaluation import (
     logloss,
     merge_rows,
     peak_memory,
+    rank_metrics,
     result_table,
     write_result,
 )
@@ -146,6 +148,141 @@ def test_a_ranking_run_shows_recbole_metrics():
     lines = result_table(result).splitlines()
     assert lines[0].split() == ["model", "recall@10", "ndcg@10"]
     assert lines[2].split() == ["SASRec", "0.1235", "0.0500"]
+
+
+def ranking(seed: int, candidates: int = 20) -> dict[str, np.ndarray]:
+    """Rows of a ranking evaluation as RowCollector gives them; the rows are those of `evaluation`."""
+    rows = {key: evaluation(0)[key] for key in ("user", "item", "row_id")}
+    ranks = np.random.default_rng(seed).geometric(0.25, N)
+    return rows | {"rank": np.minimum(ranks, candidates), "candidates": np.full(N, candidates)}
+
+
+def ranking_run(rows, **more) -> dict:
+    settings = {"model": "iLoRA", "task": "next_item", "lens": {"name": "SASRec"}, "n_items": 1682, **more}
+    return run(rows, **settings)
+
+
+@pytest.fixture
+def ranks():
+    return merge_rows(ranking(1), lens=ranking(2), zero_shot=ranking(3), popularity=ranking(4))
+
+
+def test_a_ranking_run_holds_the_metrics_of_all_models(ranks):
+    assert list(ranks) == [
+        *(
+            "user",
+            "item",
+            "row_id",
+            "candidates",
+            "model_rank",
+            "lens_rank",
+            "zero_shot_rank",
+            "popularity_rank",
+        )
+    ]
+    result = ranking_run(ranks, test={"hit@1": 0.3, "ndcg@10": 0.1234})
+    names = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")
+    for key, entry in (("model", result), ("lens", result["lens"]), ("zero_shot", result["zero_shot"])):
+        expected = rank_metrics(ranks[f"{key}_rank"], names)
+        assert {name: entry["metrics"]["test"][name] for name in names} == pytest.approx(expected, abs=1e-14)
+    assert result["metrics"]["test"]["hit@1"] == 0.3
+    assert result["rows"]["candidates"] == {"min": 20, "max": 20, "all_items": False}
+    assert set(result["intervals"]["differences"]) == {
+        *("model - lens", "zero_shot - lens", "popularity - lens")
+    }
+
+
+def test_table_of_a_ranking_run(ranks):
+    lines = result_table(ranking_run(ranks)).splitlines()
+    columns = ["model", "HR@1 [95% interval]", "HR@5", "NDCG@5", "NDCG@10", "MRR@10"]
+    assert re.split(r"  +", lines[0]) == [*columns, "HR@1 - lens [95% interval]"]
+    names = ["untrained LLM", "lens SASRec", "popularity", "iLoRA"]
+    assert [line.split("  ")[0] for line in lines[2:6]] == names
+    for line, key in zip(lines[2:6], ("zero_shot", "lens", "popularity", "model"), strict=True):
+        found = rank_metrics(ranks[f"{key}_rank"], ["hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr@10"])
+        cells = line[len("untrained LLM") :].split()
+        assert [cells[0], *cells[3:7]] == [f"{value:.4f}" for value in found.values()]
+    gap = (ranks["model_rank"] == 1).mean() - (ranks["lens_rank"] == 1).mean()
+    assert f"{gap:+.4f} [" in lines[5]
+    assert lines[6] == (
+        "ml-100k: 300 test rows of 30 users, each target ranked among 20 candidates; ties count against the "
+        "model; intervals from 60 bootstrap samples of users, differences paired"
+    )
+
+
+@pytest.mark.parametrize(
+    ("candidates", "n_items", "said"),
+    [
+        (np.full(N, 1682), 1682, "ranked among all 1,682 items; ties"),
+        (np.full(N, 1682), None, "ranked among 1,682 candidates; ties"),
+        (np.arange(N) + 1300, 1682, "ranked among 1,300 to 1,599 candidates; ties"),
+        (None, 1682, "30 users; ties"),
+    ],
+)
+def test_footer_says_what_was_ranked(candidates, n_items, said):
+    rows = {**ranking(1), "candidates": candidates}
+    merged = merge_rows({key: value for key, value in rows.items() if value is not None})
+    assert said in result_table(ranking_run(merged, lens=None, n_items=n_items))
+
+
+def test_only_k_below_the_number_of_candidates():
+    result = ranking_run(merge_rows(ranking(1, candidates=10), lens=ranking(2, candidates=10)))
+    assert set(result["metrics"]["test"]) == {"hr@1", "hr@5", "ndcg@5"}
+    head = result_table(result).splitlines()[0]
+    assert "NDCG@5" in head and "@10" not in head and head.endswith("HR@1 - lens [95% interval]")
+    alone = ranking_run(merge_rows(ranking(1, candidates=1)), lens=None)
+    assert set(alone["metrics"]["test"]) == {"hr@1"}
+
+
+def test_rankings_of_other_candidates_or_rows_are_not_mixed(ranks, rows):
+    model = ranking(1)
+    with pytest.raises(ValueError, match="lens ranked 1,682 candidates where the model ranked 20"):
+        merge_rows(model, lens=ranking(2, candidates=1682))
+    with pytest.raises(ValueError, match="the rows of lens"):
+        merge_rows(model, lens={**ranking(2), "item": model["item"] + 1})
+    with pytest.raises(ValueError, match=r"the rows of lens have no \[rank\]"):
+        merge_rows(model, lens=evaluation(2))
+    with pytest.raises(ValueError, match=r"no \[score\]"):
+        merge_rows(evaluation(2), lens=model)
+    unknown = {key: value for key, value in ranking(2).items() if key != "candidates"}
+    order = np.random.default_rng(4).permutation(N)
+    merged = merge_rows(model, popularity={key: value[order] for key, value in unknown.items()})
+    np.testing.assert_array_equal(merged["popularity_rank"], ranking(2)["rank"])
+    with pytest.raises(ValueError, match="either scored or ranked"):
+        ranking_run({**ranks, "label": rows["label"], "model_score": rows["model_score"]})
+    with pytest.raises(ValueError, match="row_counts"):
+        ranking_run({key: value[1:] for key, value in ranks.items()})
+    full = ranking_run(merge_rows(ranking(1, candidates=1682), lens=ranking(2, candidates=1682)))
+    for others in ([ranking_run(ranks), full], [ranking_run(ranks), run(rows)]):
+        with pytest.raises(ValueError, match=r"one table needs one test set.*\(rows, users, candidates\)"):
+            result_table(others)
+
+
+def test_ranking_results_survive_the_file_and_share_a_table(ranks, tmp_path):
+    result = ranking_run(ranks)
+    saved = json.loads(write_result(tmp_path, result, ranks).read_text())
+    with np.load(tmp_path / "test_rows.npz", allow_pickle=False) as stored:
+        assert set(stored.files) == set(ranks)
+        np.testing.assert_array_equal(stored["model_rank"], ranks["model_rank"])
+    other = merge_rows(ranking(9), lens=ranking(2), zero_shot=ranking(3), popularity=ranking(4))
+    lines = result_table([saved, ranking_run(other, name="LLaRA")]).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:7]] == [
+        *("untrained LLM", "lens SASRec", "popularity", "iLoRA", "LLaRA")
+    ]
+    assert result_table(saved) == result_table(result)
+
+
+def test_too_few_users_of_a_ranking_are_said(ranks, caplog):
+    few = {key: value[ranks["user"] < 4] for key, value in ranks.items()}
+    text = result_table(ranking_run(few, row_counts={"valid": 1, "test": len(few["user"])}))
+    assert "iLoRA, HR@1: no interval: only 4 users, fewer than 10" in text
+    assert "iLoRA, NDCG@10: no interval" in caplog.text
+
+
+def test_a_labelled_result_has_the_keys_it_had(rows):
+    assert set(run(rows)["rows"]) == {
+        *("train", "few_shot", "valid", "test", "eval_rows", "eval_rows_bounded")
+    }
 
 
 def test_what_cannot_be_computed_is_null_with_its_reason(rows, tmp_path, caplog):

@@ -1,0 +1,561 @@
+r"""The likelihood of titles behind a prompt, by a causal language model.
+
+An answer is the tokens of a title and of the line break that ends it. What the prompt makes of it is
+
+    log p(answer | prompt) = sum_t log p(answer_t | prompt, answer_<t),
+
+and the candidates' answers share much: the prompt, and among each other their beginnings. So the prompt goes
+through the model once and leaves its keys and values in a cache; the answers hang behind it as a tree, each
+node one token, and a whole piece of the tree goes through the model as if it were one text:
+
+    " Heat\n"           prompt -+- 0 " Heat" -- 1 "\n"
+    " Toy Story\n"              +- 2 " Toy" --- 3 " Story" -+- 4 "\n"
+    " Toy Story 2\n"                                        +- 5 " 2" -- 6 "\n"         computed: 0, 2, 3, 5
+
+A node sees the real tokens of the prompt and its own ancestors (a mask), and stands where it would stand in
+its title (position = prompt length + depth), which makes every number that of the title written out behind
+the prompt, up to rounding. Leaves predict nothing and are not computed. Nodes are numbered depth first:
+whatever stretch of that order is taken as a piece, only the ancestors of its first node are missing.
+
+Prompts are padded on the right, as in ``answers``: no real token sees the padding, and positions count from
+the first token.
+
+Log-probabilities are computed in float32 over the whole vocabulary (a plain output head is multiplied in
+float32 too), in float64 where the model is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache
+
+from recbole_llm.backbone.answers import _replaced_head, pad_right
+
+# Numbers of logits that are exponentiated at a time: 256 MB in float32.
+LOGITS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class TriePiece:
+    """A part of the tree that goes through the model at once.
+
+    Attributes:
+        nodes: [q] nodes to compute, in depth-first order.
+        n_ancestors: the first so many are ancestors of the rest, computed again for their keys and values.
+    """
+
+    nodes: np.ndarray
+    n_ancestors: int
+
+
+class TitleTrie:
+    """The answers as a tree whose nodes are tokens, numbered depth first.
+
+    Every distinct beginning of an answer is one node (and one edge, from its parent to it). Equal answers
+    share all their nodes and stay distinct titles; an answer may end in the middle of another.
+
+    Args:
+        titles: n arrays of token ids, none empty.
+
+    Attributes:
+        n_titles: n.
+        n_edges: number of nodes m.
+        tokens: [m] the token of each node.
+        parents: [m] the node before it; -1 is the prompt.
+        depth: [m] the number of tokens before it, 0 for a first token.
+        ends: [m] the nodes below node i, and i itself, are ``range(i, ends[i])``.
+        leaf: [n] the node of each title's last token.
+        lengths: [n] number of tokens.
+
+    Raises:
+        ValueError: no title, an empty one, or one that is not a list of token ids.
+    """
+
+    def __init__(self, titles: Sequence[np.ndarray]) -> None:
+        arrays = [np.asarray(title) for title in titles]
+        if not arrays:
+            raise ValueError("a trie needs at least one title, got none")
+        for number, array in enumerate(arrays):
+            if array.size == 0:
+                raise ValueError(f"title {number} has no tokens: an answer has at least its terminator")
+            if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
+                raise ValueError(
+                    f"title {number} must be a list of token ids of at least 0, got {array.dtype} of shape "
+                    f"{array.shape}: {array.ravel()[:8].tolist()}"
+                )
+        self.n_titles = len(arrays)
+        self.lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+
+        filled = np.full((self.n_titles, int(self.lengths.max())), -1, dtype=np.int32)
+        filled[np.arange(filled.shape[1]) < self.lengths[:, None]] = np.concatenate(arrays)
+        order = np.lexsort(filled.T[::-1])  # a title comes right before those that go on where it ends
+        filled = filled[order]
+        # A token is a new node if it, or one before it, differs from the title before.
+        new = np.ones_like(filled, dtype=bool)
+        np.logical_or.accumulate(filled[1:] != filled[:-1], axis=1, out=new[1:])
+        new &= filled >= 0
+        numbers = np.full(filled.shape, -1, dtype=np.int32)
+        numbers[new] = np.arange(new.sum())
+        # Titles with a common beginning stand together: it is the latest node made in that column.
+        path = np.maximum.accumulate(numbers, axis=0)
+
+        rows, self.depth = np.nonzero(new)
+        self.n_edges = len(rows)
+        self.tokens = filled[new].astype(np.int64)
+        self.parents = np.where(self.depth > 0, path[rows, self.depth - 1], -1).astype(np.int64)
+        self.leaf = np.empty(self.n_titles, dtype=np.int64)
+        self.leaf[order] = path[np.arange(self.n_titles), self.lengths[order] - 1]
+
+        sizes = np.ones(self.n_edges, dtype=np.int64)
+        for nodes in reversed(self.levels()[1:]):
+            np.add.at(sizes, self.parents[nodes], sizes[nodes])
+        self.ends = np.arange(self.n_edges) + sizes
+
+        self._by_parent = np.argsort(self.parents, kind="stable")
+        self._sorted_parents = self.parents[self._by_parent]
+        self._inner = np.flatnonzero(sizes > 1)
+
+    def levels(self) -> list[np.ndarray]:
+        """The nodes of each depth."""
+        by_depth = np.argsort(self.depth, kind="stable")
+        return np.split(by_depth, np.cumsum(np.bincount(self.depth))[:-1])
+
+    def children(self, nodes: np.ndarray) -> np.ndarray:
+        """All children of a stretch of nodes.
+
+        Args:
+            nodes: ``[-1]``, or consecutive ones of the nodes that have children.
+        """
+        start = np.searchsorted(self._sorted_parents, nodes[0])
+        end = np.searchsorted(self._sorted_parents, nodes[-1], side="right")
+        return self._by_parent[start:end]
+
+    def sees(self, nodes: np.ndarray) -> np.ndarray:
+        """[q, q] whether column j is row i or an ancestor of it."""
+        rows, columns = nodes[:, None], nodes[None, :]
+        return (columns <= rows) & (rows < self.ends[nodes][None, :])
+
+    def chunks(self, max_nodes: int) -> list[TriePiece]:
+        """Cuts the tree into pieces of at most ``max_nodes`` computed nodes, in depth-first order.
+
+        Each node with children is computed in one piece, and again in those that begin below it. With pieces
+        much larger than titles are long that is a few per cent more.
+
+        Raises:
+            ValueError: the longest title alone has more than ``max_nodes`` computed nodes.
+        """
+        inner = self._inner
+        if len(inner) and max_nodes <= (deepest := int(self.depth[inner].max())):
+            raise ValueError(
+                f"max_nodes {max_nodes} is too small: the longest title alone needs {deepest + 1} nodes"
+            )
+        pieces = []
+        start = 0
+        while start < len(inner):
+            above = self._ancestors(inner[start])
+            end = min(start + max_nodes - len(above), len(inner))
+            pieces.append(TriePiece(np.concatenate([above, inner[start:end]]), len(above)))
+            start = end
+        return pieces
+
+    def _ancestors(self, node: int) -> np.ndarray:
+        found = []
+        while (node := int(self.parents[node])) >= 0:
+            found.append(node)
+        return np.array(found[::-1], dtype=np.int64)
+
+
+@dataclass
+class TitleScores:
+    """What ``score_titles`` found, for each of the B prompts.
+
+    Attributes:
+        log_likelihood: B tensors [n_b], the sum of log p over each answer's tokens; float32, or float64 where
+            the model is.
+        lengths: B tensors [n_b] int64, the number of tokens summed over.
+        tokens: Number of positions that went through the model, without padding.
+    """
+
+    log_likelihood: list[Tensor]
+    lengths: list[Tensor]
+    tokens: int
+
+    def means(self) -> list[Tensor]:
+        """B tensors [n_b]: the mean log-likelihood per token, by which titles of any length compare."""
+        return [total / count for total, count in zip(self.log_likelihood, self.lengths, strict=True)]
+
+
+@torch.no_grad()
+def score_titles(
+    model: nn.Module,
+    prompt_embeds: Tensor,
+    prompt_lengths: Tensor,
+    tries: TitleTrie | Sequence[TitleTrie],
+    *,
+    max_nodes: int = 512,
+) -> TitleScores:
+    """How likely the model is to write each title behind each prompt.
+
+    Args:
+        model: A causal LM of transformers with attention ``sdpa`` or ``eager``, in eval mode; also a
+            ``PeftModel``, a personalised one with its instance set for these B rows.
+        prompt_embeds: [B, P, d] input embeddings, right-padded.
+        prompt_lengths: [B], the number of real positions of each row, between 1 and P.
+        tries: The answers; one trie for all rows, or one for each.
+        max_nodes: Tree nodes of a row computed at once. A piece needs about B x max_nodes x vocabulary x 4
+            bytes for its logits.
+
+    Returns:
+        The scores; a row does not depend on the others, nor on the padding.
+
+    Raises:
+        ValueError: shapes, lengths or token ids that do not fit, or a model that cannot be asked this way.
+    """
+    shared = isinstance(tries, TitleTrie)
+    tries = [tries] if shared else list(tries)
+    if not shared and len(tries) != len(prompt_embeds):
+        raise ValueError(
+            f"{len(tries)} tries for {len(prompt_embeds)} prompts: give one for each, or a single TitleTrie for all"
+        )
+    pieces = [trie.chunks(max_nodes) for trie in tries]
+    prompts = _Prompts(model, prompt_embeds, prompt_lengths)
+    vocabulary = prompts.logits.shape[-1]
+    if (largest := max(int(trie.tokens.max()) for trie in tries)) >= vocabulary:
+        raise ValueError(f"a title has token {largest}, but the model's vocabulary has {vocabulary} tokens")
+
+    # One column per node, and a last one that takes whatever padding writes and that no title reads.
+    device, dtype = prompts.logits.device, _precise(prompts.logits.dtype)
+    width = max(trie.n_edges for trie in tries)
+    rows = torch.arange(len(prompt_embeds), device=device)[:, None]
+    log_p = torch.zeros(len(rows), width + 1, dtype=dtype, device=device)
+
+    def read(logits: Tensor, owners: list[np.ndarray]) -> None:
+        """Writes log p of the owners' children; ``logits [B, o, V]`` are those behind the owners."""
+        edges = [
+            trie.children(nodes) if len(nodes) else nodes for trie, nodes in zip(tries, owners, strict=True)
+        ]
+        of = [
+            np.searchsorted(nodes, trie.parents[children])
+            for trie, nodes, children in zip(tries, owners, edges, strict=True)
+        ]
+        tokens = [trie.tokens[children] for trie, children in zip(tries, edges, strict=True)]
+        of, tokens = _stacked(of, 0, device), _stacked(tokens, 0, device)
+        values = logits[rows, of, tokens].to(dtype) - _log_normaliser(logits)[rows, of]
+        log_p[rows, _stacked(edges, width, device)] = values
+
+    read(prompts.logits, [np.array([-1])] * len(tries))
+    computed = int(prompts.lengths.sum())
+    for step in range(max(map(len, pieces))):
+        # A row that is through early goes along with padding: the batch must stay what the adapter was told.
+        nothing = TriePiece(np.empty(0, dtype=np.int64), 0)
+        now = [own[step] if step < len(own) else nothing for own in pieces]
+        nodes = [piece.nodes for piece in now]
+        owners = [piece.nodes[piece.n_ancestors :] for piece in now]
+        size = max(map(len, nodes))
+        sees = np.broadcast_to(np.eye(size, dtype=bool), (len(tries), size, size)).copy()
+        for seen, trie, own in zip(sees, tries, nodes, strict=True):
+            seen[: len(own), : len(own)] = trie.sees(own)
+        depth = _stacked([trie.depth[own] for trie, own in zip(tries, nodes, strict=True)], 0, "cpu")
+        tokens = _stacked([trie.tokens[own] for trie, own in zip(tries, nodes, strict=True)], 0, "cpu")
+        keep = _stacked([np.arange(piece.n_ancestors, len(piece.nodes)) for piece in now], 0, "cpu")
+        logits = prompts.forward(tokens, depth, depth, torch.from_numpy(sees), keep)
+        read(logits, owners)
+        del logits  # else two pieces' logits are held at once
+        prompts.forget(size)
+        computed += sum(map(len, nodes)) * (len(rows) if shared else 1)
+
+    levels = [trie.levels() for trie in tries]
+    for level in range(1, max(map(len, levels))):
+        nodes = [own[level] if level < len(own) else own[0][:0] for own in levels]
+        above = [trie.parents[own] for trie, own in zip(tries, nodes, strict=True)]
+        nodes, above = _stacked(nodes, width, device), _stacked(above, width, device)
+        log_p[rows, nodes] += log_p[rows, above]
+    leaves = [torch.from_numpy(trie.leaf).to(device) for trie in tries]
+    lengths = [torch.from_numpy(trie.lengths).to(device) for trie in tries]
+    if shared:
+        leaves, lengths = leaves * len(rows), lengths * len(rows)
+    return TitleScores([row[leaf] for row, leaf in zip(log_p, leaves, strict=True)], lengths, computed)
+
+
+def answer_log_likelihood(
+    model: nn.Module, embeds: Tensor, prompt_lengths: Tensor, answers: Sequence[np.ndarray]
+) -> Tensor:
+    """The likelihood of one answer behind each prompt, each written out.
+
+    Only the positions that predict an answer's token go through the output head.
+
+    Args:
+        model: A causal LM of transformers, plain or with PEFT layers in it.
+        embeds: [B, T, d] input embeddings of each prompt and, right behind it, of its answer without the last
+            token (which may follow too); right-padded.
+        prompt_lengths: [B], the number of positions of each prompt alone, at least 1.
+        answers: B arrays of token ids, none empty.
+
+    Returns:
+        [B] the sum of log p over the answer's tokens, float32 (float64 where the model is); differentiable.
+        Rows do not depend on each other, nor on the padding.
+
+    Raises:
+        ValueError: shapes or lengths that do not fit.
+    """
+    if embeds.dim() != 3 or prompt_lengths.shape != embeds.shape[:1] or len(answers) != len(embeds):
+        raise ValueError(
+            f"embeds [B, T, d], prompt_lengths [B] and B answers expected, got {list(embeds.shape)}, "
+            f"{list(prompt_lengths.shape)} and {len(answers)} answers"
+        )
+    targets, lengths = pad_right(answers, 0)
+    if prompt_lengths.device.type == "cpu":
+        needed = prompt_lengths + lengths - 1
+        if bool(((prompt_lengths < 1) | (needed > embeds.shape[1])).any()):
+            raise ValueError(
+                f"prompts of {prompt_lengths.tolist()} positions (at least 1) with answers of "
+                f"{lengths.tolist()} tokens (the last of which is no input) do not fit into embeds of width "
+                f"{embeds.shape[1]}"
+            )
+    weight = getattr(model, "module", model).get_input_embeddings().weight
+    embeds, prompt_lengths = embeds.to(weight.device, weight.dtype), prompt_lengths.to(weight.device)
+    offsets = torch.arange(targets.shape[1])
+    targets = targets.masked_fill(offsets >= lengths[:, None], -100)
+    places = (prompt_lengths[:, None] - 1 + offsets.to(weight.device)).clamp(max=embeds.shape[1] - 1)
+
+    with _precise_head(model, embeds.shape[:2], lambda hidden: _at(hidden, places)):
+        logits = model(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
+    logits = logits.to(_precise(logits.dtype))
+    loss = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten().to(logits.device), ignore_index=-100, reduction="none"
+    )
+    return -loss.view(targets.shape).sum(dim=1)
+
+
+@torch.no_grad()
+def generate_titles(
+    model: nn.Module,
+    prompt_embeds: Tensor,
+    prompt_lengths: Tensor,
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> list[np.ndarray]:
+    """What the model writes behind each prompt, always taking the most likely token.
+
+    This does not go through the model's ``generate``, which fills in what the model's own
+    ``generation_config`` says (sampling, repetition penalties, suppressed tokens, other stops).
+
+    Args:
+        model: As in ``score_titles``.
+        prompt_embeds: [B, P, d] input embeddings, right-padded.
+        prompt_lengths: [B], the number of real positions of each row, between 1 and P.
+        stop_ids: Tokens that end a text; they are not part of it.
+        max_new_tokens: The most tokens of a text, at least 1.
+
+    Returns:
+        B int64 arrays of at most ``max_new_tokens`` token ids, each what its prompt gives alone.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    prompts = _Prompts(model, prompt_embeds, prompt_lengths)
+    logits = prompts.logits
+    stops = torch.as_tensor(list(stop_ids), dtype=torch.int64, device=logits.device)
+    running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    written: list[Tensor] = []
+    while True:
+        tokens = logits[:, -1].argmax(dim=-1)
+        running = running & ~torch.isin(tokens, stops)
+        written.append(tokens.masked_fill(~running, -1))
+        if len(written) == max_new_tokens or not bool(running.any()):
+            break
+        depth = torch.arange(len(written))[None]
+        sees = torch.ones(1, 1, len(written), dtype=torch.bool)
+        logits = prompts.forward(
+            tokens[:, None], depth[:, -1:], depth, sees, torch.zeros(1, 1, dtype=torch.int64)
+        )
+    return [row[row >= 0] for row in torch.stack(written, dim=1).cpu().numpy()]
+
+
+class _Prompts:
+    """Prompts that went through the model, with their keys and values, ready for tokens behind them.
+
+    Args:
+        model: see ``score_titles``; so are the others.
+
+    Attributes:
+        lengths: [B].
+        logits: [B, 1, V] those behind each prompt.
+    """
+
+    def __init__(self, model: nn.Module, embeds: Tensor, lengths: Tensor) -> None:
+        if embeds.dim() != 3 or lengths.shape != embeds.shape[:1] or not len(lengths):
+            raise ValueError(
+                f"prompt_embeds [B, P, d] and prompt_lengths [B] expected, got {list(embeds.shape)} and "
+                f"{list(lengths.shape)}"
+            )
+        if not bool(((lengths >= 1) & (lengths <= embeds.shape[1])).all()):
+            raise ValueError(
+                f"prompt_lengths must lie between 1 and the prompts' width {embeds.shape[1]}, got "
+                f"{lengths.tolist()}"
+            )
+        inner = getattr(model, "module", model)
+        _check_model(inner)
+        self._model = model
+        self._config = inner.config.get_text_config()
+        self._embedding = inner.get_input_embeddings()
+        self._device, self._dtype = self._embedding.weight.device, self._embedding.weight.dtype
+        self.lengths = lengths.to(self._device)
+        embeds = embeds[:, : int(lengths.max())].to(self._device, self._dtype)
+        self._width = embeds.shape[1]
+        # Told nothing of the architecture, it keeps all keys also of layers with a sliding window.
+        self._cache = DynamicCache()
+        last = self.lengths[:, None] - 1
+        with _precise_head(model, embeds.shape[:2], lambda hidden: _at(hidden, last)):
+            self.logits = self._run(embeds)
+        if self._cache.get_seq_length() != self._width:
+            raise ValueError(
+                f"{type(inner).__name__} left {self._cache.get_seq_length()} of {self._width} positions in the cache: "
+                "titles need a model that keeps the keys and values of its prompt (with gradient "
+                "checkpointing, call model.eval() first)"
+            )
+
+    def forward(self, tokens: Tensor, depth: Tensor, key_depth: Tensor, sees: Tensor, keep: Tensor) -> Tensor:
+        """Logits behind ``tokens``, whose keys and values join the cache. All b are 1 (the same for each row) or B.
+
+        Args:
+            tokens: [b, q].
+            depth: [b, q] the number of tokens between the prompt and each.
+            key_depth: [b, k] the same for all tokens behind the prompt that are in the cache, these included.
+            sees: [b, q, k] which of those each of ``tokens`` attends to; it sees all of its prompt.
+            keep: [b, o] the places, among the q, whose logits are wanted.
+
+        Returns:
+            [B, o, V].
+        """
+        batch = len(self.lengths)
+        tokens, depth, key_depth, sees, keep = (
+            tensor.to(self._device).expand(batch, *tensor.shape[1:])
+            for tensor in (tokens, depth, key_depth, sees, keep)
+        )
+        embeds = self._embedding(tokens).to(self._dtype)
+        places, key_places = self.lengths[:, None] + depth, self.lengths[:, None] + key_depth
+        width = torch.arange(self._width, device=self._device).expand(batch, -1)
+        real = (width < self.lengths[:, None])[:, None, :].expand(-1, sees.shape[1], -1)
+        mask = torch.cat([real, sees], dim=2)  # [B, q, P + k]
+        masks = self._as_model_wants(mask, places, torch.cat([width, key_places], dim=1))
+        with _precise_head(self._model, embeds.shape[:2], lambda hidden: _at(hidden, keep)):
+            return self._run(embeds, attention_mask=masks, position_ids=places)
+
+    def forget(self, size: int) -> None:
+        """Takes the last ``size`` tokens out of the cache."""
+        self._cache.crop(-size)
+
+    def _run(self, embeds: Tensor, **arguments: Tensor | dict[str, Tensor]) -> Tensor:
+        output = self._model(
+            inputs_embeds=embeds,
+            past_key_values=self._cache,
+            use_cache=True,
+            return_dict=True,
+            **arguments,
+        )
+        return output.logits
+
+    def _as_model_wants(self, mask: Tensor, places: Tensor, key_places: Tensor) -> Tensor | dict[str, Tensor]:
+        """The mask [B, q, keys] in four dimensions; one per kind of layer where a sliding window matters."""
+
+        def four(mask: Tensor) -> Tensor:
+            mask = mask[:, None]
+            if self._config._attn_implementation == "sdpa":
+                return mask
+            closed = torch.zeros(mask.shape, dtype=self._dtype, device=mask.device)
+            return closed.masked_fill_(~mask, torch.finfo(self._dtype).min)
+
+        window = getattr(self._config, "sliding_window", None)
+        kinds = getattr(self._config, "layer_types", None)
+        slides = window is not None and (kinds is None or "sliding_attention" in kinds)
+        if not slides or int(places.max()) < window:
+            return four(mask)
+        near = mask & (key_places[:, None, :] > places[:, :, None] - window)
+        if kinds is None:
+            return four(near)
+        return {"full_attention": four(mask), "sliding_attention": four(near)}
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuses what would ignore the mask or the positions, or cannot be rolled back."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name, config = type(base).__name__, model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"titles need an attention that takes any mask, but {name} uses {config._attn_implementation!r}: load "
+            "it with attn_implementation='sdpa' or 'eager'"
+        )
+    if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"titles cannot be scored with {name}: its layers {sorted(others)} take no mask")
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise ValueError(f"titles cannot be scored with {name}: it does not take position_ids")
+
+
+@contextmanager
+def _precise_head(
+    model: nn.Module, shape: Sequence[int], select: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """The head is multiplied with ``select(hidden)`` only, and in at least float32 if it is a plain one.
+
+    Args:
+        model: The causal LM.
+        shape: B and T of what will go through it.
+        select: ``hidden [B, T, d] -> [B, o, d]``.
+    """
+    kept: list[Tensor] = []
+
+    def gather(hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != torch.Size(shape):
+            raise ValueError(
+                f"the model's head sees {list(hidden.shape)} states for inputs {list(shape)}: models that add "
+                "or drop positions (prompt tuning) cannot be read here"
+            )
+        kept.append(select(hidden))
+        # A plain head is multiplied in finish; its own product, in the model's dtype, is not wanted.
+        return kept[0][:, :0] if type(head) is nn.Linear else kept[0]
+
+    def finish(hidden: Tensor, output: Tensor) -> Tensor:
+        hidden = kept.pop()
+        if type(head) is not nn.Linear:  # adapted or packed head: its own output is the truth
+            return output
+        dtype = _precise(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.to(dtype)
+            return functional.linear(hidden.to(dtype), head.weight.to(dtype), bias)
+
+    with _replaced_head(model, gather, finish) as head:
+        yield
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _at(hidden: Tensor, places: Tensor) -> Tensor:
+    """``hidden [B, T, d]`` at ``places [B, o]``, as [B, o, d]."""
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return hidden[rows, places.to(hidden.device)]
+
+
+def _log_normaliser(logits: Tensor) -> Tensor:
+    """``[B, o, V] -> [B, o]``: log sum exp over the vocabulary, in at least float32."""
+    step = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
+    parts = [part.to(_precise(part.dtype)).logsumexp(dim=-1) for part in logits.split(step, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def _stacked(arrays: Sequence[np.ndarray], fill: int, device: str | torch.device) -> Tensor:
+    """b arrays of integers as one [b, longest] int64 tensor, filled up with ``fill``."""
+    stacked = np.full((len(arrays), max(map(len, arrays))), fill, dtype=np.int64)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(stacked).to(device)

@@ -1,0 +1,475 @@
+"""Candidates: for each row the target item among sampled others, drawn once and used by every model.
+
+    CandidateSet.items[row]   ->   [ 911, 35, 1204, 17, ... ]   the target (here 17) lies somewhere among the negatives
+
+A row's draw depends on nothing but (seed, purpose, row_id) and on what may be drawn for it, so any subset of rows, on
+any machine, has the same candidates. That takes random numbers that are *computed* from (seed, purpose, row_id, i)
+instead of taken from a stream that all rows share: SplitMix64, Steele, Lea and Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014. Drawing without replacement, with weights w, is drawing with replacement and passing
+over what came before; rows for which that takes too long are finished by an exponential race, which has the same
+distribution: of waiting times -log(u_i) / w_i the shortest win (Efraimidis and Spirakis, "Weighted random sampling with
+a reservoir", 2006).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from recbole.data.dataloader import AbstractDataLoader
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+
+if TYPE_CHECKING:
+    from recbole_llm.data.dataset import HistoryDataset
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("uniform", "popularity", "hard")
+# Part of the file's name: to be raised when the same arguments come to give other candidates.
+VERSION = 1
+# Rows x items looked at together; the largest arrays hold eight bytes for each.
+CELLS = 4_000_000
+_DRAW, _RACE, _ORDER = 1, 2, 3  # the purposes that one row needs random numbers for
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """The candidates of some rows.
+
+    Attributes:
+        row_ids: the rows' ``row_id``, int64 ``[n]``, each once.
+        items: internal item ids, int64 ``[n, C]``: the target and ``C - 1`` negatives, in the order shown to models.
+        targets: the rows' own items, int64 ``[n]``.
+
+    Raises:
+        ValueError: if the shapes do not fit, a row comes twice, or a row's candidates are not distinct items (0 is
+            padding) with the target among them.
+    """
+
+    row_ids: np.ndarray
+    items: np.ndarray
+    targets: np.ndarray
+
+    def __post_init__(self) -> None:
+        rows = len(self.row_ids)
+        if self.items.ndim != 2 or len(self.items) != rows or self.targets.shape != (rows,):
+            raise ValueError(
+                f"candidates of shape {self.items.shape} and targets of shape {self.targets.shape} do not fit "
+                f"{rows} rows"
+            )
+        if len(np.unique(self.row_ids)) < rows:
+            raise ValueError("candidates: a row id comes more than once")
+        ascending = np.sort(self.items, axis=1)
+        wrong = (self.items == self.targets[:, None]).sum(axis=1) != 1
+        wrong |= (ascending[:, 1:] == ascending[:, :-1]).any(axis=1) | (ascending[:, :1] < 1).any(axis=1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"candidates of row {self.row_ids[row]}: {self.items[row].tolist()} are not distinct items with the "
+                f"target {self.targets[row]} among them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @cached_property
+    def _by_row_id(self) -> np.ndarray:
+        return np.argsort(self.row_ids)
+
+    def _find(self, row_ids: np.ndarray) -> np.ndarray:
+        """Where the rows are in this set, ``[B]``."""
+        row_ids, order = np.asarray(row_ids), self._by_row_id
+        place = np.searchsorted(self.row_ids, row_ids, sorter=order)
+        found = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros_like(place)
+        known = self.row_ids[found] == row_ids if len(order) else np.zeros(len(row_ids), dtype=bool)
+        if not known.all():
+            missing = row_ids[~known]
+            raise ValueError(
+                f"there are no candidates for row_id {missing[0]} (nor for {len(missing) - 1} others of the "
+                f"{len(row_ids)} rows asked for); they were drawn for {len(self)} other rows"
+            )
+        return found
+
+    def of(self, row_ids: np.ndarray) -> np.ndarray:
+        """The candidates of rows, in the stored order.
+
+        Args:
+            row_ids: ``[B]``.
+
+        Returns:
+            int64 ``[B, C]``.
+
+        Raises:
+            ValueError: naming a row that is not in the set.
+        """
+        return self.items[self._find(row_ids)]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of rows, candidates and their order."""
+        return _digest(self.row_ids, self.items, self.targets)
+
+    def save(self, path: Path) -> None:
+        """Write an npz file (nothing pickled) to a temporary name and move it into place."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez_compressed(
+                    file,
+                    row_ids=self.row_ids,
+                    items=self.items,
+                    targets=self.targets,
+                    sha256=np.array(self.sha256),
+                )
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> CandidateSet:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or not a file of candidates.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = cls(*(file[name].astype(np.int64) for name in ("row_ids", "items", "targets")))
+                intact = str(file["sha256"]) == found.sha256
+        except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged or no file of candidates ({error}); delete it") from error
+        if not intact:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one it was saved with; delete it")
+        return found
+
+
+def draw_candidates(
+    rows: HistoryDataset,
+    *,
+    num_negatives: int,
+    kind: str,
+    seed: int,
+    purpose: str,
+    item_counts: np.ndarray | None = None,
+    item_scores: Callable[[Interaction], Tensor] | None = None,
+    scores_identity: str | None = None,
+    cache_dir: Path | None = None,
+) -> CandidateSet:
+    """Draw negatives beside each row's target: without replacement, none from the row's history.
+
+    What may be drawn is every item of the catalogue, also those that occur in no interaction, but the padding, the
+    target and what the row's history holds (all of it, as ``rows.history.bounds`` gives it, not only what a model is
+    shown). Later interactions of the user may be drawn: nothing of the future is looked at.
+
+    Args:
+        rows: a dataset of rows, for example one split.
+        num_negatives: how many to draw for each row.
+        kind: ``uniform``; ``popularity``: proportionally to ``item_counts``; ``hard``: the items with the highest
+            ``item_scores``, the lower id first among equals.
+        seed: the seed of the draw.
+        purpose: what the rows are for, e.g. ``'test'``; other purposes get other draws.
+        item_counts: of ``popularity``: how often each item occurs in training, ``[n_items]``; an item with 0 is
+            never drawn. Not read by other kinds.
+        item_scores: of ``hard``: takes a joined batch of ``B`` rows and returns ``[B, n_items]``; an item with -inf
+            is never drawn. Its last bits may depend on how the rows are batched, and with them which of two all but
+            equal items is drawn.
+        scores_identity: of ``hard``: what tells these ``item_scores`` from others, needed for ``cache_dir``.
+        cache_dir: keep the result in ``cache_dir/candidates/<hash>.npz``, named by what determines it, and take
+            it from there the next time; ``None`` keeps nothing.
+
+    Returns:
+        The candidates in the order of ``rows``, the target at a random place among them.
+
+    Raises:
+        ValueError: if an argument is missing or does not fit, or a row has too few items left to draw from.
+    """
+    n_items, weights = rows.item_num, None
+    if (
+        not isinstance(num_negatives, (int, np.integer))
+        or isinstance(num_negatives, bool)
+        or num_negatives < 1
+    ):
+        raise ValueError(f"num_negatives: {num_negatives!r} is not a count of items (an int >= 1)")
+    if kind == "uniform":
+        weights = np.ones(n_items)
+    elif kind == "popularity":
+        weights = _checked_counts(item_counts, n_items)
+    elif kind != "hard":
+        raise ValueError(f"kind of candidates: {kind!r} is none of {', '.join(KINDS)}")
+    elif item_scores is None:
+        raise ValueError("candidates of kind hard are an item scorer's best items: item_scores is missing")
+    elif cache_dir is not None and not scores_identity:
+        raise ValueError("hard candidates in cache_dir are told apart by scores_identity, which is missing")
+    if weights is not None:
+        weights[0] = 0
+
+    feat = rows.inter_feat
+    fields = (ROW_ID, rows.uid_field, rows.iid_field, HISTORY_END)
+    row_ids, users, targets, ends = (feat[field].numpy().astype(np.int64) for field in fields)
+    starts, stops = rows.history.bounds(users, ends)
+    path = None
+    if cache_dir is not None:
+        settings = f"{VERSION} {kind} {int(num_negatives)} {n_items} {int(seed)} {purpose!r} "
+        settings += str(scores_identity) if kind == "hard" else ""
+        extra = () if weights is None else (weights,)
+        name = _digest(row_ids, targets, starts, stops, rows.history.item_ids, *extra, settings=settings)
+        path = Path(cache_dir) / "candidates" / f"{name}.npz"
+        if path.is_file():
+            logger.info("candidates of %s rows (%s, %s) from %s", f"{len(rows):,}", purpose, kind, path)
+            return CandidateSet.load(path)
+
+    keys = _row_keys(seed, purpose, row_ids)
+    items = np.empty((len(row_ids), 1 + num_negatives), dtype=np.int64)
+    size = max(1, CELLS // max(n_items, _tries(num_negatives)))
+    for first in range(0, len(row_ids), size):
+        part = slice(first, first + size)
+        taken = _taken(starts[part], stops[part], targets[part], rows.history.item_ids, n_items)
+        if weights is None:
+            scores = item_scores(rows[np.arange(len(row_ids))[part]])
+            drawn, left = _best(_checked_scores(scores, taken.shape), taken, num_negatives)
+        else:
+            drawn, left = _draw(keys[part], taken, weights, num_negatives)
+        if drawn is None:
+            row = first + int(left.argmin())
+            user = rows.id2token(rows.uid_field, int(users[row]))
+            raise ValueError(
+                f"candidates of {rows.dataset_name}: num_negatives asks for {num_negatives}, but of the "
+                f"{n_items - 1} items only {left.min()} can be drawn ({kind}) for user {user} (row_id "
+                f"{row_ids[row]}), whose history holds {stops[row] - starts[row]} interactions; set it lower"
+            )
+        items[part, 0], items[part, 1:] = targets[part], drawn
+    order = np.argsort(_random(keys[:, None], _ORDER, np.arange(1 + num_negatives)), axis=1, kind="stable")
+    found = CandidateSet(row_ids, np.take_along_axis(items, order, axis=1), targets)
+    logger.info(
+        "%s candidates (%s) drawn for each of %s rows (%s), sha256 %s",
+        items.shape[1],
+        kind,
+        f"{len(found):,}",
+        purpose,
+        found.sha256[:16],
+    )
+    if path is not None:
+        found.save(path)
+    return found
+
+
+class CandidateDataLoader(AbstractDataLoader):
+    """Rows times their candidates, for the negative-sampling evaluation of RecBole's Trainer, with any model.
+
+    A batch of ``B`` rows is ``(interaction, row_idx, positive_u, positive_i)``, as RecBole's NegSampleEvalDataLoader
+    gives it: the interaction has ``B * C`` rows, row by row in the stored order of the candidates, each with the
+    fields of its row, the candidate in the item field, the candidate's features and label 1 for the target and 0
+    else; ``row_idx`` ``[B * C]`` numbers the rows of the batch, ``positive_u`` is ``0 ... B - 1`` and ``positive_i``
+    ``[B]`` the targets. ``row_id`` and ``history_end`` stay those of the row. Histories are joined *per candidate*:
+    a retriever that looks at the item sees the candidate, so that no history gives the target away.
+
+    ``eval_batch_size`` counts candidates, as in RecBole; a batch has at least one row.
+
+    Args:
+        config: RecBole's Config.
+        dataset: the rows to evaluate, in this order.
+        candidates: their candidates, of the same or of more rows.
+
+    Raises:
+        ValueError: if a row has no candidates, or has another target than the one they were drawn for.
+    """
+
+    def __init__(self, config, dataset: HistoryDataset, candidates: CandidateSet) -> None:
+        self.candidates = candidates
+        row_ids = dataset.inter_feat[ROW_ID].numpy()
+        wrong = candidates.targets[candidates._find(row_ids)] != dataset.inter_feat[dataset.iid_field].numpy()
+        if wrong.any():
+            raise ValueError(
+                f"the candidates were drawn for other rows: row_id {row_ids[wrong.argmax()]} has another target "
+                f"item now ({int(wrong.sum())} of {len(row_ids)} rows); draw them for this dataset"
+            )
+        self.sample_size = len(dataset)
+        super().__init__(config, dataset, sampler=None, shuffle=False)
+
+    def _init_batch_size_and_step(self) -> None:
+        width = self.candidates.items.shape[1]
+        self.step = max(1, self.config["eval_batch_size"] // width)
+        self.set_batch_size(self.step * width)
+
+    def collate_fn(self, index: list[int]) -> tuple[Interaction, Tensor, Tensor, Tensor]:
+        """The batch of the rows at ``index``."""
+        dataset = self._dataset
+        rows = dataset.__getitem__(np.asarray(index), join=False)
+        targets = rows[dataset.iid_field]
+        items = torch.from_numpy(self.candidates.of(rows[ROW_ID].numpy()))
+        count, width = items.shape
+        flat = {name: values.repeat_interleave(width, dim=0) for name, values in rows.interaction.items()}
+        flat[dataset.iid_field] = items.flatten()
+        flat[self.config["LABEL_FIELD"]] = (items == targets[:, None]).flatten().float()
+        interaction = self.transform(dataset, dataset.join(Interaction(flat)))
+        return interaction, torch.arange(count).repeat_interleave(width), torch.arange(count), targets
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def _taken(
+    starts: np.ndarray, stops: np.ndarray, targets: np.ndarray, item_ids: np.ndarray, n_items: int
+) -> np.ndarray:
+    """What must not be drawn: padding, target and history, bool ``[B, n_items]``."""
+    lengths = stops - starts
+    row = np.repeat(np.arange(len(starts)), lengths)
+    position = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    taken = np.zeros((len(starts), n_items), dtype=bool)
+    taken[row, item_ids[position]] = True
+    taken[np.arange(len(targets)), targets] = True
+    taken[:, 0] = True
+    return taken
+
+
+def _tries(count: int) -> int:
+    """How often to draw with replacement before the race."""
+    return count + count // 2 + 8
+
+
+def _draw(
+    keys: np.ndarray, taken: np.ndarray, weights: np.ndarray, count: int
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Draw ``count`` items for each row, one after the other, proportionally to the weights of what is left.
+
+    Args:
+        keys: the rows' random keys, uint64 ``[B]``.
+        taken: bool ``[B, n_items]``.
+        weights: ``[n_items]``, not negative.
+
+    Returns:
+        Items ``[B, count]`` and how many each row could choose from (where counted); no items if that is too few.
+    """
+    rows, tries = len(keys), _tries(count)
+    cumulative = np.cumsum(weights)
+    unit = _unit(keys[:, None], _DRAW, np.arange(tries))
+    drawn = np.searchsorted(cumulative, unit * cumulative[-1], side="right")
+    order = np.argsort(drawn, axis=1, kind="stable")
+    ascending = np.take_along_axis(drawn, order, axis=1)
+    same = np.zeros(drawn.shape, dtype=bool)
+    same[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
+    repeated = np.empty_like(same)
+    np.put_along_axis(repeated, order, same, axis=1)
+
+    good = ~repeated & ~taken[np.arange(rows)[:, None], drawn]
+    place = np.cumsum(good, axis=1) - 1
+    row, column = np.nonzero(good & (place < count))
+    items = np.zeros((rows, count), dtype=np.int64)
+    items[row, place[row, column]] = drawn[row, column]
+
+    short = np.flatnonzero(items[:, -1] == 0)
+    left = np.full(rows, np.iinfo(np.int64).max)
+    if len(short):
+        free = ~taken[short] & (weights > 0)
+        left[short] = free.sum(axis=1)
+        if (left < count).any():
+            return None, left
+        free[np.arange(len(short))[:, None], items[short]] = False
+        missing = count - (items[short] > 0).sum(axis=1)
+        most = int(missing.max())
+        # Not a division by a weight of 0, whose items do not run.
+        pace = np.where(weights > 0, weights, 1)
+        waiting = -np.log1p(-_unit(keys[short][:, None], _RACE, np.arange(len(weights)))) / pace
+        waiting[~free] = np.inf
+        winners = np.argpartition(waiting, most - 1, axis=1)[:, :most]
+        by_time = np.argsort(np.take_along_axis(waiting, winners, axis=1), axis=1, kind="stable")
+        winners = np.take_along_axis(winners, by_time, axis=1)
+        turn = np.arange(count) - (count - missing)[:, None]
+        won = np.take_along_axis(winners, np.maximum(turn, 0), axis=1)
+        items[short] = np.where(turn >= 0, won, items[short])
+    return items, left
+
+
+def _best(scores: np.ndarray, taken: np.ndarray, count: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """The ``count`` highest scores of each row that are not taken, the lower id first among equals.
+
+    Args:
+        scores: ``[B, n_items]``.
+        taken: bool ``[B, n_items]``.
+
+    Returns:
+        Items ``[B, count]`` ascending, and how many each row could choose from; no items if that is too few.
+    """
+    scores = np.where(taken, -np.inf, scores)
+    left = (scores > -np.inf).sum(axis=1)
+    if (left < count).any():
+        return None, left
+    lowest = np.partition(scores, -count, axis=1)[:, -count, None]
+    above, equal = scores > lowest, scores == lowest
+    chosen = above | (equal & (np.cumsum(equal, axis=1) <= count - above.sum(axis=1, keepdims=True)))
+    return np.nonzero(chosen)[1].reshape(len(scores), count), left
+
+
+def _checked_counts(item_counts: np.ndarray | None, n_items: int) -> np.ndarray:
+    """A float64 copy of the counts."""
+    if item_counts is None:
+        raise ValueError("candidates of kind popularity are drawn by training counts: item_counts is missing")
+    counts = np.array(item_counts, dtype=np.float64)
+    if counts.shape != (n_items,):
+        raise ValueError(f"item_counts of shape {counts.shape} do not fit {n_items} items (padding included)")
+    if not np.isfinite(counts).all() or (counts < 0).any():
+        raise ValueError("item_counts holds negative or infinite values or NaN")
+    return counts
+
+
+def _checked_scores(scores: Tensor | np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    found = scores.detach().float().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores)
+    if found.shape != shape:
+        raise ValueError(f"item_scores gave scores of shape {found.shape}, expected [rows, items] = {shape}")
+    if np.isnan(found).any():
+        raise ValueError("item_scores gave NaN")
+    return found
+
+
+# ---------------------------------------------------------------------- random numbers and hashes
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64: the output that follows on the state ``x``, uint64 of any shape."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _row_keys(seed: int, purpose: str, row_ids: np.ndarray) -> np.ndarray:
+    """One random key for each row, uint64 ``[n]``."""
+    start = np.array([int(seed) % 2**64, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    key = _mix(_mix(start[:1]) ^ start[1:])
+    return _mix(key ^ row_ids.astype(np.uint64))
+
+
+def _random(keys: np.ndarray, use: int, numbers: np.ndarray) -> np.ndarray:
+    """Random uint64 for keys and numbers, broadcast against each other."""
+    return _mix(_mix(keys ^ np.uint64(use)) ^ numbers.astype(np.uint64))
+
+
+def _unit(keys: np.ndarray, use: int, numbers: np.ndarray) -> np.ndarray:
+    """The same as float64 in [0, 1)."""
+    return (_random(keys, use, numbers) >> np.uint64(11)) * 2.0**-53
+
+
+def _digest(*arrays: np.ndarray, settings: str = "") -> str:
+    """Sha256 of settings, shapes and contents."""
+    digest = hashlib.sha256(settings.encode())
+    for array in arrays:
+        digest.update(f" {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,194 @@
+"""What every model here shares: a frozen causal language model with an adapter, and what of it is trained.
+
+A model adds how prompts become scores (:mod:`~recbole_llm.model.answer_ctr`,
+:mod:`~recbole_llm.model.title_ranker`). The trainer sees only :meth:`LLMRecommender.micro_batches`,
+:meth:`LLMRecommender.loss` and the groups of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType
+from torch import Tensor, nn
+
+from recbole_llm.adapter import AdapterConfig, attach_adapter
+
+if TYPE_CHECKING:
+    from recbole_llm.backbone import Backbone
+    from recbole_llm.data import EncodedPrompts
+    from recbole_llm.lens import Lens
+
+
+@dataclass
+class MicroBatch:
+    """Some rows of a batch, padded together.
+
+    Attributes:
+        rows: positions of these rows in the batch they were cut from, shape ``[b]``.
+        interaction: their fields, on the model's device.
+        input_ids: right-padded token ids, ``[b, T]``; a negative entry ``-i`` is the slot of item ``i``.
+        lengths: prompt lengths in tokens, ``[b]``.
+        answers: the tokens to be written behind each prompt, where the task has any.
+    """
+
+    rows: np.ndarray
+    interaction: Interaction
+    input_ids: Tensor
+    lengths: Tensor
+    answers: list[np.ndarray] | None = None
+
+
+class LLMRecommender(SequentialRecommender):
+    """A RecBole model around an adapted language model.
+
+    Args:
+        config: the run's configuration.
+        dataset: the training rows.
+        backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
+        lens: the frozen conventional model that gives the gate's ``z``; ``None`` if nothing reads it.
+        instance_size: width of ``z``.
+
+    Attributes:
+        task: the value of the key ``task`` that the model is made for.
+        gated: whether the adapter's update depends on the row.
+        tokens_processed: tokens that went through the LLM so far, padding not counted.
+        rows_shortened: prompts that lost history because they were too long.
+    """
+
+    task: str
+    input_type = InputType.POINTWISE
+
+    def __init__(
+        self, config, dataset, *, backbone: Backbone, lens: Lens | None, instance_size: int | None = None
+    ) -> None:
+        super().__init__(config, dataset)
+        self.gated = config["mixer"] != "identity"
+        self.lens = lens
+        self.backbone_dtype = backbone.dtype
+        pad_id = backbone.tokenizer.pad_token_id
+        self.pad_id = 0 if pad_id is None else pad_id  # never read: right padding under a causal mask
+        self.micro_batch_size = config["micro_batch_size"]
+        self.bucket_by_length = config["bucket_by_length"]
+        self.adapter = attach_adapter(
+            backbone.model,
+            AdapterConfig(
+                mixer=config["mixer"],
+                num_experts=config["num_experts"] if self.gated else 1,
+                r=config["lora_r"],
+                lora_alpha=config["lora_alpha"],
+                lora_dropout=config["lora_dropout"],
+                target_modules=config["target_modules"],
+                gate=config["gate"] if self.gated else "uniform",
+                gate_dropout=config["gate_dropout"],
+                temperature=config["temperature"],
+                top_k=config["top_k"],
+                share_gate=config["share_gate"],
+                instance_size=instance_size if self.gated else 1,
+            ),
+        )
+        self.llm = self.adapter.peft_model  # registered, so that .to() and .parameters() reach it
+        if config["torch_compile"]:
+            for layer in self.adapter.model.get_decoder().layers:
+                layer.compile()
+        self.tokens_processed = 0
+        self.rows_shortened = 0
+
+    # ------------------------------------------------------------------ what is trained
+
+    def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trained parameters beside the adapter's, by group and name; for subclasses."""
+        return {}
+
+    def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trained parameters by group: ``lora``, ``gate`` and those of :meth:`own_parameters`; no empty group."""
+        groups = {"lora": self.adapter.lora_parameters(), "gate": self.adapter.gate_parameters()}
+        return {name: params for name, params in (groups | self.own_parameters()).items() if params}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything that training changes, buffers included; the frozen LLM and lens are not part of it."""
+        state = {f"adapter.{name}": value for name, value in self.adapter.state_dict().items()}
+        for group, parameters in self.own_parameters().items():
+            state |= {f"{group}.{name}": p.detach() for name, p in parameters.items()}
+        return state
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`trained_state`; the names must match exactly."""
+        prefix = "adapter."
+        own = {f"{g}.{n}": p for g, params in self.own_parameters().items() for n, p in params.items()}
+        other = {name: value for name, value in state.items() if not name.startswith(prefix)}
+        if other.keys() != own.keys():
+            raise ValueError(
+                f"checkpoint holds {sorted(other)} beside the adapter, the model has {sorted(own)}"
+            )
+        self.adapter.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        )
+        with torch.no_grad():
+            for name, value in other.items():
+                own[name].copy_(value)
+
+    def summary(self) -> str:
+        """One line on what is trained."""
+        config = self.adapter.config
+        counts = {
+            name: sum(p.numel() for p in group.values()) for name, group in self.parameter_groups().items()
+        }
+        return (
+            f"{type(self).__name__}: mixer {config.mixer}, {config.num_experts} experts of rank "
+            f"{config.rank // config.experts}, gate {config.gate if self.gated else 'none'}, on "
+            f"{', '.join(config.target_modules)}; trained parameters "
+            + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        )
+
+    def train(self, mode: bool = True) -> LLMRecommender:
+        """Training mode for the adapter only: the frozen LLM has no dropout to switch on and the lens must not."""
+        super().train(mode)
+        if self.lens is not None:
+            self.lens.eval()
+        return self
+
+    def extra_results(self) -> dict:
+        """What the model has to say for ``result.json`` beside its metrics; for subclasses."""
+        return {}
+
+    def reset_work(self) -> None:
+        """Count the cost of scoring from zero, where a model counts it."""
+
+    # ------------------------------------------------------------------ batches
+
+    def begin_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
+        """Told before optimizer step ``step`` (0-based, over all epochs), for models that change while they train."""
+
+    def encode(self, interaction: Interaction) -> EncodedPrompts:
+        """The prompts of some rows as the model gets them."""
+        raise NotImplementedError
+
+    def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
+        """Cut a training batch into pieces of ``micro_batch_size`` rows, rows of similar length together."""
+        raise NotImplementedError
+
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """Mean loss of the rows of a micro-batch, scalar."""
+        raise NotImplementedError
+
+    def pieces(self, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Positions of the rows of each piece, the longest rows first where ``bucket_by_length``.
+
+        Sorting happens inside the batch only, so that bucketing saves padding without changing which rows share an
+        optimizer step.
+        """
+        order = np.argsort(-lengths, kind="stable") if self.bucket_by_length else np.arange(len(lengths))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """RecBole's contract: the mean loss of a batch. (Our trainer accumulates micro-batches instead.)"""
+        n = len(interaction)
+        return sum(self.loss(batch) * (len(batch.rows) / n) for batch in self.micro_batches(interaction))

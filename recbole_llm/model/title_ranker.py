@@ -1,0 +1,336 @@
+"""Next-item recommendation by the likelihood of titles under a causal language model.
+
+The prompt tells the history (and the candidates, if they are listed); the answer is a title and a line break:
+
+    score(u, i) = 1 / n_i  sum_t log p(answer_i[t] | prompt(u), answer_i[:t])        n_i tokens, line break included
+
+Items with the same title are the same to the model: equal scores, told apart by nothing here. In a *hybrid* prompt
+(LLaRA) each title is followed by a slot, one input embedding made of the lens's vector ``e_i`` of the item:
+
+    slot(i) = W2 GELU(W1 e_i + b1) + b2,        b2 starting at the mean of the LLM's token embeddings
+
+In a text-only step of the curriculum every slot holds one trained vector instead, which starts at that mean, too.
+All candidates of a row share one pass over its prompt. That is exact only where neither prompt nor adapter depend on
+the candidate, so a gate that has seen the target is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from torch import Tensor, nn
+
+from recbole_llm.backbone import TitleTrie, answer_log_likelihood, generate_titles, pad_right, score_titles
+from recbole_llm.model.base import LLMRecommender, MicroBatch
+from recbole_llm.model.curriculum import is_hybrid
+
+if TYPE_CHECKING:
+    from recbole_llm.backbone import Backbone
+    from recbole_llm.data import EncodedPrompts, TitlePromptBuilder
+    from recbole_llm.lens import Lens
+
+logger = logging.getLogger(__name__)
+
+ROW_ID = "row_id"
+BELOW_ALL = -1e6
+"""Where the scores of items begin that two-stage ranking leaves to the lens: below any mean log-likelihood."""
+
+
+@dataclass
+class Work:
+    """What scoring has cost so far.
+
+    Attributes:
+        rows: prompts that were scored.
+        prompt_tokens: tokens of these prompts.
+        edges: edges of their title trees, the least that any exact scoring has to look at.
+        tokens: tokens that went through the LLM, prompts included.
+    """
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    edges: int = 0
+    tokens: int = 0
+
+    def as_dict(self) -> dict[str, float]:
+        """For the result; ``ratio`` is ``tokens / (prompt_tokens + edges)``."""
+        least = self.prompt_tokens + self.edges
+        return {**vars(self), "ratio": self.tokens / least if least else 0.0}
+
+
+class TitleRanker(LLMRecommender):
+    """A RecBole model that ranks items by the likelihood of their titles.
+
+    Args:
+        config: the run's configuration.
+        dataset: the training rows (:class:`recbole_llm.data.NextItemDataset`).
+        backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
+        prompts: turns rows into token ids with slots, and items into answers.
+        lens: the frozen sequential recommender that gives ``z``, the slots' item vectors and the first stage.
+
+    Attributes:
+        work: what scoring has cost since :meth:`reset_work`.
+
+    Raises:
+        ValueError: if something needs a lens and none is given, or the gate has seen the target.
+    """
+
+    task = "next_item"
+
+    def __init__(
+        self, config, dataset, *, backbone: Backbone, prompts: TitlePromptBuilder, lens: Lens | None = None
+    ) -> None:
+        gated, hybrid = config["mixer"] != "identity", prompts.item_slots
+        if lens is None and (gated or hybrid or config["two_stage"]):
+            raise ValueError(
+                f"model {config['model']}: mixer={config['mixer']}, item_slots={hybrid} and "
+                f"two_stage={config['two_stage']} need a lens, but the configuration has none; set e.g. lens: SASRec"
+            )
+        if gated and lens.gate_scope != "user":
+            raise ValueError(
+                f"gate_scope: the state of the lens {lens.name} depends on the target item, so candidates cannot "
+                "share one pass over the prompt; use gate_scope: user (lens: SASRec)"
+            )
+        embedding = backbone.model.get_input_embeddings()
+        self._gate_reads_tokens = gated and config["gate"] == "token"
+        width = embedding.embedding_dim if self._gate_reads_tokens else lens.width if gated else None
+        super().__init__(config, dataset, backbone=backbone, lens=lens, instance_size=width)
+        self.prompts = prompts
+        self.curriculum = config["curriculum"]
+        self.scoring_batch_size = config["scoring_batch_size"]
+        self.trie_nodes = config["trie_nodes"]
+        self.two_stage = config["two_stage"]
+        self.seed = config["seed"]
+        self.hybrid = hybrid and self.curriculum != "text_only"
+        """Whether slots hold item vectors now; in evaluation always, unless the curriculum never shows them."""
+        self._hybrid_step = self.hybrid
+        self._catalogue: TitleTrie | None = None
+        self.work = Work()
+        self.slots = hybrid
+        if hybrid:
+            vectors = lens.item_vectors().cpu()
+            mean = embedding.weight.detach().float().mean(dim=0)
+            self.register_buffer("item_vectors", vectors, persistent=False)
+            self.projector = nn.Sequential(
+                nn.Linear(vectors.shape[1], len(mean)), nn.GELU(), nn.Linear(len(mean), len(mean))
+            )
+            with torch.no_grad():
+                self.projector[-1].bias.copy_(mean)
+            self.empty_slot = nn.Parameter(mean.clone())
+
+    # ------------------------------------------------------------------ what is trained
+
+    def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """With slots: the projector and the vector of a text-only slot, group ``projector``."""
+        if not self.slots:
+            return {}
+        named = dict(self.projector.named_parameters())
+        if self.curriculum != "hybrid_only":
+            named["empty_slot"] = self.empty_slot
+        if self.curriculum == "text_only":
+            named = {"empty_slot": self.empty_slot}
+        return {"projector": named}
+
+    def begin_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
+        """Draw whether this optimizer step shows item vectors (see :mod:`recbole_llm.model.curriculum`)."""
+        self._hybrid_step = self.slots and is_hybrid(
+            self.curriculum, step, steps_per_epoch, epochs, self.seed
+        )
+
+    # ------------------------------------------------------------------ inputs
+
+    def embed(self, input_ids: Tensor, *, hybrid: bool) -> Tensor:
+        """Input embeddings ``[b, T, d]`` of token ids with slots (``-i`` for item ``i``), ``[b, T]``.
+
+        All slots of a batch are filled by one scatter.
+        """
+        embedding = self.adapter.model.get_input_embeddings()
+        is_slot = input_ids < 0
+        embedded = embedding(input_ids.clamp(min=0))
+        if not bool(is_slot.any()):
+            return embedded
+        if hybrid:
+            vectors = self.projector(self.item_vectors[-input_ids[is_slot]])
+        else:
+            vectors = self.empty_slot.expand(int(is_slot.sum()), -1)
+        return embedded.index_put((is_slot,), vectors.to(embedded.dtype))
+
+    def encode(self, interaction: Interaction) -> EncodedPrompts:
+        """The prompts of some rows, with slots if the template has them."""
+        return self.prompts.encode(interaction, slots=self.slots)
+
+    def _set_instance(self, interaction: Interaction, input_ids: Tensor, lengths: Tensor) -> None:
+        """Tell the adapter whose rows come next: the lens's state, or (gate ``token``) the prompt's mean embedding."""
+        if not self.gated:
+            return
+        if self._gate_reads_tokens:
+            embedded = self.adapter.model.get_input_embeddings()(input_ids.clamp(min=0)).float()
+            inside = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            real = (inside & (input_ids >= 0)).unsqueeze(-1)
+            self.adapter.set_instance((embedded * real).sum(dim=1) / real.sum(dim=1))
+            return
+        state, _ = self.lens.represent(interaction)
+        self.adapter.set_instance(state)
+
+    # ------------------------------------------------------------------ training
+
+    def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
+        """Prompts and the titles of the rows' targets; the last token of an answer is only ever predicted."""
+        encoded = self.encode(interaction)
+        self.rows_shortened += encoded.n_shortened
+        answers = [self.prompts.answers[item] for item in interaction[self.ITEM_ID].tolist()]
+        whole = [np.concatenate([p, a[:-1]]) for p, a in zip(encoded.input_ids, answers, strict=True)]
+        sizes = np.array([len(ids) for ids in whole])
+        for rows in self.pieces(sizes, self.micro_batch_size):
+            input_ids, _ = pad_right([whole[i] for i in rows], self.pad_id)
+            lengths = torch.tensor([len(encoded.input_ids[i]) for i in rows])
+            self.tokens_processed += int(sizes[rows].sum())
+            yield MicroBatch(
+                rows=rows,
+                interaction=interaction[torch.from_numpy(rows)].to(self.device),
+                input_ids=input_ids.to(self.device),
+                lengths=lengths.to(self.device),
+                answers=[answers[i] for i in rows],
+            )
+
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """Mean over rows of the mean negative log-likelihood of the target's title, scalar."""
+        self._set_instance(batch.interaction, batch.input_ids, batch.lengths)
+        embedded = self.embed(batch.input_ids, hybrid=self._hybrid_step)
+        total = answer_log_likelihood(self.adapter.peft_model, embedded, batch.lengths, batch.answers)
+        sizes = torch.tensor([len(answer) for answer in batch.answers], device=total.device)
+        return -(total / sizes).mean()
+
+    # ------------------------------------------------------------------ scoring
+
+    def reset_work(self) -> None:
+        """Count the cost of scoring from zero."""
+        self.work = Work()
+
+    def extra_results(self) -> dict:
+        """The cost of scoring under ``scoring``."""
+        return {"scoring": self.work.as_dict()}
+
+    @torch.no_grad()
+    def score_items(
+        self, interaction: Interaction, items: Sequence[Sequence[int]] | None, *, adapted: bool = True
+    ) -> list[Tensor]:
+        """Mean log-likelihood of titles for each row.
+
+        Args:
+            interaction: ``B`` rows of the dataset.
+            items: for each row the items to score; ``None``: the whole catalogue, items ``1 ... n_items - 1``.
+            adapted: ``False``: by the untrained LLM, whose prompt is text without slots.
+
+        Returns:
+            One float64 tensor per row, in the order of ``items``. A row's scores do not depend on other rows.
+        """
+        slots = self.slots and adapted
+        encoded = self.prompts.encode(interaction, slots=slots)
+        lengths = np.array([len(ids) for ids in encoded.input_ids])
+        scores: list[Tensor | None] = [None] * len(lengths)
+        for rows in self.pieces(lengths, self.scoring_batch_size):
+            input_ids, row_lengths = pad_right([encoded.input_ids[i] for i in rows], self.pad_id)
+            input_ids, row_lengths = input_ids.to(self.device), row_lengths.to(self.device)
+            if items is None:
+                tries = self.catalogue()
+                edges = tries.n_edges * len(rows)
+            else:
+                tries = [TitleTrie([self.prompts.answers[i] for i in items[row]]) for row in rows]
+                edges = sum(trie.n_edges for trie in tries)
+            with nullcontext() if adapted else self.adapter.disabled():
+                if adapted:
+                    batch = interaction[torch.from_numpy(rows)].to(self.device)
+                    self._set_instance(batch, input_ids, row_lengths)
+                found = score_titles(
+                    self.adapter.peft_model,
+                    self.embed(input_ids, hybrid=self.hybrid),
+                    row_lengths,
+                    tries,
+                    max_nodes=self.trie_nodes,
+                )
+            self.tokens_processed += found.tokens
+            self.work.rows += len(rows)
+            self.work.prompt_tokens += int(lengths[rows].sum())
+            self.work.edges += edges
+            self.work.tokens += found.tokens
+            for row, total, sizes in zip(rows, found.log_likelihood, found.lengths, strict=True):
+                scores[row] = total.double() / sizes.to(total.device)
+        return scores
+
+    def catalogue(self) -> TitleTrie:
+        """The titles of all items as one tree; title ``n`` is item ``n + 1``."""
+        if self._catalogue is None:
+            self._catalogue = TitleTrie(self.prompts.answers[1:])
+        return self._catalogue
+
+    def _predict(self, interaction: Interaction, *, adapted: bool) -> Tensor:
+        row_ids = interaction[ROW_ID].cpu().numpy()
+        _, first, group = np.unique(row_ids, return_index=True, return_inverse=True)
+        items = interaction[self.ITEM_ID].cpu().numpy()
+        members = [np.flatnonzero(group == g) for g in range(len(first))]
+        # float32, as RecBole's Trainer puts them into a float32 table
+        scores = torch.empty(len(items), dtype=torch.float32, device=self.device)
+        rows = interaction[torch.from_numpy(first)]
+        found = self.score_items(rows, [items[m].tolist() for m in members], adapted=adapted)
+        for positions, score in zip(members, found, strict=True):
+            scores[torch.from_numpy(positions).to(self.device)] = score.float()
+        return scores
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Score of each (row, item), ``[B]`` float32. Rows that are candidates of one row share its prompt."""
+        return self._predict(interaction, adapted=True)
+
+    def predict_untrained(self, interaction: Interaction) -> Tensor:
+        """As :meth:`predict`, by the LLM before any tuning, from a prompt without slots."""
+        return self._predict(interaction, adapted=False)
+
+    @torch.no_grad()
+    def full_sort_predict(self, interaction: Interaction, *, adapted: bool = True) -> Tensor:
+        """Score of every item for each row, ``[B, n_items]`` float64; the padding item has ``-inf``.
+
+        With ``two_stage`` the LLM scores the lens's first ``two_stage`` items and these come first; the others follow
+        in the lens's order.
+        """
+        scores = torch.full(
+            (len(interaction), self.n_items), -torch.inf, dtype=torch.float64, device=self.device
+        )
+        if not self.two_stage:
+            for row, found in enumerate(self.score_items(interaction, None, adapted=adapted)):
+                scores[row, 1:] = found
+            return scores
+        first_stage = self.lens.score_items(interaction).double()
+        best = first_stage.topk(min(self.two_stage, self.n_items - 1), dim=-1).indices
+        scores[:, 1:] = BELOW_ALL + first_stage[:, 1:].to(self.device)
+        for row, found in enumerate(self.score_items(interaction, best.tolist(), adapted=adapted)):
+            scores[row, best[row].to(self.device)] = found
+        return scores
+
+    @torch.no_grad()
+    def generate(self, interaction: Interaction, max_new_tokens: int) -> list[str]:
+        """What the LLM writes behind each prompt, greedily, up to the end of the line: the papers' protocol."""
+        encoded = self.encode(interaction)
+        lengths = np.array([len(ids) for ids in encoded.input_ids])
+        texts: list[str] = [""] * len(lengths)
+        for rows in self.pieces(lengths, self.micro_batch_size):
+            input_ids, row_lengths = pad_right([encoded.input_ids[i] for i in rows], self.pad_id)
+            input_ids, row_lengths = input_ids.to(self.device), row_lengths.to(self.device)
+            self._set_instance(interaction[torch.from_numpy(rows)].to(self.device), input_ids, row_lengths)
+            written = generate_titles(
+                self.adapter.peft_model,
+                self.embed(input_ids, hybrid=self.hybrid),
+                row_lengths,
+                stop_ids=self.prompts.stop_ids,
+                max_new_tokens=max_new_tokens,
+            )
+            self.tokens_processed += int(lengths[rows].sum()) + sum(map(len, written))
+            for row, ids in zip(rows, written, strict=True):
+                texts[row] = self.prompts.decode(ids)
+        return texts
