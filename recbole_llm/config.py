@@ -67,7 +67,7 @@ RANKING_PROTOCOL = (
 TASKS = ("ctr", "next_item")
 
 SIZES = {
-    "cpu": {"few_shot": 256, "eval_rows": 200},
+    "cpu": {"few_shot": 128, "eval_rows": 200},
     "cuda": {"few_shot": 8192, "eval_rows": None},
 }
 """What ``auto`` stands for by the kind of device; chosen by time alone."""
@@ -292,7 +292,8 @@ class Config(RecBoleConfig):
     def _load_config_files(self, file_list: list[str | Path]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for file in file_list or []:
-            content = load_yaml(file)
+            protocol = PROPERTIES / "protocol" / f"{file}.yaml"
+            content = load_yaml(protocol if protocol.is_file() and not Path(file).is_file() else file)
             values.update(content)
             self.origins.update({key: f"file {file}" for key in content})
         return values

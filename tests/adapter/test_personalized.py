@@ -491,3 +491,28 @@ def test_load_state_dict_is_strict(adapted):
     with pytest.raises(ValueError, match=r"1 of another shape .first: .*\(2, 2\) instead of \(16, 16\)"):
         adapter.load_state_dict(changed | {first: torch.zeros(2, 2)})
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
+
+
+def test_a_shared_gate_is_evaluated_once_for_all_projections_and_never_stale(adapted, batch):
+    ids, z = batch
+    adapter = adapted("expert", share_gate=True, gate="linear")
+    gate = next(m for m in adapter.model.modules() if hasattr(m, "lora_gate")).lora_gate["default"]
+    calls = []
+    gate.register_forward_hook(lambda *_: calls.append(1))
+    adapter.peft_model.train()
+    adapter.set_instance(z)
+    adapter.peft_model(ids).logits.sum().backward()
+    assert len(calls) == 1
+    adapter.peft_model.eval()
+    with torch.no_grad():
+        adapter.set_instance(z)
+        before = adapter.peft_model(ids).logits
+        assert len(calls) == 2
+        for parameter in adapter.lora_parameters().values():
+            parameter.add_(0.1)
+        for parameter in adapter.gate_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        changed = adapter.peft_model(ids).logits
+        adapter.set_instance(z)
+        torch.testing.assert_close(adapter.peft_model(ids).logits, changed)
+    assert not torch.allclose(before, changed)
