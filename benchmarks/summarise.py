@@ -2,8 +2,8 @@
 
     python benchmarks/summarise.py saved/RecLoRA-ml-1m-* --json benchmarks/results/ml-1m-ctr.json
 
-Every run contributes itself, and once each the lens and the untrained language model it was compared with. Nothing is
-computed here: all numbers are those of the runs' ``result.json``.
+Every run contributes itself, the runs below it (compare_with), and once each the lens, the popularity and the untrained
+language model that it was compared with. Nothing is computed here: all numbers are those of the runs' ``result.json``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 KEPT = (
-    "name", "model", "dataset", "seed", "device", "backbone", "lens", "rows", "metrics", "intervals", "zero_shot",
-    "names", "residual", "trained_parameters", "seconds", "tokens_per_second", "peak_memory", "versions", "machine",
-    "identities", "finished",
+    "name", "model", "dataset", "task", "seed", "device", "backbone", "lens", "rows", "metrics", "intervals",
+    "zero_shot", "names", "residual", "scoring", "generated", "trained_parameters", "seconds", "tokens_per_second",
+    "peak_memory", "versions", "machine", "identities", "finished",
 )  # fmt: skip
 
 
@@ -28,30 +28,45 @@ def cell(interval: dict | None, sign: str = "") -> str:
     return f"{interval['value']:{sign}.4f} [{interval['low']:{sign}.4f}, {interval['high']:{sign}.4f}]"
 
 
+COLUMNS = {
+    "ctr": {"auc": "AUC", "logloss": "LogLoss", "acc": "ACC", "gauc": "GAUC"},
+    "next_item": {
+        "hr@1": "HR@1",
+        "hr@5": "HR@5",
+        "ndcg@5": "NDCG@5",
+        "ndcg@10": "NDCG@10",
+        "mrr@10": "MRR@10",
+    },
+}
+
+
 def lines(results: list[dict]) -> list[str]:
-    """A markdown table, one line per model."""
+    """A markdown table, one line per model; all runs must be of one task."""
+    (task,) = {result["task"] for result in results}
+    first, *others = (m for m in COLUMNS[task] if m in results[0]["intervals"]["models"]["model"])
+    titles = [COLUMNS[task][metric] for metric in (first, *others)]
     table = [
-        "| model | AUC | LogLoss | ACC | GAUC | AUC - its lens | minutes |",
-        "|---|---|---|---|---|---|---|",
+        f"| model | {' | '.join(titles)} | {titles[0]} - its lens | minutes |",
+        "|" + "---|" * (len(titles) + 3),
     ]
     seen = set()
     for result in results:
-        for key in ("zero_shot", "lens", "model"):
+        for key in ("popularity", "zero_shot", "lens", "model"):
             found = result["intervals"]["models"].get(key)
             if found is None:
                 continue
             label = result["names"][key]
             if key == "lens" and result["config"]["lens_rows"] != "all":
                 label += f", {result['config']['lens_rows']}"
-            difference = result["intervals"]["differences"].get(f"{key} - lens", {}).get("auc")
+            difference = result["intervals"]["differences"].get(f"{key} - lens", {}).get(first)
             minutes = (
-                f"{sum(result['seconds'][k] for k in ('fit', 'test')) / 60:.0f}" if key == "model" else ""
+                f"{sum(result['seconds'][k] for k in ('fit', 'test')) / 60:.1f}" if key == "model" else ""
             )
             line = " | ".join(
                 [
                     label,
-                    cell(found["auc"]),
-                    *(f"{found[metric]['value']:.4f}" for metric in ("logloss", "acc", "gauc")),
+                    cell(found[first]),
+                    *(f"{found[metric]['value']:.4f}" for metric in others),
                     cell(difference, "+") if difference else "",
                     minutes,
                 ]
@@ -62,6 +77,11 @@ def lines(results: list[dict]) -> list[str]:
     return table
 
 
+def with_compared(run: Path) -> list[Path]:
+    """A run's folder, and those of the models that it was compared with."""
+    return [run, *sorted(path.parent for path in run.glob("compare/*/result.json"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,11 +89,15 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--json", type=Path, help="write the results, without paths, to this file")
     arguments = parser.parse_args()
-    results = [json.loads((run / "result.json").read_text()) for run in arguments.runs]
+    folders = [folder for run in arguments.runs for folder in with_compared(run)]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     print("\n".join(lines(results)))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         kept = [{key: result[key] for key in KEPT if key in result} for result in results]
+        for run, result in zip(folders, kept, strict=True):
+            if (run / "comparison.json").is_file():
+                result["comparison"] = json.loads((run / "comparison.json").read_text())
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -164,8 +164,9 @@ def prepare_rows(config: Config) -> Rows:
     dataset = create_dataset(config)
     full_train, full_valid, full_test = dataset.build()
     few_shot = config["few_shot"]
-    if config.origins.get("few_shot") is None and isinstance(few_shot, int):
-        few_shot = min(few_shot, len(full_train))  # a default must not be too large for a small dataset
+    if config.origins.get("few_shot") is None and isinstance(few_shot, int) and few_shot > len(full_train):
+        logger.info("few_shot: all %d training rows; the default is %d", len(full_train), few_shot)
+        few_shot = config["few_shot"] = len(full_train)
     train = full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
     valid, test = (bounded(config, rows, name) for rows, name in ((full_valid, "valid"), (full_test, "test")))
     sizes = {

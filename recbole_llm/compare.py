@@ -126,6 +126,11 @@ def run_others(
             config["resume"] = str(where)
         try:
             results.append(run(config, where))
+        except KeyboardInterrupt:
+            logger.warning(
+                "interrupted; what is finished is kept: repeat the command with --resume=%s", folder
+            )
+            raise
         except (ValueError, OSError) as error:
             logger.error("%s failed and is left out of the comparison: %s", text, error)
     return results

@@ -335,3 +335,60 @@ def test_bad_input_gets_one_clear_error(case, settings):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         run_recbole_llm("iLoRA", "toy", config_dict={**settings, **options})
+
+
+def write_ready_made(folder: Path) -> Path:
+    """A music dataset with splits of its own: no times, no ratings, no profiles, difficult titles."""
+    rng = np.random.default_rng(5)
+    titles = [
+        "Yesterday", "Yesterday Once More", '"Heroes"', "Guns &amp; Roses", "上を向いて歩こう", "Песня", "Señorita",
+        "<|endoftext|>", "A" * 300, "unknown", "Help!", "Help!", "Tab ", "Äther",
+    ]  # fmt: skip
+    titles += [f"Song {n}" for n in range(16)]
+    target = folder / "songs"
+    target.mkdir(parents=True)
+    items = ["item_id:token\tname:token_seq", *(f"s{n}\t{title}" for n, title in enumerate(titles))]
+    (target / "songs.item").write_text("\n".join(items) + "\n", encoding="utf-8")
+    for split, rows in (("train", 60), ("valid", 12), ("test", 12)):
+        lines = ["user_id:token\titem_id_list:token_seq\titem_id:token"]
+        for row in range(rows):
+            *history, following = rng.permutation(len(titles))[: rng.integers(3, 9)]
+            lines.append(f"u{row}\t{' '.join(f's{item}' for item in history)}\ts{following}")
+        (target / f"songs.{split}.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("model", ["iLoRA", "TALLRecNext"])
+def test_ready_made_splits_with_only_titles(model, settings, tmp_path):
+    options = {
+        **settings,
+        "data_path": str(write_ready_made(tmp_path / "data")),
+        "benchmark_filename": ["train", "valid", "test"],
+        "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
+        "text": {
+            "title": "name",
+            "noun": "Song",
+            "missing_title": "placeholder",
+            "missing_values": ["unknown"],
+        },
+        "compare_with": ["SASRec epochs=1"] if model == "iLoRA" else None,
+    }
+    result = run_recbole_llm(model, "songs", config_dict=options)
+    rows = rows_of(result)
+    assert len(rows["model_rank"]) == 12 and result["rows"]["train"] == 60
+    assert rows["candidates"].tolist() == [10] * 12
+    if model == "iLoRA":
+        assert [found["name"] for found in result["compared"]] == ["iLoRA", "SASRec epochs=1"]
+
+
+def test_a_finished_model_is_not_run_again_when_the_comparison_is_resumed(settings, caplog):
+    wanted = {**settings, "compare_with": ["Pop"]}
+    result = run_recbole_llm("TALLRecNext", "toy", config_dict=wanted)
+    folder = str(Path(result["path"]).parent)
+    more = {**settings, "compare_with": ["Pop", "LLaRA"], "resume": folder}
+    again = run_recbole_llm("TALLRecNext", "toy", config_dict=more)
+    assert [found["name"] for found in again["compared"]] == ["TALLRecNext", "Pop", "LLaRA"]
+    assert [found["finished"] for found in again["compared"][:2]] == [
+        result["finished"],
+        result["compared"][1]["finished"],
+    ]
