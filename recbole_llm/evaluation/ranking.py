@@ -27,8 +27,8 @@ import torch
 
 from recbole_llm.evaluation.metrics import UndefinedMetric
 
-RANK_METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")
-"""What is computed unless one asks for others."""
+RANK_METRICS = ("hr@1", *(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (5, 10, 20)))
+"""What is computed unless one asks for others. At 1 all three are the same."""
 _NAME = re.compile(r"(hr|ndcg|mrr)@([1-9][0-9]*)")
 
 

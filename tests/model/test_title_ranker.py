@@ -381,6 +381,31 @@ def test_ready_made_splits_with_only_titles(model, settings, tmp_path):
         assert [found["name"] for found in result["compared"]] == ["iLoRA", "SASRec epochs=1"]
 
 
+def test_the_default_number_of_rows_is_cut_to_the_data_and_the_run_is_read_again(settings):
+    del settings["few_shot"]
+    options = {**settings, "eval_rows": None, "user_split": [1, 6, 3]}
+    result = run_recbole_llm("LLaRA", "toy", config_dict=options)
+    assert result["rows"]["few_shot"] == result["rows"]["train"] < 128
+    folder = Path(result["path"]).parent
+    assert len(load_data_and_model(folder).train) == result["rows"]["train"]
+    (folder / "result.json").unlink()
+    again = run_recbole_llm("LLaRA", "toy", config_dict={**options, "resume": str(folder)})
+    assert again["metrics"]["test"] == result["metrics"]["test"]
+
+
+@pytest.mark.parametrize("model", ["BERT4Rec", "Caser", "GRU4Rec", "SASRec", "BPR", "LightGCN"])
+def test_models_of_recbole_rank_the_same_candidates(model, settings):
+    shared = {
+        key: settings[key] for key in ("data_path", "cache_dir", "num_negatives", "topk", "valid_metric")
+    }
+    options = {**shared, "task": "next_item", "epochs": 1, "show_progress": False, "bootstrap_samples": 10}
+    rows = rows_of(run_recbole_llm(model, "toy", config_dict=options))
+    parts = parts_of(settings, "TALLRecNext")
+    stored = parts.candidates["test"]
+    assert sorted(rows["row_id"]) == sorted(stored.row_ids) and set(rows["candidates"]) == {10}
+    assert (rows["model_rank"] >= 1).all() and (rows["model_rank"] <= 10).all()
+
+
 def test_a_finished_model_is_not_run_again_when_the_comparison_is_resumed(settings, caplog):
     wanted = {**settings, "compare_with": ["Pop"]}
     result = run_recbole_llm("TALLRecNext", "toy", config_dict=wanted)
