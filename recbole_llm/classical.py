@@ -19,7 +19,7 @@ from recbole.utils import EvaluatorType, init_seed
 
 from recbole_llm.assembly import bounded, cache_folder, eval_loader, item_counts, stage
 from recbole_llm.config import Config, keys_read_by
-from recbole_llm.data import draw_candidates
+from recbole_llm.data import HistoryDataset, draw_candidates
 from recbole_llm.evaluation import RowCollector, build_result, write_result
 from recbole_llm.registry import create_dataset, get_trainer
 
@@ -32,14 +32,17 @@ def run(config: Config, run_folder: Path) -> dict:
     with stage(seconds, "data"):
         dataset = create_dataset(config)
         logger.info(dataset)
-        if config["task"] == "next_item":
-            train_data, valid_data, test_data = next_item_loaders(config, dataset)
+        available = {}
+        if isinstance(dataset, HistoryDataset):
+            splits = dataset.build()
+            available = {"valid_available": len(splits[1]), "test_available": len(splits[2])}
+            train_data, valid_data, test_data = our_loaders(config, dataset, splits)
         else:
             train_data, valid_data, test_data = data_preparation(config, dataset)
     sizes = {
         name: len(data._dataset)
         for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))
-    }
+    } | available
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     model = config.model_class(config, train_data._dataset).to(config["device"])
     logger.info(model)
@@ -86,27 +89,27 @@ def run(config: Config, run_folder: Path) -> dict:
     return {**result, "path": str(write_result(run_folder, result, rows))}
 
 
-def next_item_loaders(config: Config, dataset) -> tuple:
-    """Train, validation and test loaders on the rows, and with the candidates, of our next-item models.
+def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDataset]) -> tuple:
+    """Train, validation and test loaders on the rows, and with the candidates, of our own models.
 
     Validation is on all validation rows, as it is cheap here; testing is on the rows that ``eval_rows`` leaves.
 
     Raises:
         ValueError: for candidates that only a lens can choose.
     """
-    if config["negatives"] == "hard" and config["eval_mode"] == "candidates":
+    ranks_candidates = config["task"] == "next_item" and config["eval_mode"] == "candidates"
+    if ranks_candidates and config["negatives"] == "hard":
         raise ValueError(
             f"negatives: hard are chosen by a lens, and {config['model']} is run without one; set negatives: uniform "
             "or popularity"
         )
-    splits = dataset.build()
     train, valid, test = splits[0], splits[1], bounded(config, splits[2], "test")
     train_sampler, *_ = create_samplers(config, dataset, splits)
     train_data = get_dataloader(config, "train")(config, train, train_sampler, shuffle=True)
     loaders = []
     for name, rows in (("valid", valid), ("test", test)):
         candidates = None
-        if config["eval_mode"] == "candidates":
+        if ranks_candidates:
             candidates = draw_candidates(
                 rows,
                 num_negatives=config["num_negatives"],

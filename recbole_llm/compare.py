@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.config import Config, parse_value
-from recbole_llm.evaluation import bootstrap, bootstrap_ranks, write_json
+from recbole_llm.evaluation import bootstrap, bootstrap_ranks, delong, holm, mcnemar, write_json
 from recbole_llm.keys import KEYS
 from recbole_llm.registry import get_model, is_own
 
@@ -146,8 +146,8 @@ def compare_rows(folder: Path, results: Sequence[Mapping[str, Any]], *, samples:
         seed: of these samples.
 
     Returns:
-        ``{"names": [...], "intervals": ...}`` as :meth:`recbole_llm.evaluation.Bootstrap.to_dict` with the first model
-        as the reference.
+        ``{"names": [...], "intervals": ..., "tests": ...}``: :meth:`recbole_llm.evaluation.Bootstrap.to_dict` with the
+        first model as the reference, and :func:`significance`.
 
     Raises:
         ValueError: if a model was tested on other rows than the first.
@@ -171,9 +171,37 @@ def compare_rows(folder: Path, results: Sequence[Mapping[str, Any]], *, samples:
         estimate = bootstrap_ranks(base["user"], columns, metrics, n=samples, seed=seed)
     else:
         estimate = bootstrap(base["user"], base["label"], columns, n=samples, seed=seed)
-    comparison = {"names": list(columns), "intervals": estimate.to_dict(results[0]["name"])}
+    comparison = {
+        "names": list(columns),
+        "intervals": estimate.to_dict(results[0]["name"]),
+        "tests": significance(base, columns, results[0]["name"], kind),
+    }
     write_json(folder / FILE, comparison)
     return comparison
+
+
+def significance(
+    base: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], first: str, kind: str
+) -> dict[str, Any]:
+    """Two-sided p-values of the first model against every other, Holm-adjusted over all of them.
+
+    Ranks: McNemar's exact test of HR@1, where every user has one row (else rows are not independent, and there is no
+    test). Scores: DeLong's test of the AUC, clustered by user.
+
+    Returns:
+        ``{"test": name or None, "p": {other: p}, "p_holm": {other: p}}``.
+    """
+    others = [name for name in columns if name != first]
+    if kind == "rank":
+        if len(np.unique(base["user"])) < len(base["user"]):
+            return {"test": None, "p": {}, "p_holm": {}}
+        found = {name: mcnemar(columns[first] == 1, columns[name] == 1).p_value for name in others}
+        return {"test": "McNemar, HR@1", "p": found, "p_holm": holm(found)}
+    found = {
+        name: delong(base["label"], columns[first], columns[name], users=base["user"]).p_value
+        for name in others
+    }
+    return {"test": "DeLong by user, AUC", "p": found, "p_holm": holm(found)}
 
 
 def comparison_table(comparison: Mapping[str, Any], first: str) -> str:
@@ -188,5 +216,7 @@ def comparison_table(comparison: Mapping[str, Any], first: str) -> str:
         # turned round: what the first model gains over the other
         low, high = found["low"], found["high"]
         interval = "" if low is None else f" [{-high:+.4f}, {-low:+.4f}]"
-        lines.append(f"{first} - {other}: {metric.upper()} {-found['value']:+.4f}{interval}")
+        p = comparison["tests"]["p_holm"].get(other)
+        test = "" if p is None else f", p = {p:.3g} ({comparison['tests']['test']}; Holm)"
+        lines.append(f"{first} - {other}: {metric.upper()} {0.0 - found['value']:+.4f}{interval}{test}")
     return "\n".join(lines)

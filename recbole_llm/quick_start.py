@@ -232,7 +232,9 @@ def check_same_configuration(folder: Path, config: Config) -> None:
         CheckpointError: naming every key that differs and can change a result.
     """
     saved, current = json.loads((folder / CONFIG_FILE).read_text()), lasting_configuration(config)
-    if "few_shot" not in config.origins:  # a default is cut to the size of the data; the checkpoint's hash is of that
+    if (
+        "few_shot" not in config.origins
+    ):  # a default is cut to the size of the data; the checkpoint's hash is of that
         current.pop("few_shot", None)
     different = [key for key, value in current.items() if saved.get(key) != value]
     if different:

@@ -334,3 +334,18 @@ def test_smollm2_end_to_end(tmp_path, monkeypatch):
     assert result["backbone"]["name"] == "smollm2-135m-instruct"
     assert len(rows["model_score"]) == 24
     assert np.abs(rows["model_score"] - rows["zero_shot_score"]).max() > 1e-4
+
+
+def test_comparison_on_labelled_rows_is_paired_and_bounds_every_model(settings):
+    options = {**settings, "eval_rows": 40, "compare_with": ["TALLRec", "DIN epochs=1"]}
+    result = run_recbole_llm("RecLoRA", "toy", config_dict=options)
+    first, *others = (rows_of(found) for found in result["compared"])
+    for rows in others:
+        order, mine = np.argsort(rows["row_id"]), np.argsort(first["row_id"])
+        np.testing.assert_array_equal(rows["label"][order], first["label"][mine])
+    comparison = json.loads((Path(result["path"]).parent / "comparison.json").read_text())
+    assert comparison["tests"]["test"] == "DeLong by user, AUC"
+    assert {"TALLRec", "DIN epochs=1", "lens DIN"} <= comparison["tests"]["p_holm"].keys()
+    mine, theirs = (found["metrics"]["test"]["auc"] for found in result["compared"][:2])
+    difference = comparison["intervals"]["differences"]["TALLRec - RecLoRA"]["auc"]["value"]
+    assert difference == pytest.approx(theirs - mine)

@@ -1,4 +1,4 @@
-"""Metrics RecBole lacks, the rows it forgets, intervals, and the report of a run."""
+"""Metrics RecBole lacks, the rows it forgets, intervals, tests of significance, and the report of a run."""
 
 from recbole_llm.evaluation.bootstrap import Bootstrap, Interval, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.collector import RowCollector
@@ -22,25 +22,55 @@ from recbole_llm.evaluation.report import (
     write_json,
     write_result,
 )
+from recbole_llm.evaluation.statistics import (
+    AUCInterval,
+    Calibration,
+    DeLong,
+    GroupMetric,
+    Groups,
+    McNemar,
+    bca_interval,
+    calibration,
+    delong,
+    delong_interval,
+    holm,
+    mcnemar,
+    metric_by_group,
+    quantile_groups,
+)
 
 __all__ = [
+    "AUCInterval",
     "Bootstrap",
+    "Calibration",
+    "DeLong",
+    "GroupMetric",
+    "Groups",
     "Interval",
+    "McNemar",
     "RowCollector",
     "UndefinedMetric",
     "accuracy",
     "auc",
+    "bca_interval",
     "bootstrap",
     "bootstrap_ranks",
     "build_result",
+    "calibration",
+    "delong",
+    "delong_interval",
     "environment",
     "gauc",
     "generation_report",
+    "holm",
     "labeled_metrics",
     "logloss",
     "match_title",
+    "mcnemar",
     "merge_rows",
+    "metric_by_group",
     "peak_memory",
+    "quantile_groups",
     "rank_metrics",
     "register_metrics",
     "result_table",

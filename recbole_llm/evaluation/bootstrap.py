@@ -10,7 +10,8 @@ or sorted again:
     HR, NDCG, MRR   sum_u w_u S_u / sum_u w_u n_u          S_u the user's sum of gains, see `ranking`
 
 All models share the draws, so that the difference of two models is taken within each replicate (paired).
-Intervals are percentile intervals (Efron & Tibshirani 1993, chapter 13).
+Intervals are percentile intervals (Efron & Tibshirani 1993, chapter 13). With `jackknife=True` the metrics
+without each user are kept too, exact and without copies of the rows, for BCa intervals (`method="bca"`).
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from recbole_llm.evaluation.metrics import (
     user_codes,
 )
 from recbole_llm.evaluation.ranking import RANK_METRICS, row_rank_metric
+from recbole_llm.evaluation.statistics import bca_interval
 
 METRICS = ("auc", "logloss", "acc", "gauc")
+METHODS = ("percentile", "bca")
 MIN_USERS = 10
 """With fewer distinct users than this an interval would be an invention, and none is given."""
 MAX_UNDEFINED = 0.05
@@ -70,6 +73,8 @@ class Bootstrap:
         reasons: name -> metric -> why the value is undefined.
         usable_users: metric -> number of users that can move it (for GAUC: those with both classes; for a
             ratio: those with anything below the line).
+        jackknife: name -> metric -> [users] float64, the metric without each user in sorted order, NaN where
+            that leaves it undefined; empty unless asked for.
     """
 
     users: int
@@ -82,50 +87,69 @@ class Bootstrap:
     replicates: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
     usable_users: dict[str, int] = field(default_factory=dict)
+    jackknife: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
-    def interval(self, name: str, metric: str) -> Interval:
-        """The metric of one model."""
+    def interval(self, name: str, metric: str, method: str = "percentile") -> Interval:
+        """The metric of one model; `method` is 'percentile' or 'bca', which needs the jackknife."""
+        self._check_method(method)
         reason = self.reasons[name].get(metric)
         if reason is not None:
             return Interval(None, reason=reason)
-        return self._interval(self.values[name][metric], self.replicates[name][metric], metric)
+        jackknife = self.jackknife[name][metric] if method == "bca" else None
+        return self._interval(self.values[name][metric], self.replicates[name][metric], metric, jackknife)
 
-    def difference(self, name: str, reference: str, metric: str) -> Interval:
-        """The metric of `name` minus that of `reference`, paired by draw."""
+    def difference(self, name: str, reference: str, metric: str, method: str = "percentile") -> Interval:
+        """The metric of `name` minus that of `reference`, paired by draw; `method` as in `interval`."""
+        self._check_method(method)
         for one in (name, reference):
             reason = self.reasons[one].get(metric)
             if reason is not None:
                 return Interval(None, reason=f"{one}: {reason}")
+        jackknife = None
+        if method == "bca":
+            jackknife = self.jackknife[name][metric] - self.jackknife[reference][metric]
         return self._interval(
             self.values[name][metric] - self.values[reference][metric],
             self.replicates[name][metric] - self.replicates[reference][metric],
             metric,
+            jackknife,
         )
 
-    def to_dict(self, reference: str | None = None) -> dict:
+    def to_dict(self, reference: str | None = None, method: str = "percentile") -> dict:
         """For the json: how it was drawn, every model's intervals, and every difference to `reference`.
 
         Returns:
             {unit, users, rows, samples, seed, level, models: {name: {metric: interval}},
-            differences: {'name - reference': {metric: interval}}}.
+            differences: {'name - reference': {metric: interval}}}, and {method} first unless 'percentile'.
         """
         names = list(self.values)
-        return {
+        return ({"method": method} if method != "percentile" else {}) | {
             "unit": "user",
             "users": self.users,
             "rows": self.rows,
             "samples": self.samples,
             "seed": self.seed,
             "level": self.level,
-            "models": {n: {m: self.interval(n, m).to_dict() for m in self.metrics} for n in names},
+            "models": {n: {m: self.interval(n, m, method).to_dict() for m in self.metrics} for n in names},
             "differences": {
-                f"{n} - {reference}": {m: self.difference(n, reference, m).to_dict() for m in self.metrics}
+                f"{n} - {reference}": {
+                    m: self.difference(n, reference, m, method).to_dict() for m in self.metrics
+                }
                 for n in names
                 if reference in self.values and n != reference
             },
         }
 
-    def _interval(self, value: float, replicates: np.ndarray, metric: str) -> Interval:
+    def _check_method(self, method: str) -> None:
+        if method not in METHODS:
+            raise ValueError(f"there is no method {method!r} for intervals; there are {list(METHODS)}")
+        if method == "bca" and not self.jackknife:
+            raise ValueError("the method 'bca' needs the jackknife: draw the bootstrap with jackknife=True")
+
+    def _interval(
+        self, value: float, replicates: np.ndarray, metric: str, jackknife: np.ndarray | None = None
+    ) -> Interval:
+        """A BCa interval where there are jackknife values, else a percentile interval."""
         tail = (1 - self.level) / 2
         usable = self.usable_users[metric]
         if usable < MIN_USERS:
@@ -141,6 +165,16 @@ class Bootstrap:
                 value,
                 reason=f"no interval: undefined in {undefined.sum()} of {undefined.size} bootstrap samples",
             )
+        if jackknife is not None:
+            without = np.isnan(jackknife).sum()
+            if without:
+                return Interval(
+                    value, reason=f"no BCa interval: undefined without any one of {without} users"
+                )
+            try:
+                return Interval(value, *bca_interval(value, replicates[~undefined], jackknife, self.level))
+            except UndefinedMetric as error:
+                return Interval(value, reason=str(error))
         low, high = np.quantile(replicates[~undefined], [tail, 1 - tail])
         return Interval(value, float(low), float(high))
 
@@ -153,6 +187,7 @@ def bootstrap(
     n: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    jackknife: bool = False,
 ) -> Bootstrap:
     """Draws the users `n` times and computes every metric of every model on each draw.
 
@@ -165,6 +200,7 @@ def bootstrap(
         n: number of replicates; 0 gives the values without intervals.
         seed: of the draws.
         level: of the intervals.
+        jackknife: whether to keep the metrics without each user, which BCa intervals need.
 
     Raises:
         ValueError: on an unknown metric, unequal lengths, NaN scores, or labels other than 0 and 1.
@@ -196,6 +232,8 @@ def bootstrap(
         m: int((positive & negative).sum()) if m == "gauc" else names.size for m in metrics
     }
     _replicate(result, statistics)
+    if jackknife:
+        _leave_out(result, statistics)
     return result
 
 
@@ -206,6 +244,7 @@ def bootstrap_ranks(
     n: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    jackknife: bool = False,
 ) -> Bootstrap:
     """`bootstrap` for rankings with one target per row, paired by user in the same way.
 
@@ -217,6 +256,7 @@ def bootstrap_ranks(
         n: number of replicates; 0 gives the values without intervals.
         seed: of the draws.
         level: of the intervals.
+        jackknife: whether to keep the metrics without each user, which BCa intervals need.
 
     Raises:
         ValueError: on an unknown metric, unequal lengths, no rows, or ranks that are no whole numbers from 1
@@ -227,7 +267,7 @@ def bootstrap_ranks(
     for name, rank in ranks.items():
         gains = {metric: row_rank_metric(metric, rank) for metric in metrics}
         ratios[name] = {metric: (gain, np.ones(gain.size)) for metric, gain in gains.items()}
-    return bootstrap_ratios(users, ratios, n=n, seed=seed, level=level)
+    return bootstrap_ratios(users, ratios, n=n, seed=seed, level=level, jackknife=jackknife)
 
 
 def bootstrap_ratios(
@@ -236,6 +276,7 @@ def bootstrap_ratios(
     n: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    jackknife: bool = False,
 ) -> Bootstrap:
     """The bootstrap of any metrics of the form sum of `top` / sum of `bottom` over the rows.
 
@@ -243,7 +284,7 @@ def bootstrap_ratios(
         users: [rows] the user of each row.
         ratios: model name -> metric -> (top [rows], bottom [rows] >= 0); the same metrics for every model. A
             user counts as able to move a metric if some model has a positive `bottom` in his rows.
-        n, seed, level: as in `bootstrap`.
+        n, seed, level, jackknife: as in `bootstrap`.
 
     Raises:
         ValueError: if lengths or metrics differ, or there are no models or no rows.
@@ -280,6 +321,8 @@ def bootstrap_ratios(
             statistics[name][metric] = _Ratio(np.bincount(codes, weights=top), below)
     result.usable_users = {metric: int(of_metric.sum()) for metric, of_metric in usable.items()}
     _replicate(result, statistics)
+    if jackknife:
+        _leave_out(result, statistics)
     return result
 
 
@@ -303,6 +346,14 @@ def _replicate(result: Bootstrap, statistics: Mapping[str, Mapping[str, _Statist
                 result.replicates[name][metric][begin : begin + len(weights)] = statistic(weights)
 
 
+def _leave_out(result: Bootstrap, statistics: Mapping[str, Mapping[str, _Statistic]]) -> None:
+    """Fills `result.jackknife`: every statistic of every model without each of the users."""
+    result.jackknife |= {
+        name: {metric: statistic.leave_one_out() for metric, statistic in of_model.items()}
+        for name, of_model in statistics.items()
+    }
+
+
 def _draw(generator: np.random.Generator, n_users: int, n: int) -> np.ndarray:
     """[n, n_users] float64: how often each user was drawn, each row summing to n_users."""
     return np.stack(
@@ -319,6 +370,10 @@ class _Statistic:
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
+    def leave_one_out(self) -> np.ndarray:
+        """[n_users] the metric without each user: weights of 1, and 0 for that user."""
+        raise NotImplementedError
+
 
 class _Ratio(_Statistic):
     """sum_u w_u top_u / sum_u w_u bottom_u."""
@@ -329,6 +384,9 @@ class _Ratio(_Statistic):
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         return _divide(weights @ self.top, weights @ self.bottom)
 
+    def leave_one_out(self) -> np.ndarray:
+        return _divide(self.top.sum() - self.top, self.bottom.sum() - self.bottom)
+
 
 class _WeightedAUC(_Statistic):
     """AUC with the row weights of the replicate; exact, since all sums are integers below 2^53."""
@@ -337,6 +395,7 @@ class _WeightedAUC(_Statistic):
         pairs = PairOrder(scores, labels)
         self.positive_users, self.negative_users = codes[pairs.positives], codes[pairs.negatives]
         self.below, self.not_above = pairs.below, pairs.not_above
+        self.rows = codes, scores, labels
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         result = np.empty(len(weights))
@@ -346,6 +405,21 @@ class _WeightedAUC(_Statistic):
             ordered = positive @ (running[self.below] + running[self.not_above])
             result[i] = _divide(ordered, 2 * positive.sum() * running[-1])
         return result
+
+    def leave_one_out(self) -> np.ndarray:
+        """All ordered pairs less those with a row of the user; pairs within the user are taken off once."""
+        per_user = user_auc(*self.rows)
+        positives, negatives = per_user.positives, per_user.negatives
+        within = np.where(per_user.defined, np.rint(2 * positives * negatives * per_user.auc), 0)
+        place = np.arange(self.negative_users.size)
+        won = self.below + self.not_above
+        lost = sum(
+            won.size - np.searchsorted(bound, place, side="right") for bound in (self.below, self.not_above)
+        )
+        by_positive = np.bincount(self.positive_users, weights=won, minlength=positives.size)
+        by_negative = np.bincount(self.negative_users, weights=lost, minlength=positives.size)
+        rest = won.sum() - by_positive - by_negative + within
+        return _divide(rest, 2.0 * (won.size - positives) * (place.size - negatives))
 
 
 def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

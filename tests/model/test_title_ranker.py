@@ -304,6 +304,8 @@ def test_every_model_ranks_the_same_candidates_and_the_differences_are_paired(se
     differences = comparison["intervals"]["differences"]
     hits = {name: found["metrics"]["test"]["hr@1"] for name, found in zip(wanted, results, strict=True)}
     mine = result["metrics"]["test"]["hr@1"]
+    assert comparison["tests"]["test"] == "McNemar, HR@1"
+    assert comparison["tests"]["p"].keys() == set(comparison["names"]) - {"iLoRA"}
     for name in wanted:
         assert differences[f"{name} - iLoRA"]["hr@1"]["value"] == pytest.approx(hits[name] - mine)
 

@@ -1,0 +1,452 @@
+"""Tests of significance, intervals, calibration and groups: what a comparison of recommenders needs.
+
+    delong, delong_interval          AUCs of two models on the same rows; of one model
+    mcnemar                          two models' hits (HR@1, accuracy) on the same rows
+    holm                             many tests at once
+    bca_interval                     bootstrap intervals corrected for bias and skewness
+    calibration                      are the probabilities true ones?
+    quantile_groups, metric_by_group any metric by length of history, activity of users or popularity of items
+
+`delong` and `mcnemar` take rows for independent unless told otherwise. Rows of one user are not: hand `users`
+to `delong`, and use `mcnemar` where every user has one row. What has no answer on good data raises
+`UndefinedMetric`, bad data a plain ValueError, as in `metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest, norm, rankdata
+
+from recbole_llm.evaluation.metrics import (
+    UndefinedMetric,
+    _check,
+    _check_probabilities,
+    _check_two_classes,
+    user_codes,
+)
+
+
+class DeLong(NamedTuple):
+    """Two AUCs on the same rows, and the test of their difference."""
+
+    auc_a: float
+    auc_b: float
+    difference: float
+    """auc_a - auc_b."""
+    covariance: np.ndarray
+    """[2, 2] of (auc_a, auc_b)."""
+    standard_error: float
+    """Of the difference."""
+    p_value: float | None
+    """Two-sided; None where the AUCs differ and their difference has no variance (two models that both
+    separate the classes perfectly, one of them upside down)."""
+
+
+class AUCInterval(NamedTuple):
+    """An AUC with its interval."""
+
+    auc: float
+    low: float
+    high: float
+    standard_error: float
+
+
+def delong(
+    labels: np.ndarray, score_a: np.ndarray, score_b: np.ndarray, users: np.ndarray | None = None
+) -> DeLong:
+    """The paired test of two AUCs on the same rows (DeLong, DeLong & Clarke-Pearson, Biometrics 44, 1988).
+
+    With P positives and N negatives, V_i the share of negatives that positive i beats and V_j the share of
+    positives that beat negative j (a tie being half), both means of V are the AUC, and
+
+        cov(AUC_a, AUC_b) = cov_i(V_i^a, V_i^b) / P + cov_j(V_j^a, V_j^b) / N
+        z = (AUC_a - AUC_b) / sqrt(var_a + var_b - 2 cov),        p = 2 Phi(-|z|)
+
+    All V come from midranks in O(n log n) (Sun & Xu, IEEE Signal Processing Letters 21, 2014). With `users`,
+    the V of a user count as one observation, positives and negatives together (Obuchowski, Biometrics 53,
+    1997): with X_u the sum of V_i - AUC over u's positives, Y_u the same over u's negatives, and U, U_P, U_N
+    the numbers of users, of those with a positive and of those with a negative,
+
+        cov = U_P / (U_P - 1) sum_u X_u^a X_u^b / P^2 + U_N / (U_N - 1) sum_u Y_u^a Y_u^b / N^2
+              + U / (U - 1) sum_u (X_u^a Y_u^b + Y_u^a X_u^b) / (P N)
+
+    which is DeLong's where every row has its own user.
+
+    Args:
+        labels: [n] 0 or 1.
+        score_a, score_b: [n] any real numbers, higher meaning more likely positive.
+        users: [n] the user of each row, any sortable dtype; None takes the rows for independent.
+
+    Raises:
+        UndefinedMetric: if a class is missing or has a single row (with `users`: rows of a single user).
+        ValueError: on unequal lengths, NaN scores, or labels other than 0 and 1.
+    """
+    auc, covariance, variance = _auc_covariance(labels, {"score_a": score_a, "score_b": score_b}, users)
+    difference = float(auc[0] - auc[1])
+    error = float(np.sqrt(max(variance, 0.0)))
+    if difference == 0:
+        p_value = 1.0
+    else:
+        p_value = float(2 * norm.sf(abs(difference) / error)) if error > 0 else None
+    return DeLong(float(auc[0]), float(auc[1]), difference, covariance, error, p_value)
+
+
+def delong_interval(
+    labels: np.ndarray, scores: np.ndarray, level: float = 0.95, users: np.ndarray | None = None
+) -> AUCInterval:
+    """AUC -+ Phi^-1((1 + level) / 2) sqrt(var), cut at 0 and 1, with the variance of `delong`.
+
+    Raises:
+        UndefinedMetric: as `delong`, and if the variance is zero (an AUC of 0 or 1).
+        ValueError: as `delong`, and on a level outside (0, 1).
+    """
+    _check_level("delong_interval", level)
+    auc, covariance, _ = _auc_covariance(labels, {"scores": scores}, users)
+    value, error = float(auc[0]), float(np.sqrt(max(covariance[0, 0], 0.0)))
+    if error == 0:
+        raise UndefinedMetric(f"the AUC of {value:g} has no DeLong interval: its estimated variance is zero")
+    half = float(norm.isf((1 - level) / 2)) * error
+    return AUCInterval(value, max(0.0, value - half), min(1.0, value + half), error)
+
+
+def _auc_covariance(
+    labels: np.ndarray, scores: Mapping[str, np.ndarray], users: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """AUCs [k], their covariance [k, k], and the variance of the first AUC minus the last.
+
+    The V are kept as whole numbers, twice the number of pairs, and the difference has components of its own:
+    models that order the rows alike differ by exactly 0 with variance exactly 0.
+    """
+    beats, beaten = [], []
+    for name, score in scores.items():
+        try:
+            score, positive = _check(score, labels)
+        except ValueError as error:
+            raise type(error)(f"{name} and labels: {error}") from error
+        _check_two_classes(positive, "AUC")
+        among_all = rankdata(score)
+        beats.append(2 * (among_all[positive] - rankdata(score[positive])))
+        beaten.append(2 * (positive.sum() - among_all[~positive] + rankdata(score[~positive])))
+    beats, beaten = np.array([*beats, beats[0] - beats[-1]]), np.array([*beaten, beaten[0] - beaten[-1]])
+    n_positive, n_negative = beats.shape[1], beaten.shape[1]
+    codes = np.arange(positive.size) if users is None else user_codes(users, positive.size)[1]
+    n_users = int(codes.max()) + 1
+
+    def by_user(components: np.ndarray, rows: np.ndarray, what: str) -> tuple[np.ndarray, int]:
+        owners = codes[rows]
+        n_owners = np.unique(owners).size
+        if n_owners < 2:
+            unit = "row" if users is None else "user"
+            raise UndefinedMetric(f"DeLong's variance needs {what} of at least two {unit}s, but there is one")
+        # Means first, as whole numbers over a count: equal components then deviate by exactly 0.
+        deviations = components - components.mean(axis=1, keepdims=True)
+        return np.stack([np.bincount(owners, weights=d, minlength=n_users) for d in deviations]), n_owners
+
+    x, owners_x = by_user(beats, positive, "positives")
+    y, owners_y = by_user(beaten, ~positive, "negatives")
+    cross = x @ y.T
+    covariance = owners_x / (owners_x - 1) * (x @ x.T) + owners_y / (owners_y - 1) * (y @ y.T)
+    covariance += n_users / (n_users - 1) * (cross + cross.T)
+    pairs = 2.0 * n_positive * n_negative
+    covariance /= pairs**2
+    return beats[:-1].sum(axis=1) / pairs, covariance[:-1, :-1], float(covariance[-1, -1])
+
+
+class McNemar(NamedTuple):
+    """How often two models hit on the same rows, and the exact test of their difference."""
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    p_value: float
+    """Two-sided."""
+
+
+def mcnemar(hits_a: np.ndarray, hits_b: np.ndarray) -> McNemar:
+    """The exact paired test of two hit rates (McNemar, Psychometrika 12, 1947), such as HR@1.
+
+    Rows where the models agree say nothing about which is better. If neither is, each of the others falls to
+    either side as a fair coin does, so only_a ~ Binomial(only_a + only_b, 1/2), and p is its two-sided tail.
+
+    Args:
+        hits_a, hits_b: [n] bool, or 0 and 1; the same independent rows in the same order.
+
+    Raises:
+        UndefinedMetric: if there are no rows.
+        ValueError: on unequal lengths or values other than 0 and 1.
+    """
+    a, b = _hits("hits_a", hits_a), _hits("hits_b", hits_b)
+    if a.shape != b.shape:
+        raise ValueError(f"hits_a has {a.size} rows and hits_b {b.size}; both need the same rows")
+    if not a.size:
+        raise UndefinedMetric("there are no rows to evaluate")
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    p_value = float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    return McNemar(int((a & b).sum()), only_a, only_b, int((~a & ~b).sum()), p_value)
+
+
+def _hits(name: str, hits: np.ndarray) -> np.ndarray:
+    hits = np.asarray(hits)
+    if hits.ndim != 1:
+        raise ValueError(f"{name} must be a vector, not of the shape {hits.shape}")
+    hit = hits == 1
+    bad = ~(hit | (hits == 0))
+    if bad.any():
+        raise ValueError(f"{name} must be 0 or 1, but row {bad.argmax()} has {hits[bad.argmax()].item()!r}")
+    return hit
+
+
+def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """p-values adjusted for their number by Holm's step-down method (Scand. J. Statistics 6, 1979).
+
+    With the m p-values in ascending order, adjusted_(i) = max over j <= i of min(1, (m - j + 1) p_(j)).
+    Rejecting where the adjusted value is at most alpha keeps the chance of any false rejection at alpha,
+    whatever the dependence.
+
+    Args:
+        p_values: name -> p-value; None for a test without an answer stays None and is not counted.
+
+    Returns:
+        The same keys in the same order.
+
+    Raises:
+        ValueError: if a p-value is not within [0, 1].
+
+    >>> holm({"lens": 0.01, "prompt": None, "gate": 0.02})
+    {'lens': 0.02, 'prompt': None, 'gate': 0.02}
+    """
+    for name, p in p_values.items():
+        if p is not None and not 0 <= p <= 1:
+            raise ValueError(f"holm: the p-value of {name!r} is {p}, which is not within [0, 1]")
+    adjusted: dict[str, float | None] = dict.fromkeys(p_values)
+    ascending = sorted(
+        (name for name, p in p_values.items() if p is not None), key=lambda name: p_values[name]
+    )
+    running = 0.0
+    for i, name in enumerate(ascending):
+        running = max(running, min(1.0, (len(ascending) - i) * p_values[name]))
+        adjusted[name] = float(running)
+    return adjusted
+
+
+def bca_interval(
+    value: float, replicates: np.ndarray, jackknife: np.ndarray, level: float = 0.95
+) -> tuple[float, float]:
+    """The bias-corrected and accelerated bootstrap interval (Efron, JASA 82, 1987).
+
+    With z0 = Phi^-1(share of replicates below the value, ties being half), d_i the mean of the jackknife
+    values minus the i-th, and a = sum d^3 / (6 (sum d^2)^(3/2)), the ends are the quantiles of the replicates
+    at
+
+        Phi(z0 + (z0 + z) / (1 - a (z0 + z)))        z = Phi^-1((1 -+ level) / 2)
+
+    Args:
+        value: the statistic on all observations.
+        replicates: [samples] the statistic on bootstrap samples.
+        jackknife: [observations] the statistic without each observation, the unit being that of the
+            bootstrap: `Bootstrap.jackknife` leaves out one user at a time.
+        level: of the interval.
+
+    Raises:
+        UndefinedMetric: if all replicates lie on one side of the value, or an end lies beyond the extreme
+            replicates.
+        ValueError: on a level outside (0, 1), and on values that are not finite.
+    """
+    _check_level("bca_interval", level)
+    replicates, jackknife = np.asarray(replicates, np.float64), np.asarray(jackknife, np.float64)
+    if not np.isfinite(value):
+        raise ValueError(f"bca_interval needs a finite value, not {value}")
+    for name, values, least in (("replicates", replicates, 1), ("jackknife", jackknife, 2)):
+        if values.ndim != 1 or values.size < least:
+            raise ValueError(f"bca_interval needs a vector of {least} or more {name}, not {values.shape}")
+        bad = ~np.isfinite(values)
+        if bad.any():
+            raise ValueError(
+                f"bca_interval: {bad.sum()} of {bad.size} {name} are not finite, "
+                f"the first being {bad.argmax()}"
+            )
+    # Sums in another order differ in their last digits; such replicates are ties.
+    tied = np.abs(replicates - value) <= 1e-12 * np.abs(replicates).max()
+    share = float(np.where(tied, 0.5, replicates < value).mean())
+    if share in (0.0, 1.0):
+        side = "above" if share == 0 else "below"
+        raise UndefinedMetric(
+            f"no BCa interval: all {replicates.size} replicates lie {side} the value {value:g}"
+        )
+    deviations = jackknife.mean() - jackknife
+    scale = (deviations**2).sum() ** 1.5
+    acceleration = (deviations**3).sum() / (6 * scale) if scale > 0 else 0.0
+    z0, tail = norm.ppf(share), norm.ppf((1 - level) / 2)
+    shifted = z0 + np.array([tail, -tail])
+    stretch = 1 - acceleration * shifted
+    ends = norm.cdf(z0 + shifted / stretch) if (stretch > 0).all() else np.array([0.0, 1.0])
+    if min(ends[0], 1 - ends[1]) * replicates.size < 1:
+        raise UndefinedMetric(
+            f"no BCa interval: it would end beyond the {replicates.size} replicates (bias {z0:.3g}, "
+            f"acceleration {acceleration:.3g}); draw more samples"
+        )
+    low, high = np.quantile(replicates, ends)
+    return float(low), float(high)
+
+
+class Calibration(NamedTuple):
+    """Reliability curve by ascending probability, all arrays [at most bins], and its one-number summary."""
+
+    predicted: np.ndarray
+    """Mean probability of the bin's rows."""
+    observed: np.ndarray
+    """Share of positives among them."""
+    counts: np.ndarray
+    ece: float
+    """Expected calibration error."""
+
+
+def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> Calibration:
+    """Reliability curve over bins of equal mass, and ECE = sum_b (n_b / n) |observed_b - predicted_b|.
+
+    Bins of equal mass (Nixon et al., arXiv 1904.01685) keep every share of positives about as certain, also
+    where a model gives nearly all rows one probability. Rows of one probability stay in one bin, so that the
+    order of the rows does not matter; bins that this leaves empty are dropped. Chance alone makes the ECE of
+    a perfectly calibrated model positive, of the order sqrt(bins / n): compare models on the same rows and
+    bins.
+
+    Args:
+        labels: [n] 0 or 1.
+        probabilities: [n] of 1.
+        bins: how many, at most.
+
+    Raises:
+        UndefinedMetric: if there are no rows or `probabilities` leave [0, 1].
+        ValueError: on bad labels, NaN, unequal lengths, or fewer than one bin.
+    """
+    _check_number("calibration", "bins", bins)
+    p, positive = _check_probabilities(probabilities, labels, "calibration")
+    codes = _mass_bins(p, bins)
+    counts = np.bincount(codes)
+    predicted = np.bincount(codes, weights=p) / counts
+    observed = np.bincount(codes, weights=positive) / counts
+    return Calibration(predicted, observed, counts, float(np.abs(observed - predicted) @ counts / p.size))
+
+
+class Groups(NamedTuple):
+    """Rows cut into groups, in ascending order of what they were cut by."""
+
+    codes: np.ndarray
+    """[rows] the group of each row, 0 to n_groups - 1."""
+    names: tuple[str, ...]
+    """Least and greatest value of each group: '5-12', or '5' where they are one."""
+    bounds: np.ndarray
+    """[n_groups, 2] the same as numbers."""
+
+
+def quantile_groups(values: np.ndarray, n: int) -> Groups:
+    """Cuts rows into up to `n` groups of about equal size by a number that each row has.
+
+    Equal values stay in one group, so that groups do not depend on the order of the rows; where many values
+    are equal, groups differ in size and may be fewer. The number is whatever is asked about: length of the
+    row's history, number of the user's interactions, number of the item's interactions in training. Each is
+    given once per row:
+
+    >>> quantile_groups([1, 1, 2, 3, 8, 9], 3).names
+    ('1', '2-3', '8-9')
+
+    Args:
+        values: [rows] finite numbers.
+        n: number of groups, at most.
+
+    Raises:
+        UndefinedMetric: if there are no rows.
+        ValueError: if values are no vector of finite numbers or `n` is below 1.
+    """
+    _check_number("quantile_groups", "n", n)
+    values = np.asarray(values)
+    if values.ndim != 1:
+        raise ValueError(f"quantile_groups needs a vector of values, not the shape {values.shape}")
+    if not values.size:
+        raise UndefinedMetric("there are no rows to cut into groups")
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"quantile_groups needs numbers, not {values.dtype}")
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise ValueError(f"{bad.sum()} of {bad.size} values are not finite, the first at row {bad.argmax()}")
+    codes = _mass_bins(values, n)
+    ascending = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[ascending], prepend=-1))
+    ends = np.append(starts[1:], values.size) - 1
+    bounds = values[ascending][np.stack([starts, ends], axis=1)]
+    names = tuple(f"{low}" if low == high else f"{low}-{high}" for low, high in bounds.tolist())
+    return Groups(codes, names, bounds)
+
+
+class GroupMetric(NamedTuple):
+    """A metric on the rows of one group; where the value is None, `reason` says why."""
+
+    value: float | None
+    rows: int
+    reason: str | None = None
+
+
+def metric_by_group(
+    groups: Groups | np.ndarray, metric: Callable[..., float], *columns: np.ndarray
+) -> dict[str, GroupMetric]:
+    """Any metric on each group's rows: `metric_by_group(quantile_groups(length, 4), auc, scores, labels)`.
+
+    Args:
+        groups: of `quantile_groups`, or [rows] any sortable values, one group per value, named by it.
+        metric: called with the group's rows of every column, in the order given.
+        columns: [rows, ...] what `metric` takes.
+
+    Returns:
+        Name of the group -> value and number of rows, in order. `UndefinedMetric` (one class in a group)
+        becomes a reason.
+
+    Raises:
+        ValueError: if a column has another number of rows, there are none, or the metric finds the data bad;
+            it then names the group.
+    """
+    if isinstance(groups, Groups):
+        codes, names = groups.codes, groups.names
+    else:
+        groups = np.asarray(groups)
+        values, codes = user_codes(groups, groups.size)
+        names = tuple(str(value) for value in values.tolist())
+    if not columns:
+        raise ValueError("metric_by_group was given no columns to compute the metric from")
+    arrays = [np.asarray(column) for column in columns]
+    for i, array in enumerate(arrays):
+        if array.shape[:1] != codes.shape:
+            raise ValueError(
+                f"metric_by_group: {codes.size} rows have groups, but column {i} is {array.shape}"
+            )
+    result = {}
+    for code, name in enumerate(names):
+        rows = codes == code
+        value, reason = None, None
+        try:
+            value = float(metric(*(array[rows] for array in arrays)))
+        except UndefinedMetric as error:
+            reason = str(error)
+        except ValueError as error:
+            raise ValueError(f"group {name}: {error}") from error
+        result[name] = GroupMetric(value, int(rows.sum()), reason)
+    return result
+
+
+def _mass_bins(values: np.ndarray, n: int) -> np.ndarray:
+    """[rows] 0, 1, ...: which n-th of the rows each value's midrank falls into, numbered without gaps."""
+    double_rank = np.rint(2 * rankdata(values)).astype(np.int64)
+    return np.unique((double_rank - 1) * n // (2 * values.size), return_inverse=True)[1]
+
+
+def _check_level(where: str, level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"{where} needs 0 < level < 1, not level={level}")
+
+
+def _check_number(where: str, name: str, n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"{where} needs a whole number {name} >= 1, not {name}={n!r}")
