@@ -177,6 +177,38 @@ def checkpoint_loading(module: ModuleType | None = None) -> bool:
     return True
 
 
+def popularity_counts(module: ModuleType) -> bool:
+    """Let Pop count every interaction, and positive ones only.
+
+    ``item_cnt[item] = item_cnt[item] + 1`` (general_recommender/pop.py:44) adds one to an item however often it comes
+    in a batch, and sampled negatives come in the same batches: with 2,048 rows per batch popular items are all alike.
+    `registry.get_model` calls this for Pop's module.
+    """
+
+    def make_init(original: Callable) -> Callable:
+        def __init__(self, config, dataset) -> None:
+            original(self, config, dataset)
+            self.LABEL = config["LABEL_FIELD"]
+
+        return __init__
+
+    def make(original: Callable) -> Callable:
+        def calculate_loss(self, interaction) -> torch.Tensor:
+            items = interaction[self.ITEM_ID]
+            if self.LABEL in interaction:
+                items = items[interaction[self.LABEL] > 0]
+            self.item_cnt.index_add_(
+                0, items, torch.ones(len(items), 1, dtype=torch.long, device=items.device)
+            )
+            self.max_cnt = torch.max(self.item_cnt, dim=0)[0]
+            return torch.nn.Parameter(torch.zeros(1)).to(self.device)
+
+        return calculate_loss
+
+    changed = _wrap_method(module.Pop, "__init__", make_init)
+    return _wrap_method(module.Pop, "calculate_loss", make) or changed
+
+
 def load_recbole_checkpoint(path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> dict:
     """Read a ``.pth`` file that RecBole's Trainer wrote: a dict with ``config``, ``state_dict``,
     ``optimizer``, ...

@@ -90,6 +90,10 @@ _DERIVED_KEYS = (
 )  # fmt: skip
 
 
+ROWS_OF_A_CATALOGUE = 8
+"""Rows per evaluation batch where the LLM scores the whole catalogue: the progress bar counts batches."""
+
+
 def properties_dir() -> Path:
     """The folder of our yaml files: in the package when installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -565,6 +569,8 @@ class Config(RecBoleConfig):
                 "uniN or popN; leave mode out"
             )
         mode = final["eval_mode"]
+        if mode == "full" and self.is_own and "eval_batch_size" not in self.external_config_dict:
+            final["eval_batch_size"] = ROWS_OF_A_CATALOGUE
         mode = f"uni{final['num_negatives']}" if mode == "candidates" else mode
         final["eval_args"] = {**final["eval_args"], "mode": {"valid": mode, "test": mode}}
 

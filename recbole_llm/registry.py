@@ -74,6 +74,8 @@ def get_model(name: str) -> type:
     with compat.anomaly_detection_kept():
         module = importlib.import_module(modules[name])
     compat.checkpoint_loading(module)
+    if name == "Pop":
+        compat.popularity_counts(module)
     return getattr(module, name)
 
 

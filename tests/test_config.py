@@ -453,13 +453,13 @@ def test_keys_that_only_the_model_reads_are_known():
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("few_shot", 0, "an int >= 1 or a share in (0, 1) or ~"),
+        ("few_shot", 0, "an int >= 1 or a share in (0, 1) or one of auto or ~"),
         ("few_shot", -5, "an int >= 1"),
         ("few_shot", 1.5, "share in (0, 1)"),
         ("few_shot", 1.0, "share in (0, 1)"),
         ("few_shot", True, "an int >= 1"),
         ("few_shot", "many", "an int >= 1"),
-        ("eval_rows", 0.5, "an int >= 1 or ~"),
+        ("eval_rows", 0.5, "an int >= 1 or one of auto or ~"),
         ("lora_r", 0, "an int >= 1"),
         ("lora_r", 8.0, "an int >= 1"),
         ("lora_r", None, "an int >= 1"),
@@ -725,7 +725,7 @@ def test_config_survives_pickling():
 
 def test_registry():
     models = registry.list_models()
-    assert models["recbole_llm"] == ["RecLoRA", "TALLRec"]
+    assert models["recbole_llm"] == ["LLaRA", "RecLoRA", "TALLRec", "TALLRecNext", "iLoRA"]
     assert {"DIN", "SASRec", "DeepFM", "LightGCN", "Pop"} <= set(models["recbole"])
     assert len(models["recbole"]) > 90
     assert registry.get_model("Pop").type == ModelType.TRADITIONAL

@@ -98,7 +98,7 @@ def some_candidates(row_ids: np.ndarray) -> np.ndarray:
 def builder(
     dataset, tokenizer, prompt="next_item_hybrid", *, k=10, max_prompt_tokens=1024, candidates=None, **changes
 ) -> TitlePromptBuilder:
-    config = load_title_prompt_config(prompt) if isinstance(prompt, str) else prompt
+    config = {**load_title_prompt_config(prompt), "show_year": True} if isinstance(prompt, str) else prompt
     return TitlePromptBuilder(
         dataset,
         tokenizer,

@@ -227,7 +227,7 @@ def test_footer_says_what_was_ranked(candidates, n_items, said):
 
 def test_only_k_below_the_number_of_candidates():
     result = ranking_run(merge_rows(ranking(1, candidates=10), lens=ranking(2, candidates=10)))
-    assert set(result["metrics"]["test"]) == {"hr@1", "hr@5", "ndcg@5"}
+    assert set(result["metrics"]["test"]) == {"hr@1", "hr@5", "ndcg@5", "mrr@5"}
     head = result_table(result).splitlines()[0]
     assert "NDCG@5" in head and "@10" not in head and head.endswith("HR@1 - lens [95% interval]")
     alone = ranking_run(merge_rows(ranking(1, candidates=1)), lens=None)
