@@ -305,4 +305,10 @@ def report(result: dict) -> str:
     lines = [result_table(results)]
     if "comparison" in result:
         lines.append(compare.comparison_table(result["comparison"], result["name"]))
+    for found in results:
+        if work := found.get("scoring"):
+            lines.append(
+                f"{found['name']}: {work['tokens']:,} tokens computed for {work['rows']:,} rows, {work['ratio']:.2f} x "
+                f"(prompt tokens {work['prompt_tokens']:,} + edges of the title trees {work['edges']:,})"
+            )
     return "\n".join([*lines, *(f"result: {found['path']}" for found in results)])

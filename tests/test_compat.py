@@ -20,6 +20,7 @@ import scipy.sparse
 import torch
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
+from recbole.data.interaction import Interaction
 from recbole.evaluator.metrics import MRR
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
@@ -376,3 +377,19 @@ def test_no_tensorboard_writes_nothing_and_gives_the_writer_back(tmp_cwd):
         writer.add_hparams({}, {})
     assert module.get_tensorboard is original
     assert not list(tmp_cwd.iterdir())
+
+
+def test_popularity_counts_every_interaction_and_no_negative():
+    """Stock Pop adds one to an item however often it comes in a batch, and counts sampled negatives."""
+    module = importlib.import_module("recbole.model.general_recommender.pop")
+    compat.popularity_counts(module)
+    assert not compat.popularity_counts(module)  # once is enough
+    model = module.Pop.__new__(module.Pop)
+    torch.nn.Module.__init__(model)
+    model.ITEM_ID, model.LABEL, model.device = "item_id", "label", "cpu"
+    model.item_cnt, model.max_cnt = torch.zeros(5, 1, dtype=torch.long), None
+    items = torch.tensor([1, 1, 1, 2, 3, 4])
+    batch = Interaction({"item_id": items, "label": torch.tensor([1.0, 1, 1, 1, 0, 0])})
+    model.calculate_loss(batch)
+    model.calculate_loss(batch)
+    assert model.item_cnt.flatten().tolist() == [0, 6, 2, 0, 0] and int(model.max_cnt) == 6

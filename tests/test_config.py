@@ -731,3 +731,15 @@ def test_registry():
     assert registry.get_model("Pop").type == ModelType.TRADITIONAL
     assert registry.get_trainer(ModelType.SEQUENTIAL, "SASRec") is Trainer
     assert registry.is_own(RecLoRA) and not registry.is_own(registry.get_model("DIN"))
+
+
+def test_a_protocol_is_found_by_its_name():
+    config = Config("LLaRA", "ml-100k", config_file_list=["paper_ilora"])
+    assert config["min_rating"] == 3 and config["user_split"] == [8, 1, 1] and config["generate"]
+    with pytest.raises(FileNotFoundError, match="paper_ilara"):
+        Config("LLaRA", "ml-100k", config_file_list=["paper_ilara"])
+
+
+def test_auto_sizes_follow_the_device_and_the_user_wins():
+    config = Config("LLaRA", "ml-100k", config_dict={"device": "cpu", "eval_rows": 50})
+    assert config["few_shot"] == config_module.SIZES["cpu"]["few_shot"] and config["eval_rows"] == 50

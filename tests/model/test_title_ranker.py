@@ -12,7 +12,7 @@ from synthetic import write_dataset
 
 from recbole_llm.assembly import assemble
 from recbole_llm.config import Config
-from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
+from recbole_llm.quick_start import load_data_and_model, report, run_recbole_llm
 from recbole_llm.trainer import LLMTrainer
 
 TEXT = {"title": "movie_title", "year": "release_year"}
@@ -419,3 +419,10 @@ def test_a_finished_model_is_not_run_again_when_the_comparison_is_resumed(settin
         result["finished"],
         result["compared"][1]["finished"],
     ]
+
+
+def test_the_cost_of_ranking_a_catalogue_is_printed(settings):
+    result = run_recbole_llm("LLaRA", "toy", config_dict={**settings, "eval_mode": "full", "eval_rows": 5})
+    work = result["scoring"]
+    assert f"LLaRA: {work['tokens']:,} tokens computed for 5 rows, {work['ratio']:.2f} x" in report(result)
+    assert work["ratio"] <= 1.1 and work["tokens"] <= work["prompt_tokens"] + work["edges"]
