@@ -311,4 +311,19 @@ def report(result: dict) -> str:
                 f"{found['name']}: {work['tokens']:,} tokens computed for {work['rows']:,} rows, {work['ratio']:.2f} x "
                 f"(prompt tokens {work['prompt_tokens']:,} + edges of the title trees {work['edges']:,})"
             )
+        if written := found.get("generated"):
+            ratios = [("ValidRatio", "valid_ratio"), ("HitRatio@1 of all rows", "hit_ratio_all")]
+            ratios.append(("HitRatio@1 of valid answers", "hit_ratio_valid"))
+            lines.append(
+                f"{found['name']}, written answers of {written['n']:,} rows: "
+                + ", ".join(f"{title} {_ratio(written['intervals'][key])}" for title, key in ratios)
+            )
     return "\n".join([*lines, *(f"result: {found['path']}" for found in results)])
+
+
+def _ratio(interval: dict) -> str:
+    """``0.5263 [0.4211, 0.6211]``, or as much of it as there is."""
+    if interval["value"] is None:
+        return "undefined"
+    bounds = "" if interval["low"] is None else f" [{interval['low']:.4f}, {interval['high']:.4f}]"
+    return f"{interval['value']:.4f}{bounds}"

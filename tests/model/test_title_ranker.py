@@ -12,7 +12,8 @@ from synthetic import write_dataset
 
 from recbole_llm.assembly import assemble
 from recbole_llm.config import Config
-from recbole_llm.quick_start import load_data_and_model, report, run_recbole_llm
+from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
+from recbole_llm.quick_start import report as printed
 from recbole_llm.trainer import LLMTrainer
 
 TEXT = {"title": "movie_title", "year": "release_year"}
@@ -264,6 +265,7 @@ def test_run(case, settings):
         report = saved["generated"]
         assert report["n"] == 40 and report["valid_ratio"] >= report["hit_ratio_all"]
         assert len(rows["written"]) == 40
+        assert f"written answers of 40 rows: ValidRatio {report['valid_ratio']:.4f}" in printed(result)
     assert saved["scoring"]["tokens"] > 0
 
 
@@ -424,5 +426,5 @@ def test_a_finished_model_is_not_run_again_when_the_comparison_is_resumed(settin
 def test_the_cost_of_ranking_a_catalogue_is_printed(settings):
     result = run_recbole_llm("LLaRA", "toy", config_dict={**settings, "eval_mode": "full", "eval_rows": 5})
     work = result["scoring"]
-    assert f"LLaRA: {work['tokens']:,} tokens computed for 5 rows, {work['ratio']:.2f} x" in report(result)
+    assert f"LLaRA: {work['tokens']:,} tokens computed for 5 rows, {work['ratio']:.2f} x" in printed(result)
     assert work["ratio"] <= 1.1 and work["tokens"] <= work["prompt_tokens"] + work["edges"]
