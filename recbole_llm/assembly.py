@@ -39,6 +39,7 @@ from recbole_llm.data import (
     load_prompt_config,
     load_title_prompt_config,
 )
+from recbole_llm.files import write_atomically
 from recbole_llm.lens import Lens, fit_lens
 from recbole_llm.model.base import LLMRecommender
 from recbole_llm.registry import create_dataset, get_model
@@ -137,8 +138,7 @@ def item_vectors(config: Config, prompts: PromptBuilder, backbone: Backbone) -> 
     if path.is_file():
         return np.load(path, allow_pickle=False)
     vectors = mean_pooled_vectors(backbone.model, tokens)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, vectors)
+    write_atomically(path, lambda file: np.save(file, vectors))
     return vectors
 
 

@@ -52,16 +52,7 @@ PROTOCOL = (
 )
 """Keys of our overall.yaml that make the labelled protocol; a RecBole model gets them with ``task: ctr``."""
 
-RANKING_PROTOCOL = (
-    "eval_args",
-    "repeatable",
-    "threshold",
-    "normalize_all",
-    "load_col",
-    "metrics",
-    "topk",
-    "valid_metric",
-)
+RANKING_PROTOCOL = (*(key for key in PROTOCOL if key != "train_neg_sample_args"), "topk")
 """Likewise for ``task: next_item``. Negatives for the training stay what the model's own loss needs."""
 
 TASKS = ("ctr", "next_item")

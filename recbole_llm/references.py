@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from recbole_llm.assembly import Assembly, cache_folder, stage
 from recbole_llm.evaluation import generation_report, match_title, target_ranks
+from recbole_llm.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,5 @@ def _cached(parts: Assembly, digest, compute: Callable[[], list[Tensor]]) -> np.
         logger.info("zero-shot scores from the cache: %s", path)
         return np.load(path, allow_pickle=False)
     values = torch.cat([part.cpu() for part in compute()]).double().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial.npy")
-    np.save(temporary, values)
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: np.save(file, values))
     return values

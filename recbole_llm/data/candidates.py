@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.files import write_atomically
 
 if TYPE_CHECKING:
     from recbole_llm.data.dataset import HistoryDataset
@@ -124,22 +123,10 @@ class CandidateSet:
         return _digest(self.row_ids, self.items, self.targets)
 
     def save(self, path: Path) -> None:
-        """Write an npz file (nothing pickled) to a temporary name and move it into place."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(
-                    file,
-                    row_ids=self.row_ids,
-                    items=self.items,
-                    targets=self.targets,
-                    sha256=np.array(self.sha256),
-                )
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        """Write an npz file (nothing pickled), atomically."""
+        columns = {name: getattr(self, name) for name in ("row_ids", "items", "targets")}
+        digest = np.array(self.sha256)
+        write_atomically(path, lambda file: np.savez_compressed(file, **columns, sha256=digest))
 
     @classmethod
     def load(cls, path: Path) -> CandidateSet:

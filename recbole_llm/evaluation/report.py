@@ -45,12 +45,12 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ import torch
 import recbole_llm
 from recbole_llm.evaluation.bootstrap import Bootstrap, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.ranking import RANK_METRICS, parse_rank_metric
+from recbole_llm.files import write_atomically
 
 try:
     import resource
@@ -317,7 +318,7 @@ def write_result(
     if len({len(column) for column in columns.values()}) > 1:
         raise ValueError(f"the columns differ in length: { {key: len(c) for key, c in columns.items()} }")
     if columns:
-        _write_atomically(folder / ROWS_FILE, lambda file: np.savez_compressed(file, **columns))
+        write_atomically(folder / ROWS_FILE, lambda file: np.savez_compressed(file, **columns))
     path = folder / RESULT_FILE
     write_json(path, {**result, "test_rows": ROWS_FILE if columns else None})
     return path
@@ -330,7 +331,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     if dropped:
         logger.warning("%s: not a finite number, written as null: %s", path.name, ", ".join(dropped))
     text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    _write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -524,15 +525,3 @@ def _plain(value: Any, where: str, dropped: list[str]) -> Any:
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from recbole_llm.files import write_atomically
 from recbole_llm.lens.next_item import NextItemSequence
 from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
 
@@ -123,8 +122,9 @@ class Lens(nn.Module):
             "info": self.info,
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        _write(folder / TENSORS, content)
-        _write(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+        write_atomically(folder / TENSORS, lambda file: file.write(content))
+        text = json.dumps(description, indent=2) + "\n"
+        write_atomically(folder / DESCRIPTION, lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, folder: Path, config, dataset, *, gate_scope: str | None = None) -> Lens:
@@ -169,17 +169,6 @@ class Lens(nn.Module):
             identity=description["identity"],
             info=description["info"],
         ).to(config["device"])
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:

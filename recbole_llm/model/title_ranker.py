@@ -28,6 +28,7 @@ from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
 from recbole_llm.backbone import TitleTrie, answer_log_likelihood, generate_titles, pad_right, score_titles
+from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.curriculum import is_hybrid
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROW_ID = "row_id"
 BELOW_ALL = -1e6
 """Where the scores of items begin that two-stage ranking leaves to the lens: below any mean log-likelihood."""
 
