@@ -88,9 +88,24 @@ def _mode_follows(first: Config, key: str) -> bool:
 
 
 def check_models(first: Config, folder: Path) -> list[tuple[str, Config]]:
-    """The configurations of all models to compare with, so that a mistake shows before anything is computed."""
+    """The configurations of all models to compare with, so that a mistake shows before anything is computed.
+
+    Raises:
+        ValueError: for a model that cannot be run, or where models would not be tested on the same rows.
+    """
     wanted = first["compare_with"]
     wanted = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    redrawn = first["task"] == "next_item" and first["eval_mode"] not in ("candidates", "full")
+    if wanted and (redrawn or first["task"] is None):
+        what = (
+            f"eval_mode: {first['eval_mode']} draws other negatives for every model; use candidates or full"
+            if redrawn
+            else "RecBole's own protocols keep no rows to compare on; set task: ctr or task: next_item"
+        )
+        if "compare_with" in first.origins:
+            raise ValueError(f"compare_with: {what}")
+        logger.warning("compare_with: %s is left out, %s", ", ".join(wanted), what)
+        wanted = []
     return [(text, config_for(first, text, folder / FOLDER / slug(text))) for text in wanted]
 
 

@@ -266,7 +266,11 @@ def test_every_module_can_be_imported_without_ray(tmp_path: Path) -> None:
             continue
         names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     script = f"{without('ray')}import importlib\nfor name in {names!r}: importlib.import_module(name)\n"
-    run(sys.executable, "-c", script, cwd=tmp_path, env={"PYTHONPATH": str(REPO)})
+    script += (
+        f"import sys\nprint(len([name for name in {names!r} if name in sys.modules]), 'ray' in sys.modules)\n"
+    )
+    done = run(sys.executable, "-c", script, cwd=tmp_path, env={"PYTHONPATH": str(REPO)})
+    assert done.stdout.split()[-2:] == [str(len(names)), "False"]
 
 
 def test_without_recbole_the_message_says_how_to_install_it(tmp_path: Path) -> None:

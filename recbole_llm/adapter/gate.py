@@ -131,8 +131,8 @@ class ResidualCNN(nn.Module):
     Conv(1 -> 16), 3 stages of 3 residual blocks (16, 32 and 64 channels; the second and third stage halve the
     length), the mean over positions, Linear(64, size). From 64 coordinates to 4 experts that is 90,772
     parameters, where the paper's linear map has 260. It treats z as a signal, although neighbouring
-    coordinates of an embedding have nothing in common, and it takes more than ten times as long as an MLP, in
-    every projection: it is here to follow the released code. Of that code's shortcuts it is known that they
+    coordinates of an embedding have nothing in common, and it takes more than ten times as long as an MLP: it
+    is here to follow the released code. Of that code's shortcuts it is known that they
     have no parameters; their form here is that of the ResNets for CIFAR-10.
 
     Args:

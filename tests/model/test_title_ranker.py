@@ -329,6 +329,10 @@ BAD = {
     "rank not divisible": ({"num_experts": 3}, "is not divisible by"),
     "too many negatives": ({"num_negatives": 60}, "num_negatives"),
     "unknown model to compare with": ({"compare_with": ["LLaRa2"]}, "did you mean LLaRA"),
+    "comparison on redrawn negatives": (
+        {"compare_with": ["LLaRA"], "eval_mode": "uni9"},
+        "draws other negatives for every model",
+    ),
     "changed rows": ({"compare_with": ["LLaRA num_negatives=3"]}, "must be the same for all"),
     "candidates demanded in full mode": ({"eval_args": {"mode": "full"}}, "the mode is set by eval_mode"),
 }
