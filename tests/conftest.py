@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> None:
     """The machines that run these tests have two cores; more threads only make the timing uneven."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is respected
 
 
 @pytest.fixture(autouse=True)
