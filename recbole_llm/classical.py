@@ -1,9 +1,9 @@
 """RecBole's own models through our entry point: RecBole's model and trainer, and where it matters our rows.
 
-Only the ends differ. With ``task: ctr`` a sequential model runs on the very rows of our models
-(:class:`recbole_llm.data.CTRDataset`), with ``task: next_item`` every model runs on those of the next-item task
-(:class:`recbole_llm.data.NextItemDataset`) and ranks the same stored candidates. Evaluations keep their rows, and the
-result is written as for our models.
+Only the ends differ. With ``task: ctr`` every model runs on the very rows of our models
+(:class:`recbole_llm.data.CTRDataset`; one that learns pairs of items, on the liked ones), with ``task: next_item`` on
+those of the next-item task (:class:`recbole_llm.data.NextItemDataset`), and ranks the same stored candidates.
+Evaluations keep their rows, and the result is written as for our models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from recbole.data import create_samplers, data_preparation
 from recbole.data.utils import get_dataloader
-from recbole.utils import EvaluatorType, init_seed
+from recbole.utils import EvaluatorType, InputType, init_seed
 
 from recbole_llm.assembly import bounded, cache_folder, eval_loader, item_counts, stage
 from recbole_llm.config import Config, keys_read_by
@@ -104,7 +104,9 @@ def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDat
             "or popularity"
         )
     train, valid, test = splits[0], splits[1], bounded(config, splits[2], "test")
-    train_sampler, *_ = create_samplers(config, dataset, splits)
+    if config["task"] == "ctr" and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
+        train = train.liked()
+    train_sampler, *_ = create_samplers(config, dataset, [train, *splits[1:]])
     train_data = get_dataloader(config, "train")(config, train, train_sampler, shuffle=True)
     loaders = []
     for name, rows in (("valid", valid), ("test", test)):

@@ -381,13 +381,18 @@ class Config(RecBoleConfig):
             # Stock RecBole raises here for a plain SASRec: its default does not fit the model's own default
             # loss.
             final["train_neg_sample_args"] = None
+        if final["task"] == "ctr" and self._learns_pairs(final):
+            # Such a model learns liked items against sampled ones that the user has not met.
+            negatives = self.external_config_dict.get("train_neg_sample_args")
+            final["train_neg_sample_args"] = negatives or _recbole_defaults()["train_neg_sample_args"]
+            final["repeatable"] = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         super()._set_default_parameters()
-        if final["task"] == "ctr" and final["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
-            raise ValueError(
-                f"{self._said('task')}: {self.model} is trained on pairs of a positive and a sampled "
-                "negative item, not on labels; leave task out, or take a model with a pointwise loss"
-            )
         final["data_path"] = self._data_folder(user_path, final["data_path"])
+
+    def _learns_pairs(self, final: Mapping[str, Any]) -> bool:
+        """Whether the model's loss compares an item with a sampled one (BPR)."""
+        fixed = getattr(self.model_class, "input_type", None)
+        return fixed == InputType.PAIRWISE if fixed else final.get("loss_type") == "BPR"
 
     def _init_device(self) -> None:
         final = self.final_config_dict

@@ -89,10 +89,10 @@ def get_trainer(model_type: ModelType, model_name: str) -> type:
 
 
 def create_dataset(config):
-    """The dataset of a run: ours for our tasks (``ctr``: sequential models only), else RecBole's choice."""
+    """The dataset of a run: ours for our tasks, else RecBole's choice."""
     if config["task"] == "next_item":
         return importlib.import_module("recbole_llm.data").NextItemDataset(config)
-    if config["task"] == "ctr" and config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+    if config["task"] == "ctr":
         return importlib.import_module("recbole_llm.data").CTRDataset(config)
     from recbole.data import create_dataset as recbole_dataset
 

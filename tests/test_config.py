@@ -380,8 +380,16 @@ def test_task_ctr_puts_a_recbole_model_on_our_protocol():
         assert config[key] == mine[key], key
     assert config["MAX_ITEM_LIST_LENGTH"] == 7
     assert config["train_batch_size"] == 2048 and config["learner"] == "adam"  # RecBole's own training
-    with pytest.raises(ValueError, match="BPR is trained on pairs"):
-        Config("BPR", "ml-100k", cmd_line=["--task=ctr"])
+
+
+@pytest.mark.parametrize(
+    "model, repeatable", [("BPR", False), ("LightGCN", False), ("GRU4Rec --loss_type=BPR", True)]
+)
+def test_models_that_learn_pairs_sample_their_negatives_in_task_ctr(model, repeatable):
+    name, *changes = model.split()
+    config = Config(name, "ml-100k", cmd_line=["--task=ctr", *changes])
+    assert config["train_neg_sample_args"]["distribution"] == "uniform"
+    assert config["repeatable"] is repeatable
 
 
 def test_llm_keys_without_effect_are_told(caplog):

@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from synthetic import write_dataset
 
+from recbole_llm.assembly import prepare_rows
 from recbole_llm.checkpoint import CheckpointError
+from recbole_llm.config import Config
 from recbole_llm.quick_start import load_data_and_model, main, run_recbole_llm
+from recbole_llm.registry import create_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
@@ -305,13 +309,47 @@ def test_models_of_recbole_run_on_ml_100k(model, tmp_path, monkeypatch):
     assert all(0 <= value <= 2 for value in result["metrics"]["test"].values())
 
 
-@pytest.mark.parametrize("model", ["DIN", "SASRec", "DeepFM"])
+@pytest.mark.parametrize("model", ["DIN", "SASRec", "DeepFM", "AutoInt", "LightGCN", "BPR", "Pop"])
 def test_models_of_recbole_on_labelled_rows_have_all_four_metrics(model, settings):
     keep = ("data_path", "show_progress", "bootstrap_samples")
-    config = {key: settings[key] for key in keep} | {"task": "ctr", "epochs": 2}
+    config = {key: settings[key] for key in keep} | {"task": "ctr", "epochs": 2, "eval_rows": 40}
     result = run_recbole_llm(model, "toy", config_dict=config)
     assert {"auc", "logloss", "acc", "gauc"} == set(result["metrics"]["test"])
     assert result["intervals"]["models"]["model"]["auc"]["low"] is not None
+    # The very rows of our models, whatever the kind of model.
+    ours = prepare_rows(Config("TALLRec", "toy", config_dict={**settings, "eval_rows": 40}))
+    np.testing.assert_array_equal(rows_of(result)["row_id"], ours.test.inter_feat["row_id"].numpy())
+
+
+def test_context_aware_models_see_neither_rating_nor_history(settings):
+    config = Config("DeepFM", "toy", config_dict={"data_path": settings["data_path"], "task": "ctr"})
+    dataset = create_dataset(config)
+    train, *_ = dataset.build()
+    assert "item_id_list" not in train.fields()
+    model = config.model_class(config, train).eval()
+    batch = train[np.arange(8)]
+    assert "rating" in batch and "item_id_list" not in batch
+    before = model.predict(batch)
+    batch["rating"] = 6 - batch["rating"]
+    torch.testing.assert_close(model.predict(batch), before, rtol=0, atol=0)
+
+
+def test_liked_rows_are_those_with_label_one_and_so_is_their_matrix(settings):
+    config = Config("LightGCN", "toy", config_dict={"data_path": settings["data_path"], "task": "ctr"})
+    train, *_ = create_dataset(config).build()
+    liked = train.liked()
+    assert len(liked) == int(train.inter_feat["label"].sum())
+    assert bool((liked.inter_feat["label"] == 1).all())
+    table = pd.read_csv(Path(settings["data_path"]) / "toy" / "toy.inter", sep="\t")
+    good = {
+        (str(user), str(item))
+        for user, item, rating in table.iloc[:, :3].itertuples(index=False)
+        if rating >= config["threshold"]["rating"]
+    }
+    matrix = liked.inter_matrix()
+    users, items = liked.id2token("user_id", matrix.row), liked.id2token("item_id", matrix.col)
+    pairs = set(zip(users, items, strict=True))
+    assert pairs and pairs <= good
 
 
 @pytest.mark.smollm2

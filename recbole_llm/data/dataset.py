@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
-from recbole.utils import FeatureSource, FeatureType
+from recbole.utils import FeatureSource, FeatureType, ModelType
 
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.retriever import RecentRetriever, Retriever
@@ -264,8 +264,15 @@ class HistoryDataset(SequentialDataset):
         )
         return ranks
 
+    @property
+    def _has_histories(self) -> bool:
+        """Whether rows come with their histories. RecBole's context-aware models would take them for features."""
+        return self.config["MODEL_TYPE"] in (None, ModelType.SEQUENTIAL)
+
     def _aug_presets(self) -> None:
         """Declare the list fields that :meth:`join` adds, as RecBole's models look them up."""
+        if not self._has_histories:
+            return
         suffix = self.config["LIST_SUFFIX"]
         for field in self._history_fields():
             kind = FeatureType.TOKEN_SEQ if field == self.iid_field else FeatureType.FLOAT_SEQ
@@ -439,7 +446,7 @@ class HistoryDataset(SequentialDataset):
             df.update(_take(self.user_feat, df[self.uid_field].numpy()))
         if self.item_feat is not None and self.iid_field in df:
             df.update(_take(self.item_feat, df[self.iid_field].numpy()))
-        if HISTORY_END not in df:
+        if HISTORY_END not in df or not self._has_histories:
             return df
         found = self.id_retriever.positions(
             df[self.uid_field].numpy(), df[self.iid_field].numpy(), df[HISTORY_END].numpy()
@@ -468,13 +475,20 @@ class HistoryDataset(SequentialDataset):
         first = self._min_history
         opening = self.history.user_start[users] + first == ends
         positions = np.concatenate([ends, *(ends[opening] - back for back in range(1, first + 1))])
-        columns = {self.uid_field: np.concatenate([users, *[users[opening]] * first])}
+        owners = np.concatenate([users, *[users[opening]] * first])
+        counted = self._counted(positions)
+        positions = positions[counted]
+        columns = {self.uid_field: owners[counted]}
         for field, name in fields.items():
             columns[field] = getattr(self.history, name)[positions]
         table = Interaction(
             {field: torch.from_numpy(np.ascontiguousarray(v)) for field, v in columns.items()}
         )
         return self._create_sparse_matrix(table, self.uid_field, self.iid_field, form, value_field)
+
+    def _counted(self, positions: np.ndarray) -> np.ndarray:
+        """Which positions of the history :meth:`inter_matrix` counts, a mask."""
+        return np.ones(len(positions), dtype=bool)
 
     # ------------------------------------------------------------------ text and identity
 
@@ -529,6 +543,9 @@ class CTRDataset(HistoryDataset):
     """
 
     MIN_HISTORY = 5
+
+    liked_only = False
+    """Whether these are the rows of :meth:`liked`."""
 
     def _check_settings(self, config) -> None:
         if config["benchmark_filename"] is not None:
@@ -604,6 +621,15 @@ class CTRDataset(HistoryDataset):
                     f"label {int(balance['positive'] > 0)}; change threshold or eval_args"
                 )
         return splits
+
+    def liked(self) -> CTRDataset:
+        """The rows with label 1, for models that learn pairs of a liked and a sampled item."""
+        rows = self.subset(np.flatnonzero(self.inter_feat[self.label_field].numpy() == 1))
+        rows.liked_only = True
+        return rows
+
+    def _counted(self, positions: np.ndarray) -> np.ndarray:
+        return self.history.labels[positions] == 1 if self.liked_only else np.ones(len(positions), dtype=bool)
 
     def label_balance(self) -> dict[str, float]:
         """``rows``, ``positive`` (their number) and ``share`` (positive / rows)."""
