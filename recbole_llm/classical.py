@@ -80,6 +80,8 @@ def run(config: Config, run_folder: Path) -> dict:
     show = config["show_progress"]
     with stage(seconds, "fit"):
         _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)
+        if not config["epochs"]:  # validated as it is
+            valid = trainer.evaluate(valid_data, load_best_model=False, show_progress=show)
     with stage(seconds, "test"):
         test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
     rows = named_rows(dataset, trainer.eval_collector.rows()) if keeps_rows else None
