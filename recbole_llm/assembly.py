@@ -5,11 +5,12 @@ Training, dry runs and loading a saved model all start here, so that they see th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from recbole_llm.config import Config
 from recbole_llm.data import (
     CandidateDataLoader,
     CandidateSet,
+    CategoryRetriever,
     HistoryDataset,
     PromptBuilder,
     RecentRetriever,
@@ -36,6 +38,7 @@ from recbole_llm.data import (
     TitlePromptBuilder,
     draw_candidates,
     draw_rows,
+    item_token_ids,
     load_prompt_config,
     load_title_prompt_config,
 )
@@ -125,12 +128,11 @@ def configuration_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(lasting_configuration(config), sort_keys=True).encode()).hexdigest()
 
 
-def item_vectors(config: Config, prompts: PromptBuilder, backbone: Backbone) -> np.ndarray:
+def item_vectors(config: Config, tokens: list[np.ndarray], backbone: Backbone) -> np.ndarray:
     """The LLM's mean-pooled vector of every item's text, ``[n_items, d]``; row 0 is the padding item.
 
     Cached by the weights and the texts. Source: the semantic user behaviour retrieval of ReLLa (Lin et al., WWW 2024).
     """
-    tokens = prompts.item_token_ids()
     digest = hashlib.sha256(f"{backbone.sha256} {backbone.dtype}".encode())
     for ids in tokens:
         digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
@@ -140,6 +142,54 @@ def item_vectors(config: Config, prompts: PromptBuilder, backbone: Backbone) -> 
     vectors = mean_pooled_vectors(backbone.model, tokens)
     write_atomically(path, lambda file: np.save(file, vectors))
     return vectors
+
+
+def conventional_parts(config: Config, dataset: HistoryDataset) -> dict:
+    """What the class of a conventional model of ours asks for beside configuration and rows.
+
+    The ID history becomes the one that ``id_retrieval`` says, if the class reads that key.
+
+    Returns:
+        Arguments of its constructor: ``item_vectors``, or nothing.
+
+    Raises:
+        ValueError: if vectors of titles are wanted, and the data has no titles.
+    """
+    model_class = config.model_class
+
+    @functools.cache
+    def vectors() -> np.ndarray:
+        if not dataset.item_text().titled:
+            raise ValueError(
+                f"{config['model']} reads the titles of items, and {dataset.dataset_name}.item has no column of "
+                "them; name it in text.title"
+            )
+        backbone = load_backbone(
+            config["backbone"],
+            device=config["device"],
+            dtype=config["dtype"],
+            quantization=config["quantization"],
+            cache_dir=cache_folder(config),
+            texts=dataset.item_texts(),
+            seed=config["seed"],
+        )
+        return item_vectors(config, item_token_ids(dataset.item_text(), backbone.tokenizer), backbone)
+
+    if "id_retrieval" in getattr(model_class, "reads", ()):
+        set_id_retrieval(config, dataset, vectors)
+    wanted = getattr(model_class, "wants_item_vectors", None)
+    return {"item_vectors": vectors()} if wanted is not None and wanted(config) else {}
+
+
+def set_id_retrieval(
+    config: Config, dataset: HistoryDataset, vectors: Callable[[], np.ndarray | None]
+) -> None:
+    """Let ``id_retrieval`` choose the ID histories of all rows; ``vectors`` gives item vectors if they are needed."""
+    how, k = config["id_retrieval"], config["id_history_length"]
+    if how == "semantic":
+        dataset.set_id_retriever(SemanticRetriever(dataset.history, k, vectors()))
+    elif how == "category":
+        dataset.set_id_retriever(CategoryRetriever(dataset.history, k, dataset.item_text().genre_lists))
 
 
 @dataclass
@@ -284,9 +334,8 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
         and config["semantic_vectors"] == "backbone"
     ):
         with stage(seconds, "item_vectors"):
-            vectors = item_vectors(config, prompts, backbone)
-    if config["id_retrieval"] == "semantic":
-        dataset.set_id_retriever(SemanticRetriever(dataset.history, config["id_history_length"], vectors))
+            vectors = item_vectors(config, prompts.item_token_ids(), backbone)
+    set_id_retrieval(config, dataset, lambda: vectors)
     lens = train_lens()
     if config["text_retrieval"] == "semantic":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()

@@ -1,5 +1,7 @@
 """RecBole's own models through our entry point: RecBole's model and trainer, and where it matters our rows.
 
+Conventional models of ours (:mod:`recbole_llm.model.conventional`) take the same path.
+
 Only the ends differ. With ``task: ctr`` every model runs on the very rows of our models
 (:class:`recbole_llm.data.CTRDataset`; one that learns pairs of items, on the liked ones), with ``task: next_item`` on
 those of the next-item task (:class:`recbole_llm.data.NextItemDataset`), and ranks the same stored candidates.
@@ -17,7 +19,14 @@ from recbole.data import create_samplers, data_preparation
 from recbole.data.utils import get_dataloader
 from recbole.utils import EvaluatorType, InputType, init_seed
 
-from recbole_llm.assembly import bounded, cache_folder, eval_loader, item_counts, stage
+from recbole_llm.assembly import (
+    bounded,
+    cache_folder,
+    conventional_parts,
+    eval_loader,
+    item_counts,
+    stage,
+)
 from recbole_llm.config import Config, keys_read_by
 from recbole_llm.data import HistoryDataset, draw_candidates
 from recbole_llm.evaluation import RowCollector, build_result, write_result
@@ -43,8 +52,13 @@ def run(config: Config, run_folder: Path) -> dict:
         name: len(data._dataset)
         for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))
     } | available
+    with stage(seconds, "item_vectors"):
+        parts = conventional_parts(config, dataset)
+    model_class = config.model_class
+    if hasattr(model_class, "for_task"):
+        model_class = model_class.for_task(config["task"])
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    model = config.model_class(config, train_data._dataset).to(config["device"])
+    model = model_class(config, train_data._dataset, **parts).to(config["device"])
     logger.info(model)
     if config["dry_run"]:
         lines = [f"dry run: {config['model']} on {config['dataset']}", f"device: {config['device']}"]
@@ -55,7 +69,7 @@ def run(config: Config, run_folder: Path) -> dict:
     keeps_rows = labelled or config["task"] == "next_item"
     if keeps_rows:
         trainer.eval_collector = RowCollector(config)
-    if labelled and "LABEL_FIELD" not in keys_read_by(config.model_class):
+    if labelled and "LABEL_FIELD" not in keys_read_by(model_class):
         logger.warning(
             "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
             "ACC are defined; compare it by AUC and GAUC",
@@ -66,6 +80,8 @@ def run(config: Config, run_folder: Path) -> dict:
     show = config["show_progress"]
     with stage(seconds, "fit"):
         _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)
+        if not config["epochs"]:  # validated as it is
+            valid = trainer.evaluate(valid_data, load_best_model=False, show_progress=show)
     with stage(seconds, "test"):
         test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
     rows = named_rows(dataset, trainer.eval_collector.rows()) if keeps_rows else None

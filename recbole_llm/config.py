@@ -34,7 +34,7 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_llm import compat
 from recbole_llm.keys import KEYS, RECBOLE_KEYS, check_values
-from recbole_llm.registry import get_model, is_own, nearest, recbole_models
+from recbole_llm.registry import CONVENTIONAL_MODELS, get_model, is_own, nearest, recbole_models
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class Config(RecBoleConfig):
         cmd_line: arguments such as ``sys.argv[1:]``; None: none. ``config_files`` in it is read here too.
 
     Attributes:
-        is_own: whether the model is one of ours.
+        is_own: whether the model is one of our LLM recommenders.
         origins: where the value of each key that the user set came from.
 
     Raises:
@@ -332,11 +332,14 @@ class Config(RecBoleConfig):
             internal.update(of_dataset)
             return
         defaults = {**overall, **of_task}
-        internal.update({key: defaults[key] for key, known in KEYS.items() if not known.llm})
-        internal["task"] = None
+        reads = getattr(model_class, "reads", ())
+        internal.update({key: defaults[key] for key, known in KEYS.items() if not known.llm or key in reads})
+        internal["task"] = next(iter(getattr(model_class, "tasks", ())), None)
         if task:
             protocol = PROTOCOL if task == "ctr" else RANKING_PROTOCOL
             internal.update({key: defaults[key] for key in protocol})
+        model_file = PROPERTIES / "model" / f"{model}.yaml"
+        internal.update(load_yaml(model_file) if model_file.is_file() else {})
         if task or not (RECBOLE_PROPERTIES / "dataset" / f"{dataset}.yaml").is_file():
             internal.update(of_dataset)
         else:
@@ -344,7 +347,10 @@ class Config(RecBoleConfig):
 
     def _task_of(self, model_class: type) -> str | None:
         """``task`` as the user gives it, else the task of our model; None for RecBole's own protocols."""
-        own = getattr(model_class, "task", None) if self.is_own else None
+        if self.is_own:
+            own = getattr(model_class, "task", None)
+        else:
+            own = next(iter(getattr(model_class, "tasks", ())), None)
         return self.external_config_dict.get("task", own)
 
     def _get_final_config_dict(self) -> dict[str, Any]:
@@ -358,10 +364,12 @@ class Config(RecBoleConfig):
         if task in TASKS:
             internal = {**internal, **of_dataset[task], **of_user[task]}
         final = self.final_config_dict = {**internal, **external}
-        check_values(final, self.origins)
+        check_values(final, self.origins, getattr(self.model_class, "keys", None))
         self._set_history_length(final)
         if self.is_own:
             self._check_combinations(final)
+        elif hasattr(self.model_class, "tasks"):
+            self._check_conventional(final)
         elif ignored := sorted(key for key in external if key in KEYS and KEYS[key].llm):
             logger.warning("%s is a model of RecBole: %s has no effect on it", self.model, ", ".join(ignored))
         return final
@@ -463,6 +471,20 @@ class Config(RecBoleConfig):
         length = given[recbole_name] if recbole_name in given and ours not in given else final[ours]
         final[recbole_name] = final[ours] = length
 
+    def _check_conventional(self, final: Mapping[str, Any]) -> None:
+        """A conventional model of ours says itself which tasks it has and which keys it reads."""
+        tasks, reads = self.model_class.tasks, self.model_class.reads
+        if final["task"] not in tasks:
+            raise ValueError(f"{self._said('task')}: {self.model} needs task: {' or '.join(tasks)}")
+        unread = [
+            key for key in self.external_config_dict if key in KEYS and KEYS[key].llm and key not in reads
+        ]
+        if unread:
+            raise ValueError(
+                f"{', '.join(map(self._said, unread))}: {self.model} does not read this; of the keys of LLM "
+                f"recommenders it reads {', '.join(reads) or 'none'}"
+            )
+
     def _check_combinations(self, final: dict[str, Any]) -> None:
         """What cannot work together, each with the remedy; derived values are filled in."""
         user, said = self.external_config_dict, self._said
@@ -475,6 +497,8 @@ class Config(RecBoleConfig):
             raise ValueError(
                 f"{said('gate')} reads the prompt's tokens, which only the next_item task offers it"
             )
+        if task == "ctr" and "id_retrieval" not in user:
+            final["id_retrieval"] = _lens_says(final["lens"], "retrieval", final["id_retrieval"])
 
         if final["mixer"] == "identity":
             if user.get("gate") is not None:
@@ -503,7 +527,7 @@ class Config(RecBoleConfig):
                 ("lens_residual", final["lens_residual"]),
                 ("lens_rows", final["lens_rows"] != "all"),
                 ("lens_config", bool(final["lens_config"])),
-                ("id_retrieval", final["id_retrieval"] == "semantic"),
+                ("id_retrieval", final["id_retrieval"] != "recent"),
                 (
                     "semantic_vectors",
                     self._retrieves_by_similarity(final) and final["semantic_vectors"] == "lens",
@@ -515,7 +539,7 @@ class Config(RecBoleConfig):
                     )
         else:
             sequential = [n for n, module in recbole_models().items() if ".sequential_recommender." in module]
-            if lens not in sequential:
+            if lens not in sequential and not _lens_says(lens, "gate_scopes", ()):
                 near = nearest(lens, sequential)
                 hint = f"did you mean {' or '.join(near)}?" if near else "e.g. DIN or SASRec"
                 raise ValueError(f"{said('lens')} is not a sequential model of RecBole: {hint}")
@@ -543,7 +567,7 @@ class Config(RecBoleConfig):
         ):
             if final[key] != allowed:
                 raise ValueError(f"{said(key)} is not possible in the next_item task: set {key}: {allowed}")
-        if final["lens"] in LENSES_THAT_SEE_THE_TARGET:
+        if _lens_sees_target(final["lens"]):
             raise ValueError(
                 f"{said('lens')} needs the target item, which the next_item task is to find: set lens: SASRec"
             )
@@ -571,9 +595,9 @@ class Config(RecBoleConfig):
         final["eval_args"] = {**final["eval_args"], "mode": {"valid": mode, "test": mode}}
 
     def _resolve_gate_scope(self, final: dict[str, Any]) -> None:
-        """``auto``: what the lens offers; a state made of a semantic history has seen the target, too."""
-        said, by_target = self._said, final["id_retrieval"] == "semantic"
-        sees_target = by_target or final["lens"] in LENSES_THAT_SEE_THE_TARGET
+        """``auto``: what the lens offers; a state made of a retrieved history has seen the target, too."""
+        said, by_target = self._said, final["id_retrieval"] != "recent"
+        sees_target = by_target or _lens_sees_target(final["lens"])
         if final["gate_scope"] == "user_item" and not sees_target:
             raise ValueError(
                 f"{said('gate_scope')}: {said('lens')} does not see the target item (only "
@@ -581,7 +605,7 @@ class Config(RecBoleConfig):
             )
         if final["gate_scope"] == "user" and by_target:
             raise ValueError(
-                f"{said('gate_scope')} with {said('id_retrieval')}: the history is chosen by its similarity "
+                f"{said('gate_scope')} with {said('id_retrieval')}: the history is chosen by its likeness "
                 "to the target, so no state made from it is the user's alone; set id_retrieval: recent or "
                 "gate_scope: auto"
             )
@@ -743,6 +767,15 @@ class Config(RecBoleConfig):
     def as_dict(self) -> dict[str, Any]:
         """The final values as JSON holds them: enums by name, devices and paths as text, tuples as lists."""
         return {str(key): _plain(value) for key, value in self.final_config_dict.items()}
+
+
+def _lens_says(lens: str | None, attribute: str, default: Any) -> Any:
+    """An attribute of the class of a lens that is a conventional model of ours; of RecBole's: the default."""
+    return getattr(get_model(lens), attribute, default) if lens in CONVENTIONAL_MODELS else default
+
+
+def _lens_sees_target(lens: str | None) -> bool:
+    return lens in LENSES_THAT_SEE_THE_TARGET or "user_item" in _lens_says(lens, "gate_scopes", ())
 
 
 def _plain(value: Any) -> Any:

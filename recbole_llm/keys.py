@@ -129,7 +129,8 @@ class Key:
         meaning: one line for the reader.
         kinds: the value must be accepted by one of them.
         optional: whether ``~`` (None) is allowed.
-        llm: whether only our models read the key; for RecBole's models it has no effect.
+        llm: whether only our LLM recommenders read the key, and conventional models of ours that name it in
+            ``reads``; for RecBole's models it has no effect.
     """
 
     def __init__(self, meaning: str, *kinds: Any, optional: bool = False, llm: bool = True) -> None:
@@ -194,7 +195,7 @@ KEYS: dict[str, Key] = {
     "history_ties": Key("history at the target's own timestamp", Choice("order", "strict"), llm=False),
     "history_scope": Key("which interactions may be history", Choice("all", "split"), llm=False),
     "id_history_length": Key("items that the lens sees", Whole(1), llm=False),
-    "id_retrieval": Key("how they are chosen", Choice("recent", "semantic"), llm=False),
+    "id_retrieval": Key("how they are chosen", Choice("recent", "semantic", "category")),
     "text_history_length": Key("items that the prompt shows", Whole(0)),
     "text_retrieval": Key("how they are chosen", Choice("recent", "semantic")),
     "semantic_vectors": Key("item vectors of semantic retrieval", Choice("backbone", "lens")),
@@ -221,7 +222,7 @@ KEYS: dict[str, Key] = {
     "prompt": Key("the template", Text()),
     "max_prompt_tokens": Key("longest prompt in tokens", Whole(16)),
     # lens
-    "lens": Key("what the gate reads", Text("the name of a RecBole sequential model"), optional=True),
+    "lens": Key("what the gate reads", Text("the name of a sequential model"), optional=True),
     "lens_config": Key("the lens's own keys", Table(), optional=True),
     "lens_rows": Key("rows that the lens is trained on", Choice("all", "without_few_shot")),
     "lens_ratings": Key("past ratings are an input of the lens", Flag()),
@@ -279,15 +280,17 @@ RECBOLE_KEYS: dict[str, Key] = {
 }  # fmt: skip
 
 
-def check_values(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Check every value that the tables know.
+def check_values(
+    values: Mapping[str, Any], origins: Mapping[str, str], more: Mapping[str, Key] | None = None
+) -> None:
+    """Check every value that the tables, or ``more``, know.
 
     Raises:
         ValueError: naming each bad key, where its value came from, the value, and what is expected.
     """
     problems = [
         f"{name}={values[name]!r} ({origins.get(name, 'default')}): expected {key}"
-        for name, key in (RECBOLE_KEYS | KEYS).items()
+        for name, key in (RECBOLE_KEYS | KEYS | dict(more or {})).items()
         if name in values and not key.accepts(values[name])
     ]
     if problems:

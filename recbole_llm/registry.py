@@ -16,6 +16,9 @@ from recbole_llm import compat
 OWN_MODELS = ("RecLoRA", "TALLRec", "iLoRA", "LLaRA", "TALLRecNext")
 """Names of our models; the class of that name is in ``recbole_llm.model.<lower-case name>``."""
 
+CONVENTIONAL_MODELS = ("SIM", "TitleKNN", "MoRec")
+"""Names of our models that tune no language model: the same place, but RecBole's Trainer trains them, on all rows."""
+
 _PACKAGES = (
     "general_recommender",
     "context_aware_recommender",
@@ -39,7 +42,7 @@ def recbole_models() -> dict[str, str]:
 
 def list_models() -> dict[str, list[str]]:
     """Every model name that `get_model` knows, under ``"recbole_llm"`` and ``"recbole"``."""
-    return {"recbole_llm": sorted(OWN_MODELS), "recbole": sorted(recbole_models())}
+    return {"recbole_llm": sorted(OWN_MODELS + CONVENTIONAL_MODELS), "recbole": sorted(recbole_models())}
 
 
 def nearest(name: str, names, n: int = 3) -> list[str]:
@@ -49,7 +52,7 @@ def nearest(name: str, names, n: int = 3) -> list[str]:
 
 
 def is_own(model_class: type) -> bool:
-    """Whether a model class is one of ours (or of the user's, built on ours)."""
+    """Whether a model class is one of our LLM recommenders (or of the user's, built on ours)."""
     return any(
         base.__name__ in OWN_MODELS or base.__name__ == "LLMRecommender" for base in model_class.__mro__
     )
@@ -62,12 +65,17 @@ def get_model(name: str) -> type:
         ValueError: if there is none; the message has the nearest names.
         ImportError: if the model needs a library that is not installed (lightgbm, xgboost, ...).
     """
-    if name in OWN_MODELS:
-        return getattr(importlib.import_module(f"recbole_llm.model.{name.lower()}"), name)
+    if name in OWN_MODELS or name in CONVENTIONAL_MODELS:
+        with compat.anomaly_detection_kept():
+            return getattr(importlib.import_module(f"recbole_llm.model.{name.lower()}"), name)
     modules = recbole_models()
     if name not in modules:
-        near = nearest(name, [*OWN_MODELS, *modules])
-        hint = f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join(OWN_MODELS)}"
+        near = nearest(name, [*OWN_MODELS, *CONVENTIONAL_MODELS, *modules])
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"ours are {', '.join(OWN_MODELS + CONVENTIONAL_MODELS)}"
+        )
         raise ValueError(
             f"model {name!r} is neither one of recbole_llm nor of RecBole {recbole.__version__}: {hint}"
         )

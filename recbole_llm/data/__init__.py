@@ -5,8 +5,8 @@ from recbole_llm.data.dataset import CTRDataset, HistoryDataset, draw_rows
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.next_item import NextItemDataset
 from recbole_llm.data.prompt import PromptBuilder, check_prompt_config, load_prompt_config
-from recbole_llm.data.prompt_lines import EncodedPrompts, tokenize_inert
-from recbole_llm.data.retriever import RecentRetriever, Retriever, SemanticRetriever
+from recbole_llm.data.prompt_lines import EncodedPrompts, item_token_ids, tokenize_inert
+from recbole_llm.data.retriever import CategoryRetriever, RecentRetriever, Retriever, SemanticRetriever
 from recbole_llm.data.text import ItemText, TextSettings, UserText, natural_order
 from recbole_llm.data.title_prompt import (
     TitlePromptBuilder,
@@ -18,6 +18,7 @@ __all__ = [
     "CTRDataset",
     "CandidateDataLoader",
     "CandidateSet",
+    "CategoryRetriever",
     "EncodedPrompts",
     "HistoryDataset",
     "HistoryIndex",
@@ -34,6 +35,7 @@ __all__ = [
     "check_title_prompt_config",
     "draw_candidates",
     "draw_rows",
+    "item_token_ids",
     "load_prompt_config",
     "load_title_prompt_config",
     "natural_order",

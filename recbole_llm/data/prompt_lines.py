@@ -26,6 +26,7 @@ from recbole_llm.data.retriever import Retriever
 
 if TYPE_CHECKING:
     from recbole_llm.data.dataset import HistoryDataset
+    from recbole_llm.data.text import ItemText
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,19 @@ def tokenize_inert(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     return ids
 
 
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The token that begins every text, where the tokenizer itself puts one; else nothing."""
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return np.array([bos] if adds_bos else [], dtype=np.int64)
+
+
+def item_token_ids(items: ItemText, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
+    texts, bos = ["\n", *items.descriptions()[1:]], bos_ids(tokenizer)
+    return [np.concatenate([bos, ids]) for ids in tokenize_inert(tokenizer, texts)]
+
+
 @dataclass
 class EncodedPrompts:
     """Prompts of a batch.
@@ -190,9 +204,7 @@ class LinePrompts:
         self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
         self._items = dataset.item_text(obfuscate=config["obfuscate_titles"])
         self._number_stars()
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        self._bos = np.array([bos] if adds_bos else [], dtype=np.int64)
+        self._bos = bos_ids(tokenizer)
         self._before, self._after = self._frame()
         self._pieces: dict[Line, np.ndarray] = {}
 
@@ -287,8 +299,7 @@ class LinePrompts:
 
     def item_token_ids(self) -> list[np.ndarray]:
         """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
-        texts = ["\n", *self._items.descriptions()[1:]]
-        return [np.concatenate([self._bos, ids]) for ids in tokenize_inert(self._tokenizer, texts)]
+        return item_token_ids(self._items, self._tokenizer)
 
     def _fit(
         self,

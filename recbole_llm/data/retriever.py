@@ -9,6 +9,8 @@ Reference: Zhu et al. "Lifelong Personalized Low-Rank Adaptation of Large Langua
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 
 from recbole_llm.data.history import HistoryIndex
@@ -98,4 +100,51 @@ class SemanticRetriever(Retriever):
                 found[row] = np.sort(end - 1 - best)
             else:
                 found[row, : end - start] = np.arange(start, end)
+        return found
+
+
+class CategoryRetriever(Retriever):
+    """The last ``k`` earlier interactions whose items share a category with the target; fewer, or none, if so.
+
+    Reference: the hard search of Pi et al. "Search-based User Interest Modeling" (SIM), CIKM 2020, there with one
+    category per item. Here items may have several, and one in common is enough.
+
+    Args:
+        history: the interactions.
+        k: how many to return.
+        categories: the categories of every item, by internal id; an item without any shares none.
+
+    Raises:
+        ValueError: if the categories do not cover the items, or no item of the history has one.
+    """
+
+    def __init__(self, history: HistoryIndex, k: int, categories: Sequence[Collection[str]]):
+        super().__init__(history, k)
+        n_items = int(history.item_ids.max(initial=0)) + 1
+        if len(categories) < n_items:
+            raise ValueError(
+                f"categories of {len(categories)} items do not cover the {n_items} of the history"
+            )
+        numbers: dict[str, int] = {}
+        for names in categories:
+            for name in names:
+                numbers.setdefault(name, len(numbers))
+        self._member = np.zeros((len(categories), len(numbers)), dtype=bool)
+        for item, names in enumerate(categories):
+            self._member[item, [numbers[name] for name in names]] = True
+        if not self._member[history.item_ids].any():
+            raise ValueError(
+                "id_retrieval: category needs items with categories, and no item of the history has one; name "
+                "their column in text.genre, or set id_retrieval: semantic"
+            )
+
+    def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        found = np.full((len(user_ids), self.k), -1, dtype=np.int64)
+        starts, stops = self.history.bounds(user_ids, ends)
+        for row, (target, start, end) in enumerate(zip(item_ids, starts, stops, strict=True)):
+            wanted = np.flatnonzero(self._member[target])
+            earlier = self.history.item_ids[start:end]
+            shared = self._member[earlier[:, None], wanted].any(axis=1)
+            latest = start + np.flatnonzero(shared)[max(0, shared.sum() - self.k) :]
+            found[row, : len(latest)] = latest
         return found

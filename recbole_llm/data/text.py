@@ -357,7 +357,9 @@ class ItemText:
         titles: by internal item id, in natural order and without the year. Several items may have one title,
             unless ``text.disambiguate`` is in force.
         years: four digits, or '' (also where ``disambiguate`` put the year into the title).
-        genres: "Comedy, Drama", or ''.
+        genre_lists: ``["Comedy", "Drama"]``, or ``[]``.
+        genres: the same in words, "Comedy, Drama", or ''.
+        titled: whether the data has a column of titles; else all are placeholders.
 
     Raises:
         ValueError: if a named column is missing, or items that occur have no title (unless
@@ -379,14 +381,16 @@ class ItemText:
             if suffix and suffix.start() > 0 and year in ("", suffix[1]):
                 title, year = title[: suffix.start()], suffix[1]
             self.titles[item], self.years[item] = natural_order(title), year
-        self.genres = [
-            ", ".join(
+        self.genre_lists = [
+            [
                 part
                 for part in map(str.strip, cell.split(settings.genre_separator))
                 if part and part not in missing
-            )
+            ]
             for cell in table.values(columns["genre"], missing)
         ]
+        self.genres = [", ".join(parts) for parts in self.genre_lists]
+        self.titled = columns["title"] is not None
         self._fill_missing(dataset, settings, table, columns["title"])
         if settings.max_title_length is not None:
             self._shorten(dataset, settings.max_title_length)

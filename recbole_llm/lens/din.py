@@ -109,7 +109,8 @@ class LensDIN(DIN):
 
         self.fields = FieldEmbedding(dataset, fields, d, config["pooling_mode"])
         items, users = self.fields.width("item"), self.fields.width("user")
-        self.ratings = RatingLevels(dataset.history.ratings) if config["lens_ratings"] else None
+        rated = config["lens_ratings"] and dataset.history.ratings is not None
+        self.ratings = RatingLevels(dataset.history.ratings) if rated else None
         if self.ratings is not None:
             self.RATING_SEQ = rating_list_field(config, dataset)
             self.rating_embedding = nn.Embedding(self.ratings.count, d)

@@ -122,7 +122,7 @@ def without_rows(dataset, rows: np.ndarray | None):
 def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -> str:
     """What the state will depend on: ``user_item`` or ``user``.
 
-    A semantic history is chosen by the target, so with it every state depends on the target, and items cannot
+    A retrieved history is chosen by the target, so with it every state depends on the target, and items cannot
     be ranked: the history of the row's own item would give that item away.
 
     Args:
@@ -134,15 +134,16 @@ def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -
     Raises:
         ValueError: if the lens cannot give a state of that scope, or items cannot be ranked.
     """
-    if id_retrieval == "semantic" and isinstance(model, NextItemSequence):
+    by_target = id_retrieval != "recent"
+    if by_target and isinstance(model, NextItemSequence):
         raise ValueError(
-            "id_retrieval: semantic chooses the history by the target, which the next-item task is to find; "
+            f"id_retrieval: {id_retrieval} chooses the history by the target, which the next-item task is to find; "
             "set id_retrieval: recent"
         )
-    if id_retrieval == "semantic":
+    if by_target:
         if wanted == "user" and "user_item" in model.gate_scopes:
             raise ValueError(
-                "gate_scope: user needs id_retrieval: recent; a semantic history is chosen by the target, "
+                "gate_scope: user needs id_retrieval: recent; a retrieved history is chosen by the target, "
                 "so a state made from it is not the user's alone"
             )
         return "user_item"

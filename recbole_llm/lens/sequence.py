@@ -114,7 +114,8 @@ class LabelledSequence(HistoryEncoder):
         self.item_bias = nn.Embedding(self.n_items, 1, padding_idx=0)
         self.bias = nn.Parameter(torch.zeros(()))
         nn.init.zeros_(self.item_bias.weight)
-        self.ratings = RatingLevels(dataset.history.ratings) if config["lens_ratings"] else None
+        rated = config["lens_ratings"] and dataset.history.ratings is not None
+        self.ratings = RatingLevels(dataset.history.ratings) if rated else None
         if self.ratings is not None:
             self.RATING_SEQ = rating_list_field(config, dataset)
             self.rating_embedding = nn.Embedding(self.ratings.count, width, padding_idx=0)

@@ -142,10 +142,13 @@ def build_model(settings, dataset) -> nn.Module:
     if of_task == "ctr" and name == "SASRec":
         return LensSASRec(settings, dataset).to(settings["device"])
     model_class = get_model(name)
+    sees_target = "user_item" in getattr(model_class, "gate_scopes", ())
+    if of_task == "ctr" and sees_target:  # one of ours, a lens as it is
+        return model_class(settings, dataset).to(settings["device"])
     works = f"Known to work: {', '.join(('DIN', *WORKING) if of_task == 'ctr' else NEXT_ITEM_WORKING)}"
     if not issubclass(model_class, SequentialRecommender):
         raise ValueError(f"lens {name} is not a sequential recommender of RecBole. {works}")
-    if of_task == "next_item" and name in ("DIN", "DIEN"):
+    if of_task == "next_item" and (sees_target or name in ("DIN", "DIEN")):
         raise ValueError(f"lens {name} scores labelled rows, it cannot rank items. {works}")
     make = labelled if of_task == "ctr" else next_item
     try:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from recbole_llm.data import HistoryIndex, RecentRetriever, SemanticRetriever, retriever
+from recbole_llm.data import (
+    CategoryRetriever,
+    HistoryIndex,
+    RecentRetriever,
+    SemanticRetriever,
+    retriever,
+)
 
 N_USERS, N_ITEMS = 4, 6
 
@@ -72,13 +78,41 @@ def test_semantic_is_the_k_most_similar_in_time_order(ties, table, data, k, seed
         assert found[row].tolist() == [*expected, *[-1] * (k - len(expected))]
 
 
+CATEGORIES = [(), ("a",), ("a", "b"), ("b", "c"), ("c",), ()]  # of items 0 to 5; nobody shares with the last
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), k=st.integers(0, 7))
+def test_category_is_the_last_k_that_share_one(ties, data, k):
+    index, users, items, times, position = data.draw(histories(ties))
+    assume((items != 5).any())
+    found = CategoryRetriever(index, k, CATEGORIES).positions(users, items, position)
+    assert found.shape == (len(users), k) and found.dtype == np.int64
+    for row in range(len(users)):
+        wanted = set(CATEGORIES[items[row]])
+        same = [o for o in brute_force(users, times, row, ties) if wanted & set(CATEGORIES[items[o]])]
+        expected = position[same].tolist()[-k:] if k else []
+        assert found[row].tolist() == [*expected, *[-1] * (k - len(expected))]
+
+
+def test_categories_that_cannot_be_searched_are_refused():
+    one, two = np.array([1]), np.array([2])
+    index, _ = HistoryIndex.from_time_order(one, two, np.zeros(1), np.zeros(1), None, n_users=2)
+    with pytest.raises(ValueError, match="categories of 2 items do not cover the 3"):
+        CategoryRetriever(index, 2, [(), ("a",)])
+    with pytest.raises(ValueError, match=r"no item of the history has one; name their column in text\.genre"):
+        CategoryRetriever(index, 2, [(), ("a",), ()])
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), k=st.integers(1, 7))
 def test_nothing_at_or_after_the_target_is_ever_returned(data, k):
     for ties in ("order", "strict"):
         index, users, items, times, position = data.draw(histories(ties))
         semantic = SemanticRetriever(index, k, np.eye(N_ITEMS))
-        for found in (semantic, RecentRetriever(index, k)):
+        category = CategoryRetriever(index, k, [("all",)] * N_ITEMS)
+        for found in (semantic, category, RecentRetriever(index, k)):
             positions = found.positions(users, items, position)
             shown, row = positions[positions >= 0], np.nonzero(positions >= 0)[0]
             assert (shown < position[row]).all()

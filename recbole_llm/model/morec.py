@@ -1,0 +1,75 @@
+"""MoRec: a SASRec that knows items by a frozen language model's vectors of their titles.
+
+Reference: Zheng Yuan et al. "Where to Go Next for Recommender Systems? ID- vs. Modality-based Recommender Models
+Revisited" in SIGIR 2023.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from recbole.model.sequential_recommender.sasrec import SASRec
+
+from recbole_llm.keys import Choice, Key, Whole
+from recbole_llm.lens.sequence import LensSASRec
+from recbole_llm.model.conventional import Conventional
+from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
+
+
+def use_titles(model: SASRec, config, item_vectors: np.ndarray) -> None:
+    """Put what ``config["item_vectors"]`` says in the place of a SASRec's item embedding."""
+    if config["item_vectors"] == "initialise":
+        start_at_components(model.item_embedding, item_vectors)
+        return
+    add = config["item_vectors"] == "add"
+    model.item_embedding = TitleEmbedding(
+        item_vectors, model.hidden_size, config["projector_layers"], ids=add
+    ).apply(model._init_weights)
+
+
+class MoRec(Conventional, SASRec):
+    """RecBole's SASRec with another item embedding ``e``, of the history and of the items that are scored.
+
+    With ``v`` the LLM's mean-pooled vectors of the titles, standardised, ``P`` a trained projector and ``E`` a trained
+    table:
+
+        item_vectors: replace       e(i) = P(v(i))            MoRec with a frozen encoder
+        item_vectors: add           e(i) = P(v(i)) + E(i)
+        item_vectors: initialise    e(i) = E(i), which starts at the principal components of v
+        score(i)                    = SASRec(e(i_1), ..., e(i_n)) . e(i)
+
+    Network, loss and ranking are RecBole's. In the ctr task it is the labelled form, :class:`LabelledMoRec`.
+
+    Args:
+        config: the run's configuration.
+        dataset: the training rows.
+        item_vectors: ``[n_items, d]``, row 0 is the padding item.
+    """
+
+    tasks = ("next_item", "ctr")
+    reads = ("backbone", "dtype", "quantization", "lens_ratings")
+    keys = {
+        "item_vectors": Key(
+            "what the LLM's vectors do to the item embedding", Choice("replace", "add", "initialise")
+        ),
+        "projector_layers": Key("layers of the projector beyond the first", Whole(0)),
+    }
+
+    def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
+        super().__init__(config, dataset)
+        use_titles(self, config, item_vectors)
+
+    @classmethod
+    def wants_item_vectors(cls, config) -> bool:
+        return True
+
+    @classmethod
+    def for_task(cls, task: str) -> type:
+        return LabelledMoRec if task == "ctr" else cls
+
+
+class LabelledMoRec(LensSASRec):
+    """The lens SASRec, which is trained on labels and sees past ratings, with the item embedding of :class:`MoRec`."""
+
+    def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
+        super().__init__(config, dataset)
+        use_titles(self, config, item_vectors)

@@ -1,0 +1,172 @@
+"""SIM: the DIN network on the history that a search by the target finds; as a baseline and as a lens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import write_dataset
+
+from recbole_llm.assembly import conventional_parts
+from recbole_llm.backbone import load_backbone, mean_pooled_vectors
+from recbole_llm.config import Config
+from recbole_llm.data import CTRDataset, RecentRetriever, item_token_ids
+from recbole_llm.lens import LensDIN
+from recbole_llm.model.sim import SIM
+from recbole_llm.quick_start import main, run_recbole_llm
+
+K = 4
+NETWORK = {"embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
+TEXT = {"title": "movie_title", "year": "release_year", "genre": "class"}
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def settings(data_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return {
+        "data_path": str(data_path),
+        "cache_dir": str(tmp_path / "cache"),
+        "text": TEXT,
+        "backbone": "tiny",
+        "id_history_length": K,
+        "bootstrap_samples": 10,
+        "show_progress": False,
+        "device": "cpu",
+    }
+
+
+def rows_and_model(settings: dict, **given) -> tuple[CTRDataset, SIM]:
+    config = Config("SIM", "toy", config_dict={**settings, **NETWORK, **given})
+    train = CTRDataset(config).build()[0]
+    assert conventional_parts(config, train) == {}
+    torch.manual_seed(0)
+    return train, SIM(config, train)
+
+
+def earlier(train: CTRDataset, row: int) -> list[int]:
+    """Positions of what the user of a row did before it, from the sorted interactions alone."""
+    end, user = int(train.inter_feat["history_end"][row]), int(train.inter_feat["user_id"][row])
+    return list(range(int(train.history.user_start[user]), end))
+
+
+def test_soft_search_shows_the_items_whose_titles_are_nearest_to_the_target(settings):
+    train, _ = rows_and_model(settings)
+    backbone = load_backbone("tiny", device="cpu", texts=train.item_texts(), seed=2020)
+    vectors = mean_pooled_vectors(backbone.model, item_token_ids(train.item_text(), backbone.tokenizer))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [3, 200, 600]
+    batch = train[rows]
+    recent = 0
+    for row, shown in zip(rows, batch["item_id_list"].tolist(), strict=True):
+        target, before = int(train.inter_feat["item_id"][row]), earlier(train, row)
+        cosine = {p: round(float(unit[train.history.item_ids[p]] @ unit[target]), 5) for p in before}
+        best = sorted(sorted(before, key=lambda p: (-cosine[p], -p))[:K])
+        assert shown == train.history.item_ids[best].tolist()
+        recent += shown == train.history.item_ids[before[-K:]].tolist()
+    assert recent < len(rows)  # it is not the latest items that are shown
+
+
+def test_hard_search_shows_the_latest_items_of_the_target_s_genre(settings):
+    train, _ = rows_and_model(settings, id_retrieval="category")
+    genres = train.item_text().genre_lists
+    rows = [3, 200, 600]
+    for row, shown in zip(rows, train[rows]["item_id_list"].tolist(), strict=True):
+        target = int(train.inter_feat["item_id"][row])
+        before = [int(train.history.item_ids[p]) for p in earlier(train, row)]
+        same = [item for item in before if set(genres[item]) & set(genres[target])][-K:]
+        assert shown == [*same, *[0] * (K - len(same))] and same != before[-K:]
+
+
+def test_the_score_is_that_of_the_lens_din_on_the_retrieved_history(settings):
+    train, model = rows_and_model(settings)
+    torch.manual_seed(1)
+    din = LensDIN(model_config(settings), train).double().eval()
+    model = model.double().eval()
+    model.load_state_dict(din.state_dict())  # the same parameters, to the last one
+    batch = train[[3, 200, 600]]
+    torch.testing.assert_close(model.predict(batch), torch.sigmoid(din(batch)), rtol=1e-12, atol=0)
+    found = model.predict(batch)
+    train.set_id_retriever(RecentRetriever(train.history, K))
+    assert not torch.allclose(model.predict(train[[3, 200, 600]]), found)  # the history matters
+
+
+def model_config(settings: dict) -> Config:
+    return Config("SIM", "toy", config_dict={**settings, **NETWORK})
+
+
+@pytest.mark.parametrize("how", ["semantic", "category", "recent"])
+def test_run_as_a_baseline(settings, how, monkeypatch):
+    if how != "semantic":  # needs no language model
+        monkeypatch.setattr("recbole_llm.assembly.load_backbone", lambda *a, **k: pytest.fail("loaded"))
+    options = {**settings, **NETWORK, "id_retrieval": how, "epochs": 2, "train_batch_size": 128}
+    result = run_recbole_llm("SIM", "toy", config_dict=options)
+    saved = json.loads(Path(result["path"]).read_text())
+    assert saved["task"] == "ctr" and saved["rows"]["train"] == 640 and saved["rows"]["few_shot"] is None
+    assert {"auc", "logloss", "acc", "gauc"} == set(saved["metrics"]["test"])
+    assert saved["config"]["id_retrieval"] == how
+    with np.load(Path(result["path"]).with_name("test_rows.npz")) as file:
+        assert len(np.unique(file["model_score"])) > 40 and len(file["model_score"]) == 80
+
+
+def test_it_learns_what_the_labels_say(settings):
+    options = {**settings, **NETWORK, "epochs": 12, "train_batch_size": 32, "learning_rate": 0.005}
+    result = run_recbole_llm("SIM", "toy", config_dict={**options, "stopping_step": 12})
+    assert result["metrics"]["test"]["auc"] > 0.7
+
+
+def test_run_as_a_lens_and_beside_other_models(settings, capsys):
+    arguments = {
+        **settings, "few_shot": 24, "lens": "SIM", "lens_config": {**NETWORK, "epochs": 1}, "zero_shot": False,
+        "compare_with": ["SIM epochs=1 backbone=tiny", "SIM epochs=1 id_retrieval=category", "DIN epochs=1"],
+    }  # fmt: skip
+    assert main(["--model=RecLoRA", "--dataset=toy", *(f"--{k}={v}" for k, v in arguments.items())]) == 0
+    assert "lens SIM" in capsys.readouterr().out
+    (path,) = Path("saved").glob("RecLoRA-toy-*/result.json")
+    saved = json.loads(path.read_text())
+    assert saved["lens"]["name"] == "SIM" and saved["lens"]["gate_scope"] == "user_item"
+    assert saved["config"]["id_retrieval"] == "semantic"
+    compared = [json.loads(p.read_text()) for p in sorted(path.parent.glob("compare/*/result.json"))]
+    assert [found["config"].get("id_retrieval") for found in compared] == [None, "semantic", "category"]
+    assert json.loads((path.parent / "comparison.json").read_text())["tests"]["p_holm"].keys() >= {
+        "SIM epochs=1 backbone=tiny"
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("SIM", {"task": "next_item"}, "SIM needs task: ctr"),
+        ("SIM", {"lens_config": {"epochs": 1}}, "lens_config=.* SIM does not read this"),
+        ("SIM", {"few_shot": 5}, "few_shot=5 .*SIM does not read this"),
+        ("SIM", {"id_retrieval": "nearest"}, "one of recent, semantic, category"),
+        ("SIM", {"item_fields": "none"}, "at least one item field"),
+        ("SIM", {"text": {**TEXT, "title": None}}, "SIM reads the titles of items"),
+        (
+            "SIM",
+            {"text": {**TEXT, "genre": None}, "id_retrieval": "category"},
+            "no item of the history has one",
+        ),
+        ("RecLoRA", {"lens": "SIM", "gate_scope": "user"}, "no state made from it is the user's alone"),
+        ("RecLoRA", {"lens": "SIN"}, "is not a sequential model"),
+        ("RecLoRA", {"lens": "SIM", "semantic_vectors": "lens"}, "only the trained lens can choose"),
+        ("iLoRA", {"lens": "SIM"}, "needs the target item"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(settings, model, given, message):
+    with pytest.raises(ValueError, match=message):
+        run_recbole_llm(model, "toy", config_dict={**settings, **given})
+
+
+def test_without_ratings_the_past_has_no_stars(settings):
+    config = model_config(settings)
+    train = CTRDataset(config).build()[0]
+    train.history.ratings = None
+    assert SIM(config, train).ratings is None
