@@ -75,8 +75,8 @@ class Assembly:
     """What a run is made of.
 
     Attributes:
-        train, valid, test: the rows that the language model is trained and evaluated on (after ``few_shot`` and
-            ``eval_rows``); ``sizes`` has the sizes before and after.
+        train, valid, test: the rows that the language model is trained and evaluated on (after ``few_shot``,
+            ``mixed_training`` and ``eval_rows``); ``sizes`` has the sizes before and after.
         candidates: what the targets are ranked among, by split; ``None`` without stored candidates.
         item_counts: how often each item is the target of a training row, ``[n_items]``.
         identities: hashes of data, backbone, lens and configuration, by name.
@@ -236,13 +236,14 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
             candidates = draw_candidate_sets(config, rows, lens)
         prompts = _title_prompts(config, rows, backbone, candidates)
 
+    train = rows.train.mixed() if config["mixed_training"] else rows.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
     model = get_model(config["model"])(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
     model.to(config["device"])
     return Assembly(
         config=config,
         dataset=rows.dataset,
-        train=rows.train,
+        train=train,
         valid=rows.valid,
         test=rows.test,
         backbone=backbone,
@@ -251,7 +252,7 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
         model=model,
         candidates=candidates,
         item_counts=item_counts(rows.full_train),
-        train_data=TrainDataLoader(config, rows.train, None, shuffle=True),
+        train_data=TrainDataLoader(config, train, None, shuffle=True),
         valid_data=eval_loader(config, rows.dataset, rows.valid, candidates and candidates["valid"], "valid"),
         test_data=eval_loader(config, rows.dataset, rows.test, candidates and candidates["test"], "test"),
         sizes=rows.sizes,

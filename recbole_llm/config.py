@@ -471,6 +471,11 @@ class Config(RecBoleConfig):
                 f"{said('gate')} reads the prompt's tokens, which only the next_item task offers it"
             )
 
+        if final["mixed_training"] and final["text_retrieval"] == "recent":
+            raise ValueError(
+                f"{said('mixed_training')} with {said('text_retrieval')}: each row would be trained twice with the "
+                "same history; set text_retrieval: semantic"
+            )
         if final["mixer"] == "identity":
             if user.get("gate") is not None:
                 raise ValueError(
@@ -532,6 +537,7 @@ class Config(RecBoleConfig):
         for key, allowed in (
             ("id_retrieval", "recent"),
             ("text_retrieval", "recent"),
+            ("mixed_training", False),
             ("lens_residual", False),
             ("lens_rows", "all"),
             ("lens_ratings", False),

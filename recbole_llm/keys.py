@@ -197,6 +197,7 @@ KEYS: dict[str, Key] = {
     "id_retrieval": Key("how they are chosen", Choice("recent", "semantic"), llm=False),
     "text_history_length": Key("items that the prompt shows", Whole(0)),
     "text_retrieval": Key("how they are chosen", Choice("recent", "semantic")),
+    "mixed_training": Key("train each row with recent and with retrieved text", Flag()),
     "semantic_vectors": Key("item vectors of semantic retrieval", Choice("backbone", "lens")),
     # next item: rows, candidates, scoring
     "min_rating": Key("interactions rated lower are removed", Number(), optional=True, llm=False),

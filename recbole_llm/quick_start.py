@@ -156,6 +156,7 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         extra={
             "identities": parts.identities,
             "prompts_shortened": parts.model.rows_shortened,
+            "trained_on": trainer.trained_on,
             "trained_parameters": {
                 name: sum(p.numel() for p in group.values())
                 for name, group in parts.model.parameter_groups().items()

@@ -23,7 +23,7 @@ import numpy as np
 from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
-from recbole_llm.data.dataset import HISTORY_END, CTRDataset
+from recbole_llm.data.dataset import HISTORY_END, RECENT_TEXT, CTRDataset
 from recbole_llm.data.prompt_lines import (
     ITEM_PLACEHOLDERS,
     EncodedPrompts,
@@ -31,7 +31,7 @@ from recbole_llm.data.prompt_lines import (
     LinePrompts,
     TemplateKind,
 )
-from recbole_llm.data.retriever import Retriever
+from recbole_llm.data.retriever import RecentRetriever, Retriever
 from recbole_llm.data.text import UserText
 
 _SHOW = (True, False, "history", "target")
@@ -221,7 +221,8 @@ class PromptBuilder(LinePrompts):
         """Token ids of each row's prompt, at most ``max_prompt_tokens`` long.
 
         Args:
-            interaction: rows of the dataset, with ``user_id``, ``item_id`` and ``history_end``.
+            interaction: rows of the dataset, with ``user_id``, ``item_id`` and ``history_end``; where there is
+                ``recent_text`` (:meth:`HistoryDataset.mixed`), it says whose history is the recent one.
 
         Raises:
             ValueError: if a prompt is too long even without any history.
@@ -240,6 +241,9 @@ class PromptBuilder(LinePrompts):
             for field in (self._dataset.uid_field, self._dataset.iid_field, HISTORY_END)
         )
         found = self.retriever.positions(users, items, ends)
+        if RECENT_TEXT in interaction:
+            latest = RecentRetriever(self._history, self.retriever.k).positions(users, items, ends)
+            found = np.where(interaction[RECENT_TEXT].cpu().numpy()[:, None] > 0, latest, found)
         return [
             (user, item, row[row >= 0])
             for user, item, row in zip(users.tolist(), items.tolist(), found, strict=True)
