@@ -292,6 +292,13 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
     if config["text_retrieval"] == "semantic":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
         prompts.retriever = SemanticRetriever(dataset.history, config["text_history_length"], source)
+    if prompts.tells_lens:
+        if lens is None:
+            raise ValueError(
+                f"prompt: {config['prompt']} says the score of a lens, but lens is ~; set e.g. lens: DIN, or another "
+                "prompt"
+            )
+        prompts.lens_scores = lambda rows: lens.probability(rows).cpu().numpy()
     return prompts, lens
 
 

@@ -725,7 +725,15 @@ def test_config_survives_pickling():
 
 def test_registry():
     models = registry.list_models()
-    assert models["recbole_llm"] == ["LLaRA", "ReLLa", "RecLoRA", "TALLRec", "TALLRecNext", "iLoRA"]
+    assert models["recbole_llm"] == [
+        "LLaRA",
+        "LensPrompt",
+        "ReLLa",
+        "RecLoRA",
+        "TALLRec",
+        "TALLRecNext",
+        "iLoRA",
+    ]
     assert {"DIN", "SASRec", "DeepFM", "LightGCN", "Pop"} <= set(models["recbole"])
     assert len(models["recbole"]) > 90
     assert registry.get_model("Pop").type == ModelType.TRADITIONAL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from synthetic import write_dataset
 
 from recbole_llm.assembly import assemble
 from recbole_llm.config import Config
+from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.trainer import LLMTrainer
 
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
 TEXT = {
@@ -89,3 +92,28 @@ def rows_of():
             return dict(file)
 
     return read
+
+
+@pytest.fixture
+def broken_and_resumed(ctr, parts_of, tmp_path):
+    """``broken_and_resumed(model, steps, **options)``: a run broken off after so many optimizer steps, then resumed."""
+
+    def run(model: str, steps: int, **options) -> dict:
+        parts = parts_of(model, **options)
+        folder = tmp_path / "broken"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(parts.config.as_dict()))
+        trainer = LLMTrainer(parts.config, parts.model, run_folder=folder, identities=parts.identities)
+        update, left = trainer._update, iter(range(steps))
+
+        def stop_in_time() -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            update()
+
+        trainer._update = stop_in_time
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(parts.train_data, parts.valid_data, saved=True)
+        return run_recbole_llm(model, "toy", config_dict={**ctr, **options, "resume": str(folder)})
+
+    return run

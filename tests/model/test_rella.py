@@ -86,26 +86,10 @@ def test_run_is_written_read_and_says_what_it_was_trained_on(ctr, rows_of, capsy
     assert not np.array_equal(rows["model_score"], rows["zero_shot_score"])
 
 
-def test_a_resumed_run_ends_as_an_unbroken_one(ctr, parts_of, rows_of, tmp_path):
-    options = {**ctr, "zero_shot": False}
-    unbroken = run_recbole_llm("ReLLa", "toy", config_dict=options)
-    parts = parts_of("ReLLa", zero_shot=False)
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(parts.config.as_dict()))
-    trainer = LLMTrainer(parts.config, parts.model, run_folder=folder, identities=parts.identities)
-    update, steps = trainer._update, iter(range(3))
-
-    def stop_after_three() -> None:
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        update()
-
-    trainer._update = stop_after_three
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit(parts.train_data, parts.valid_data, saved=True)
-    resumed = run_recbole_llm("ReLLa", "toy", config_dict={**options, "resume": str(folder)})
-    assert resumed["trained_on"] == unbroken["trained_on"]
+def test_a_resumed_run_ends_as_an_unbroken_one(ctr, broken_and_resumed, rows_of):
+    unbroken = run_recbole_llm("ReLLa", "toy", config_dict={**ctr, "zero_shot": False})
+    resumed = broken_and_resumed("ReLLa", 4, zero_shot=False)
+    assert resumed["trained_on"] == unbroken["trained_on"] == {"rows": 48, "steps": 6}
     assert np.array_equal(rows_of(resumed)["model_score"], rows_of(unbroken)["model_score"])
 
 
