@@ -43,6 +43,7 @@ from recbole_llm.files import write_atomically
 from recbole_llm.lens import Lens, fit_lens
 from recbole_llm.model.base import LLMRecommender
 from recbole_llm.registry import create_dataset, get_model
+from recbole_llm.warm_start import read_plain_lora
 
 logger = logging.getLogger(__name__)
 
@@ -188,15 +189,22 @@ def bounded(config: Config, rows: HistoryDataset, purpose: str) -> HistoryDatase
     return rows
 
 
-def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None) -> Assembly:
+def assemble(
+    config: Config, *, fit: bool = True, lens_root: Path | None = None, warm_start: bool = True
+) -> Assembly:
     """Build everything but the trainer.
 
     Args:
         config: the run's configuration.
         fit: ``False`` for dry runs: the lens is built with random weights instead of being trained.
         lens_root: where a trained lens is looked for, by default the cache (a saved run has its own copy).
+        warm_start: whether to read what ``lora_from`` names (a saved run has its own copy).
+
+    Raises:
+        CheckpointError: if ``lora_from`` does not fit.
     """
     seconds: dict[str, float] = {}
+    lora = read_plain_lora(config) if warm_start else None
     with stage(seconds, "data"):
         rows = prepare_rows(config)
     with stage(seconds, "backbone"):
@@ -240,6 +248,17 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
     model = get_model(config["model"])(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
     model.to(config["device"])
+    identities = {
+        "model": config["model"],
+        "data": rows.dataset.content_hash(),
+        "backbone": backbone.sha256,
+        "lens": lens.identity if lens else "none",
+        "configuration": configuration_hash(config),
+    } | {f"{split} candidates": found.sha256 for split, found in (candidates or {}).items()}
+    if lora is not None:
+        lora.check(identities, config)
+        model.adapter.load_lora(lora.tensors)
+        identities["lora_from"] = lora.sha256
     return Assembly(
         config=config,
         dataset=rows.dataset,
@@ -256,14 +275,7 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
         valid_data=eval_loader(config, rows.dataset, rows.valid, candidates and candidates["valid"], "valid"),
         test_data=eval_loader(config, rows.dataset, rows.test, candidates and candidates["test"], "test"),
         sizes=rows.sizes,
-        identities={
-            "model": config["model"],
-            "data": rows.dataset.content_hash(),
-            "backbone": backbone.sha256,
-            "lens": lens.identity if lens else "none",
-            "configuration": configuration_hash(config),
-        }
-        | {f"{split} candidates": found.sha256 for split, found in (candidates or {}).items()},
+        identities=identities,
         seconds=seconds,
     )
 

@@ -490,6 +490,10 @@ class Config(RecBoleConfig):
                 f"{said('lora_r')} is not divisible by {said('num_experts')}, and {said('mixer')} cuts the "
                 "rank into one slice per expert"
             )
+        if final["lora_from"] and final["mixer"] not in ("identity", "dense"):
+            raise ValueError(
+                f"{said('lora_from')} with {said('mixer')}: A and B of a plain LoRA fit mixer: identity and dense only"
+            )
         if final["top_k"] is not None:
             if final["mixer"] in ("identity", "dense"):
                 raise ValueError(f"{said('top_k')} with {said('mixer')}: there are no experts to choose from")

@@ -237,6 +237,7 @@ KEYS: dict[str, Key] = {
     "lora_alpha": Key("scale of the update is lora_alpha over rank", POSITIVE),
     "lora_dropout": Key("dropout before the adapter", PROBABILITY),
     "target_modules": Key("names of the adapted projections", ListOf(Text())),
+    "lora_from": Key("finished run whose A and B are loaded and frozen", Text(), optional=True),
     "temperature": Key("divides the gate's logits", POSITIVE),
     "top_k": Key("experts kept per row", Whole(1), optional=True),
     "share_gate": Key("one gate for all projections", Flag()),

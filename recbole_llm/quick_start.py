@@ -262,7 +262,7 @@ def load_data_and_model(run_folder: str | Path, device: str | None = None, **cha
     saved = json.loads((run_folder / CONFIG_FILE).read_text())
     config = Config.from_dict({**saved, "device": device or "auto", "resume": None, **changes})
     init_seed(config["seed"], config["reproducibility"])
-    parts = assemble(config, lens_root=run_folder)
+    parts = assemble(config, lens_root=run_folder, warm_start=False)
     wanted = {"model", "backbone", "lens", "data"}
     different = [key for key in sorted(wanted) if meta["identities"][key] != parts.identities[key]]
     if different:

@@ -729,6 +729,7 @@ def test_registry():
         "LLaRA",
         "LensPrompt",
         "ReLLa",
+        "ReLLaX",
         "RecLoRA",
         "TALLRec",
         "TALLRecNext",
