@@ -46,6 +46,7 @@ from recbole_llm.files import write_atomically
 from recbole_llm.lens import Lens, fit_lens
 from recbole_llm.model.base import LLMRecommender
 from recbole_llm.registry import create_dataset, get_model
+from recbole_llm.warm_start import read_plain_lora
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,8 @@ class Assembly:
     """What a run is made of.
 
     Attributes:
-        train, valid, test: the rows that the language model is trained and evaluated on (after ``few_shot`` and
-            ``eval_rows``); ``sizes`` has the sizes before and after.
+        train, valid, test: the rows that the language model is trained and evaluated on (after ``few_shot``,
+            ``mixed_training`` and ``eval_rows``); ``sizes`` has the sizes before and after.
         candidates: what the targets are ranked among, by split; ``None`` without stored candidates.
         item_counts: how often each item is the target of a training row, ``[n_items]``.
         identities: hashes of data, backbone, lens and configuration, by name.
@@ -238,15 +239,22 @@ def bounded(config: Config, rows: HistoryDataset, purpose: str) -> HistoryDatase
     return rows
 
 
-def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None) -> Assembly:
+def assemble(
+    config: Config, *, fit: bool = True, lens_root: Path | None = None, warm_start: bool = True
+) -> Assembly:
     """Build everything but the trainer.
 
     Args:
         config: the run's configuration.
         fit: ``False`` for dry runs: the lens is built with random weights instead of being trained.
         lens_root: where a trained lens is looked for, by default the cache (a saved run has its own copy).
+        warm_start: whether to read what ``lora_from`` names (a saved run has its own copy).
+
+    Raises:
+        CheckpointError: if ``lora_from`` does not fit.
     """
     seconds: dict[str, float] = {}
+    lora = read_plain_lora(config) if warm_start else None
     with stage(seconds, "data"):
         rows = prepare_rows(config)
     with stage(seconds, "backbone"):
@@ -286,13 +294,25 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
             candidates = draw_candidate_sets(config, rows, lens)
         prompts = _title_prompts(config, rows, backbone, candidates)
 
+    train = rows.train.mixed() if config["mixed_training"] else rows.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
     model = get_model(config["model"])(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
     model.to(config["device"])
+    identities = {
+        "model": config["model"],
+        "data": rows.dataset.content_hash(),
+        "backbone": backbone.sha256,
+        "lens": lens.identity if lens else "none",
+        "configuration": configuration_hash(config),
+    } | {f"{split} candidates": found.sha256 for split, found in (candidates or {}).items()}
+    if lora is not None:
+        lora.check(identities, config)
+        model.adapter.load_lora(lora.tensors)
+        identities["lora_from"] = lora.sha256
     return Assembly(
         config=config,
         dataset=rows.dataset,
-        train=rows.train,
+        train=train,
         valid=rows.valid,
         test=rows.test,
         backbone=backbone,
@@ -301,18 +321,11 @@ def assemble(config: Config, *, fit: bool = True, lens_root: Path | None = None)
         model=model,
         candidates=candidates,
         item_counts=item_counts(rows.full_train),
-        train_data=TrainDataLoader(config, rows.train, None, shuffle=True),
+        train_data=TrainDataLoader(config, train, None, shuffle=True),
         valid_data=eval_loader(config, rows.dataset, rows.valid, candidates and candidates["valid"], "valid"),
         test_data=eval_loader(config, rows.dataset, rows.test, candidates and candidates["test"], "test"),
         sizes=rows.sizes,
-        identities={
-            "model": config["model"],
-            "data": rows.dataset.content_hash(),
-            "backbone": backbone.sha256,
-            "lens": lens.identity if lens else "none",
-            "configuration": configuration_hash(config),
-        }
-        | {f"{split} candidates": found.sha256 for split, found in (candidates or {}).items()},
+        identities=identities,
         seconds=seconds,
     )
 
@@ -340,6 +353,13 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
     if config["text_retrieval"] == "semantic":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
         prompts.retriever = SemanticRetriever(dataset.history, config["text_history_length"], source)
+    if prompts.tells_lens:
+        if lens is None:
+            raise ValueError(
+                f"prompt: {config['prompt']} says the score of a lens, but lens is ~; set e.g. lens: DIN, or another "
+                "prompt"
+            )
+        prompts.lens_scores = lambda rows: lens.probability(rows).cpu().numpy()
     return prompts, lens
 
 

@@ -500,6 +500,11 @@ class Config(RecBoleConfig):
         if task == "ctr" and "id_retrieval" not in user:
             final["id_retrieval"] = _lens_says(final["lens"], "retrieval", final["id_retrieval"])
 
+        if final["mixed_training"] and final["text_retrieval"] == "recent":
+            raise ValueError(
+                f"{said('mixed_training')} with {said('text_retrieval')}: each row would be trained twice with the "
+                "same history; set text_retrieval: semantic"
+            )
         if final["mixer"] == "identity":
             if user.get("gate") is not None:
                 raise ValueError(
@@ -513,6 +518,10 @@ class Config(RecBoleConfig):
             raise ValueError(
                 f"{said('lora_r')} is not divisible by {said('num_experts')}, and {said('mixer')} cuts the "
                 "rank into one slice per expert"
+            )
+        if final["lora_from"] and final["mixer"] not in ("identity", "dense"):
+            raise ValueError(
+                f"{said('lora_from')} with {said('mixer')}: A and B of a plain LoRA fit mixer: identity and dense only"
             )
         if final["top_k"] is not None:
             if final["mixer"] in ("identity", "dense"):
@@ -561,6 +570,7 @@ class Config(RecBoleConfig):
         for key, allowed in (
             ("id_retrieval", "recent"),
             ("text_retrieval", "recent"),
+            ("mixed_training", False),
             ("lens_residual", False),
             ("lens_rows", "all"),
             ("lens_ratings", False),

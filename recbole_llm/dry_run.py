@@ -78,6 +78,16 @@ def decisions(parts: Assembly) -> list[str]:
         "than before at the peak",
     ]
     lines += _task_decisions(parts)
+    steps = -(-len(parts.train) // config["train_batch_size"])
+    lines.append(
+        f"an epoch: {len(parts.train):,} rows"
+        + (
+            " (each of few_shot with its recent and its retrieved history)"
+            if config["mixed_training"]
+            else ""
+        )
+        + f" in {steps:,} optimizer steps of {config['train_batch_size']}; epochs: {config['epochs']}"
+    )
     longest = 0
     for name, rows in (("few_shot", parts.train), ("test", parts.test)):
         picked = np.sort(rng.permutation(len(rows))[:SAMPLE_ROWS])

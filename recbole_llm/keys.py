@@ -198,6 +198,7 @@ KEYS: dict[str, Key] = {
     "id_retrieval": Key("how they are chosen", Choice("recent", "semantic", "category")),
     "text_history_length": Key("items that the prompt shows", Whole(0)),
     "text_retrieval": Key("how they are chosen", Choice("recent", "semantic")),
+    "mixed_training": Key("train each row with recent and with retrieved text", Flag()),
     "semantic_vectors": Key("item vectors of semantic retrieval", Choice("backbone", "lens")),
     # next item: rows, candidates, scoring
     "min_rating": Key("interactions rated lower are removed", Number(), optional=True, llm=False),
@@ -237,6 +238,7 @@ KEYS: dict[str, Key] = {
     "lora_alpha": Key("scale of the update is lora_alpha over rank", POSITIVE),
     "lora_dropout": Key("dropout before the adapter", PROBABILITY),
     "target_modules": Key("names of the adapted projections", ListOf(Text())),
+    "lora_from": Key("finished run whose A and B are loaded and frozen", Text(), optional=True),
     "temperature": Key("divides the gate's logits", POSITIVE),
     "top_k": Key("experts kept per row", Whole(1), optional=True),
     "share_gate": Key("one gate for all projections", Flag()),

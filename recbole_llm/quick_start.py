@@ -156,6 +156,7 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         extra={
             "identities": parts.identities,
             "prompts_shortened": parts.model.rows_shortened,
+            "trained_on": trainer.trained_on,
             "trained_parameters": {
                 name: sum(p.numel() for p in group.values())
                 for name, group in parts.model.parameter_groups().items()
@@ -261,7 +262,7 @@ def load_data_and_model(run_folder: str | Path, device: str | None = None, **cha
     saved = json.loads((run_folder / CONFIG_FILE).read_text())
     config = Config.from_dict({**saved, "device": device or "auto", "resume": None, **changes})
     init_seed(config["seed"], config["reproducibility"])
-    parts = assemble(config, lens_root=run_folder)
+    parts = assemble(config, lens_root=run_folder, warm_start=False)
     wanted = {"model", "backbone", "lens", "data"}
     different = [key for key in sorted(wanted) if meta["identities"][key] != parts.identities[key]]
     if different:

@@ -56,13 +56,11 @@ def reference_columns(parts: Assembly) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------- labelled rows
 
 
-@torch.no_grad()
 def lens_scores(parts: Assembly) -> np.ndarray:
     """Probability of "yes" by the lens alone for every test row, ``[n]``."""
     scores = []
     for interaction, *_ in parts.test_data:
-        _, logit = parts.lens.represent(interaction.to(parts.config["device"]))
-        scores.append(torch.sigmoid(logit.double()).cpu())
+        scores.append(parts.lens.probability(interaction).cpu())
     return torch.cat(scores).numpy()
 
 

@@ -103,6 +103,7 @@ class LLMTrainer(Trainer):
         self.start_step = 0
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.tokens = {"train": 0, "evaluate": 0}
+        self.trained_on = {"rows": 0, "steps": 0}
         self._epoch = self._step = 0
         self._loss_sum = 0.0
         self._rng = rng_state()
@@ -170,6 +171,8 @@ class LLMTrainer(Trainer):
             with deferred_interrupt():
                 self._update()
                 self._loss_sum += loss * len(batches[step])
+                self.trained_on["rows"] += len(batches[step])
+                self.trained_on["steps"] += 1
                 self._step = step + 1
                 self._rng = rng_state()
             seconds, tokens = time.monotonic() - started, self.model.tokens_processed - tokens_before
@@ -214,7 +217,9 @@ class LLMTrainer(Trainer):
     def fit(self, *args, **kwargs):
         """As RecBole's; Ctrl-C keeps what was trained and says how to go on."""
         try:
-            return super().fit(*args, **kwargs)
+            result = super().fit(*args, **kwargs)
+            logger.info("trained on %(rows)d rows in %(steps)d optimizer steps", self.trained_on)
+            return result
         except KeyboardInterrupt:
             # An update cannot be interrupted, so the parameters are those of the last finished step and `_rng` is the
             # state after it: only the unfinished step is lost.
@@ -243,6 +248,7 @@ class LLMTrainer(Trainer):
             "best_valid_result": self.best_valid_result,
             "seconds": self.seconds,
             "tokens": self.tokens,
+            "trained_on": self.trained_on,
         }
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs) -> None:
@@ -285,7 +291,7 @@ class LLMTrainer(Trainer):
         if meta["best_valid_score"] is not None:
             self.best_valid_score = meta["best_valid_score"]
         self.best_valid_result = meta["best_valid_result"]
-        self.seconds, self.tokens = meta["seconds"], meta["tokens"]
+        self.seconds, self.tokens, self.trained_on = meta["seconds"], meta["tokens"], meta["trained_on"]
         logger.info("resuming %s at epoch %d, step %d", path, self.start_epoch, self.start_step)
 
     def load_best(self, model_file: str | Path | None = None) -> None:

@@ -735,7 +735,10 @@ def test_registry():
     models = registry.list_models()
     assert models["recbole_llm"] == [
         "LLaRA",
+        "LensPrompt",
         "MoRec",
+        "ReLLa",
+        "ReLLaX",
         "RecLoRA",
         "SIM",
         "TALLRec",

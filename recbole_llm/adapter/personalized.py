@@ -163,6 +163,20 @@ class PersonalizedAdapter:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
+    def load_lora(self, tensors: dict[str, Tensor]) -> None:
+        """Copy A and B of every projection, named as in :meth:`state_dict`; the gates keep what they have.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+        """
+        own = self.lora_parameters()
+        self.load_state_dict({name: t for name, t in self.state_dict().items() if name not in own} | tensors)
+
+    def train_lora(self, trained: bool) -> None:
+        """Whether A and B get gradients."""
+        for parameter in self.lora_parameters().values():
+            parameter.requires_grad_(trained)
+
     # ------------------------------------------------------------------ disk
 
     def save(self, folder: str | Path) -> None:

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 ROW_ID = "row_id"
 HISTORY_END = "history_end"
+RECENT_TEXT = "recent_text"
+"""A field that only mixed training rows have: 1 where the prompt shows the recent history, whatever the retriever."""
 
 
 def peak_bytes() -> int:
@@ -402,6 +404,13 @@ class HistoryDataset(SequentialDataset):
     def subset(self, indices: np.ndarray) -> HistoryDataset:
         """The rows at ``indices``, with everything else shared."""
         return self.copy(_take(self.inter_feat, np.asarray(indices)))
+
+    def mixed(self) -> HistoryDataset:
+        """These rows twice: to be shown with their recent history, then with what the prompt's retriever finds."""
+        twice = self.subset(np.tile(np.arange(len(self)), 2))
+        recent = torch.arange(len(twice)) < len(self)
+        twice.inter_feat.update(Interaction({RECENT_TEXT: recent.long()}))
+        return twice
 
     # ------------------------------------------------------------------ batches
 

@@ -8,6 +8,7 @@ A prompt is a sequence of *lines* made from the templates of ``properties/prompt
     history_item                       one per (item, stars), oldest first
     ...
     target                             one per item
+    lens_score                         one per probability in per cent; only where a template wants it
     question                           the same for all rows; ends where the answer word follows
 
 How lines become token ids, and why that is exact: :mod:`~recbole_llm.data.prompt_lines`.
@@ -15,7 +16,7 @@ How lines become token ids, and why that is exact: :mod:`~recbole_llm.data.promp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
-from recbole_llm.data.dataset import HISTORY_END, CTRDataset
+from recbole_llm.data.dataset import HISTORY_END, RECENT_TEXT, CTRDataset
 from recbole_llm.data.prompt_lines import (
     ITEM_PLACEHOLDERS,
     EncodedPrompts,
@@ -31,7 +32,7 @@ from recbole_llm.data.prompt_lines import (
     LinePrompts,
     TemplateKind,
 )
-from recbole_llm.data.retriever import Retriever
+from recbole_llm.data.retriever import RecentRetriever, Retriever
 from recbole_llm.data.text import UserText
 
 _SHOW = (True, False, "history", "target")
@@ -44,6 +45,7 @@ _KIND = TemplateKind(
         "disliked_header": "",
         "history_empty": "",
         "profile": "",
+        "lens_score": "",
         "instruction": "",
         "stars_format": "{stars} ",
         "year_format": " ({year})",
@@ -65,6 +67,7 @@ _KIND = TemplateKind(
         "history_empty": set(),
         "history_item": ITEM_PLACEHOLDERS,
         "target": ITEM_PLACEHOLDERS - {"stars"},
+        "lens_score": {"lens_score"},
         "question": set(),
         "stars_format": {"stars"},
         "year_format": {"year"},
@@ -100,6 +103,8 @@ def check_prompt_config(config: Mapping[str, Any], where: str = "prompt") -> dic
         ValueError: naming the key and ``where`` it stands.
     """
     full = _KIND.check(config, where)
+    if full["lens_score"] and "{lens_score}" not in full["lens_score"]:
+        raise ValueError(f"{where}: lens_score must hold {{lens_score}}, or be empty")
     answers = full["answers"]
     pair = (
         isinstance(answers, (list, tuple)) and len(answers) == 2 and all(isinstance(a, str) for a in answers)
@@ -120,6 +125,8 @@ class PromptBuilder(LinePrompts):
         prompt_config: a template, see :func:`load_prompt_config`.
         max_prompt_tokens: longer prompts lose their oldest history.
         retriever: which earlier interactions are shown. May be replaced later.
+        lens_scores: ``lens_scores(rows) -> probabilities [B]``, what the line ``lens_score`` says of rows of the
+            dataset. May be given later, but before the first prompt.
 
     Attributes:
         assembled: whether prompts are put together from lines tokenised once; otherwise whole strings are
@@ -137,6 +144,7 @@ class PromptBuilder(LinePrompts):
         *,
         max_prompt_tokens: int,
         retriever: Retriever,
+        lens_scores: Callable[[Interaction], np.ndarray] | None = None,
     ):
         super().__init__(
             dataset,
@@ -145,6 +153,7 @@ class PromptBuilder(LinePrompts):
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )
+        self.lens_scores = lens_scores
         self._profiles = (
             UserText(dataset).profiles if self.config["show_profile"] and self.config["profile"] else None
         )
@@ -155,22 +164,31 @@ class PromptBuilder(LinePrompts):
         """(yes, no)"""
         return tuple(self.config["answers"])
 
+    @property
+    def tells_lens(self) -> bool:
+        """Whether prompts say the lens's score."""
+        return bool(self.config["lens_score"])
+
     def _sample(self) -> list[Line]:
         """One prompt with many histories and targets."""
         items, positions = self._history.item_ids, self._sample_positions()
         user = int(np.searchsorted(self._history.user_start, 0, side="right")) - 1
         *lines, question = self._lines(user, int(items[0]), positions)
-        return [*lines, *(("target", item) for item in items[positions].tolist()), question]
+        scores = [("lens_score", f"{cent / 100:.2f}") for cent in range(101)] if self.tells_lens else []
+        return [*lines, *(("target", item) for item in items[positions].tolist()), *scores, question]
 
     # ------------------------------------------------------------------ lines
 
-    def _lines(self, user: int, item: int, positions: np.ndarray, *, cut: bool = False) -> list[Line]:
+    def _lines(
+        self, user: int, item: int, positions: np.ndarray, score: str | None = None, *, cut: bool = False
+    ) -> list[Line]:
         """The lines of one prompt.
 
         Args:
             user: internal user id.
             item: internal id of the target.
             positions: the history to show, ascending in time.
+            score: the lens's, as the prompt says it; ``None``: no such line.
             cut: whether there is more history than that; if so, an empty one is not called empty.
         """
         lines: list[Line] = [("instruction",)] if self.config["instruction"] else []
@@ -185,7 +203,8 @@ class PromptBuilder(LinePrompts):
             lines += self._block("liked_header", positions[liked]) + self._block(
                 "disliked_header", positions[~liked]
             )
-        return [*lines, ("target", item), ("question",)]
+        lens = [] if score is None else [("lens_score", score)]
+        return [*lines, ("target", item), *lens, ("question",)]
 
     def _block(self, header: str, positions: np.ndarray) -> list[Line]:
         if not len(positions):
@@ -205,6 +224,8 @@ class PromptBuilder(LinePrompts):
             text = template.format(**values)
         elif kind == "profile":
             text = template.format(profile=self._profiles[about[0]])
+        elif kind == "lens_score":
+            text = template.format(lens_score=about[0])
         elif kind in ("history_item", "target"):
             text = self._item_text(template, kind.removesuffix("_item"), *about)
         else:
@@ -221,10 +242,11 @@ class PromptBuilder(LinePrompts):
         """Token ids of each row's prompt, at most ``max_prompt_tokens`` long.
 
         Args:
-            interaction: rows of the dataset, with ``user_id``, ``item_id`` and ``history_end``.
+            interaction: rows of the dataset, with ``user_id``, ``item_id`` and ``history_end``; where there is
+                ``recent_text`` (:meth:`HistoryDataset.mixed`), it says whose history is the recent one.
 
         Raises:
-            ValueError: if a prompt is too long even without any history.
+            ValueError: if a prompt is too long even without any history, or is to say a score that nobody gives.
         """
         prompts = [self._fit_row(*row) for row in self._rows(interaction)]
         return EncodedPrompts([ids for ids, _, _ in prompts], sum(shortened for _, _, shortened in prompts))
@@ -234,22 +256,40 @@ class PromptBuilder(LinePrompts):
         _, lines, _ = self._fit_row(*self._rows(interaction[i : i + 1])[0])
         return self._full_text(lines)
 
-    def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray]]:
+    def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray, str | None]]:
+        """User, target, positions of the history to show, and the lens's score in words of each row."""
         users, items, ends = (
             interaction[field].cpu().numpy()
             for field in (self._dataset.uid_field, self._dataset.iid_field, HISTORY_END)
         )
         found = self.retriever.positions(users, items, ends)
+        if RECENT_TEXT in interaction:
+            latest = RecentRetriever(self._history, self.retriever.k).positions(users, items, ends)
+            found = np.where(interaction[RECENT_TEXT].cpu().numpy()[:, None] > 0, latest, found)
         return [
-            (user, item, row[row >= 0])
-            for user, item, row in zip(users.tolist(), items.tolist(), found, strict=True)
+            (user, item, row[row >= 0], score)
+            for user, item, row, score in zip(
+                users.tolist(), items.tolist(), found, self._scores(interaction), strict=True
+            )
         ]
 
-    def _fit_row(self, user: int, item: int, positions: np.ndarray) -> tuple[np.ndarray, list[Line], bool]:
+    def _scores(self, interaction: Interaction) -> list[str | None]:
+        """The lens's probability of each row to two decimals, as the prompt says it; ``None`` where it does not."""
+        if not self.tells_lens:
+            return [None] * len(interaction)
+        if self.lens_scores is None:
+            raise ValueError(
+                "the prompt's line lens_score says the score of a lens, and there is none: set lens: DIN"
+            )
+        return [f"{score:.2f}" for score in np.asarray(self.lens_scores(interaction)).tolist()]
+
+    def _fit_row(
+        self, user: int, item: int, positions: np.ndarray, score: str | None
+    ) -> tuple[np.ndarray, list[Line], bool]:
         """Token ids and lines of one prompt, and whether history had to be dropped."""
         return self._fit(
             positions,
-            lambda left, cut: self._lines(user, item, left, cut=cut),
+            lambda left, cut: self._lines(user, item, left, score, cut=cut),
             lambda: (
                 f"user {self._name(self._dataset.uid_field, user)} and item "
                 f"{self._name(self._dataset.iid_field, item)}"

@@ -80,6 +80,10 @@ class Lens(nn.Module):
 
     forward = represent
 
+    def probability(self, interaction: Interaction) -> Tensor:
+        """What the lens itself predicts for each row of labelled data, ``[B]`` float64, on its device."""
+        return torch.sigmoid(self.represent(interaction)[1].double())
+
     @torch.no_grad()
     def score_items(self, interaction: Interaction) -> Tensor:
         """How well every item would follow each row's history, in the next-item task.

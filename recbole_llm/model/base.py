@@ -58,6 +58,7 @@ class LLMRecommender(SequentialRecommender):
     Attributes:
         task: the value of the key ``task`` that the model is made for.
         gated: whether the adapter's update depends on the row.
+        lora_given: whether A and B come from another run (``lora_from``) and are not trained.
         tokens_processed: tokens that went through the LLM so far, padding not counted.
         rows_shortened: prompts that lost history because they were too long.
     """
@@ -93,6 +94,8 @@ class LLMRecommender(SequentialRecommender):
                 instance_size=instance_size if self.gated else 1,
             ),
         )
+        self.lora_given = config["lora_from"] is not None
+        self.adapter.train_lora(not self.lora_given)
         self.llm = self.adapter.peft_model  # registered, so that .to() and .parameters() reach it
         if config["torch_compile"]:
             for layer in self.adapter.model.get_decoder().layers:
@@ -107,8 +110,9 @@ class LLMRecommender(SequentialRecommender):
         return {}
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Trained parameters by group: ``lora``, ``gate`` and those of :meth:`own_parameters`; no empty group."""
-        groups = {"lora": self.adapter.lora_parameters(), "gate": self.adapter.gate_parameters()}
+        """Trained parameters by group: ``lora`` unless given, ``gate``, :meth:`own_parameters`; no empty group."""
+        lora = {} if self.lora_given else self.adapter.lora_parameters()
+        groups = {"lora": lora, "gate": self.adapter.gate_parameters()}
         return {name: params for name, params in (groups | self.own_parameters()).items() if params}
 
     def trained_state(self) -> dict[str, Tensor]:

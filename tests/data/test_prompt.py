@@ -359,7 +359,8 @@ def test_templates_are_checked(changes, message):
 
 def test_a_template_that_does_not_exist_is_named():
     with pytest.raises(
-        FileNotFoundError, match=r"'nothing' is neither a yaml file nor one of \['movie_ctr', 'tallrec'"
+        FileNotFoundError,
+        match=r"'nothing' is neither a yaml file nor one of \['movie_ctr', 'movie_ctr_lens', 'tallrec'",
     ):
         load_prompt_config("nothing")
 
