@@ -46,7 +46,7 @@ def settings(data_path, tmp_path, monkeypatch):
 def rows_and_model(settings: dict, **given) -> tuple[CTRDataset, SIM]:
     config = Config("SIM", "toy", config_dict={**settings, **NETWORK, **given})
     train = CTRDataset(config).build()[0]
-    assert conventional_parts(config, train) == {}
+    assert conventional_parts(config, train)[0] == {}
     torch.manual_seed(0)
     return train, SIM(config, train)
 
@@ -131,7 +131,7 @@ def test_run_with_titles(settings, how):
     assert 0 < result["metrics"]["test"]["auc"] < 1
     config = Config("SIM", "toy", config_dict={**options, "item_fields": ["item_id"]})
     train = CTRDataset(config).build()[0]
-    model = SIM(config, train, **conventional_parts(config, train))
+    model = SIM(config, train, **conventional_parts(config, train)[0])
     fields = model.fields.field_names["item"]
     assert fields == (["item_id"] if how == "add" else [])
     assert model.embed_items(torch.arange(4)).shape == (4, 8 * (1 + len(fields)))
@@ -153,6 +153,7 @@ def test_run_as_a_baseline(settings, how, monkeypatch):
     assert saved["task"] == "ctr" and saved["rows"]["train"] == 640 and saved["rows"]["few_shot"] is None
     assert {"auc", "logloss", "acc", "gauc"} == set(saved["metrics"]["test"])
     assert saved["config"]["id_retrieval"] == how
+    assert (saved["backbone"] or {}).get("name") == ("tiny" if how == "semantic" else None)
     with np.load(Path(result["path"]).with_name("test_rows.npz")) as file:
         assert len(np.unique(file["model_score"])) > 40 and len(file["model_score"]) == 80
 
