@@ -145,18 +145,19 @@ def item_vectors(config: Config, tokens: list[np.ndarray], backbone: Backbone) -
     return vectors
 
 
-def conventional_parts(config: Config, dataset: HistoryDataset) -> dict:
+def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, dict | None]:
     """What the class of a conventional model of ours asks for beside configuration and rows.
 
     The ID history becomes the one that ``id_retrieval`` says, if the class reads that key.
 
     Returns:
-        Arguments of its constructor: ``item_vectors``, or nothing.
+        Arguments of its constructor (``item_vectors``, or nothing), and the identity of the LLM that was asked, if
+        any was.
 
     Raises:
         ValueError: if vectors of titles are wanted, and the data has no titles.
     """
-    model_class = config.model_class
+    model_class, identity = config.model_class, {}
 
     @functools.cache
     def vectors() -> np.ndarray:
@@ -174,12 +175,19 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> dict:
             texts=dataset.item_texts(),
             seed=config["seed"],
         )
+        identity.update(
+            name=backbone.name,
+            sha256=backbone.sha256,
+            source=backbone.source,
+            dtype=str(backbone.dtype).removeprefix("torch."),
+        )
         return item_vectors(config, item_token_ids(dataset.item_text(), backbone.tokenizer), backbone)
 
     if "id_retrieval" in getattr(model_class, "reads", ()):
         set_id_retrieval(config, dataset, vectors)
     wanted = getattr(model_class, "wants_item_vectors", None)
-    return {"item_vectors": vectors()} if wanted is not None and wanted(config) else {}
+    arguments = {"item_vectors": vectors()} if wanted is not None and wanted(config) else {}
+    return arguments, identity or None
 
 
 def set_id_retrieval(

@@ -53,12 +53,12 @@ def run(config: Config, run_folder: Path) -> dict:
         for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))
     } | available
     with stage(seconds, "item_vectors"):
-        parts = conventional_parts(config, dataset)
+        arguments, backbone = conventional_parts(config, dataset)
     model_class = config.model_class
     if hasattr(model_class, "for_task"):
         model_class = model_class.for_task(config["task"])
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    model = model_class(config, train_data._dataset, **parts).to(config["device"])
+    model = model_class(config, train_data._dataset, **arguments).to(config["device"])
     logger.info(model)
     if config["dry_run"]:
         lines = [f"dry run: {config['model']} on {config['dataset']}", f"device: {config['device']}"]
@@ -97,6 +97,7 @@ def run(config: Config, run_folder: Path) -> dict:
         valid=valid,
         test=test,
         rows=rows,
+        backbone=backbone,
         eval_rows=config["eval_rows"],
         seconds=seconds,
         bootstrap_samples=config["bootstrap_samples"],

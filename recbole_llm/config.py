@@ -417,13 +417,14 @@ class Config(RecBoleConfig):
         # RecBole asks for the memory of a CUDA device wherever use_gpu is set.
         final["use_gpu"] = on_cuda
         final["gpu_id"] = str(final["gpu_id"] or "")
-        if self.is_own and not on_cuda:
+        if not on_cuda:
             for key, value, remedy in (
                 ("quantization", ("8bit", "4bit"), "leave it out (~)"),
                 ("dtype", ("float16",), "use float32, bfloat16 or auto"),
                 ("autocast_dtype", ("float16",), "use bfloat16 or leave it out (~)"),
             ):
-                if final[key] in value:
+                read = self.is_own or key in getattr(self.model_class, "reads", ())
+                if read and final[key] in value:
                     raise ValueError(
                         f"{self._said(key)} needs a CUDA device, this run is on the CPU: {remedy}"
                     )

@@ -95,20 +95,27 @@ class LensDIN(DIN):
     Args:
         config: the lens's own configuration (see ``properties/lens/DIN.yaml``).
         dataset: the training rows.
+        titles: a further field of items, by id: a module with ``embedding_dim``.
+        without: fields of items that are left out.
     """
 
     gate_scopes = ("user_item", "user")
 
-    def __init__(self, config, dataset) -> None:
+    def __init__(
+        self, config, dataset, titles: nn.Module | None = None, without: tuple[str, ...] = ()
+    ) -> None:
         SequentialRecommender.__init__(self, config, dataset)
         self.LABEL_FIELD = config["LABEL_FIELD"]
         d = config["embedding_size"]
         fields = {side: choose_fields(dataset, side, config[f"{side}_fields"]) for side in ("user", "item")}
-        if not fields["item"]:
+        fields["item"] = [field for field in fields["item"] if field not in without]
+        if not fields["item"] and titles is None:
             raise ValueError("lens_config item_fields: a DIN needs at least one item field")
 
         self.fields = FieldEmbedding(dataset, fields, d, config["pooling_mode"])
+        self.titles = titles
         items, users = self.fields.width("item"), self.fields.width("user")
+        items += 0 if titles is None else titles.embedding_dim
         rated = config["lens_ratings"] and dataset.history.ratings is not None
         self.ratings = RatingLevels(dataset.history.ratings) if rated else None
         if self.ratings is not None:
@@ -125,6 +132,11 @@ class LensDIN(DIN):
         self.widths = {"user_item": tower[-1], "user": d + users}
         self.apply(self._init_weights)
 
+    def embed_items(self, items: Tensor) -> Tensor:
+        """``x(i)`` of items, ``[N]`` -> ``[N, F d]``, the titles last."""
+        fields = self.fields("item", items)
+        return fields if self.titles is None else torch.cat([fields, self.titles(items)], dim=-1)
+
     def embed_history(self, interaction: Interaction) -> Tensor:
         """``h_j`` of every position, ``[B, L, d]``; padded positions hold the padding item's.
 
@@ -136,7 +148,7 @@ class LensDIN(DIN):
         if self.ratings is not None:
             pairs = pairs * levels + self.ratings(interaction[self.RATING_SEQ], pairs != 0)
         distinct, place = torch.unique(pairs, return_inverse=True)
-        parts = [self.fields("item", distinct // levels)]
+        parts = [self.embed_items(distinct // levels)]
         if self.ratings is not None:
             parts.append(self.rating_embedding(distinct % levels))
         return F.embedding(place, torch.relu(self.history_projection(torch.cat(parts, dim=-1))))
@@ -146,7 +158,7 @@ class LensDIN(DIN):
         lengths = interaction[self.ITEM_SEQ_LEN]
         history = self.embed_history(interaction)
         user = self.fields("user", interaction[self.USER_ID])
-        item = self.fields("item", interaction[self.ITEM_ID])
+        item = self.embed_items(interaction[self.ITEM_ID])
         target = self.target_projection(item)
         interest = self.attention(target, history, lengths)
         final = self.dnn_mlp_layers(torch.cat([interest, item, interest * target, user], dim=-1))
@@ -175,4 +187,4 @@ class LensDIN(DIN):
 
     def item_vectors(self) -> Tensor:
         """The embedded fields of every item, ``[n_items, F d]``; row 0 is the padding item."""
-        return self.fields("item", torch.arange(self.n_items, device=self.history_projection.weight.device))
+        return self.embed_items(torch.arange(self.n_items, device=self.history_projection.weight.device))

@@ -9,8 +9,12 @@ Reference:
 
 from __future__ import annotations
 
+import numpy as np
+
+from recbole_llm.keys import Choice, Key, Whole
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.model.conventional import Conventional
+from recbole_llm.model.title_embedding import TitleEmbedding
 
 
 class SIM(Conventional, LensDIN):
@@ -23,11 +27,41 @@ class SIM(Conventional, LensDIN):
         id_retrieval: category    S = the last k of H that share a genre with the target          hard search
         logit                     = LensDIN(user, S in time order, target)
 
+    With ``item_vectors``, the projected vector ``P(v(i))`` (:class:`TitleEmbedding`) is one more field of an item
+    (``add``), or takes the place of its ID (``replace``).
+
     The search itself is the dataset's (:mod:`recbole_llm.data.retriever`). As a lens (``lens: SIM``) it is read
-    like the DIN; as every state of it depends on the target, the gate's scope is ``user_item``.
+    like the DIN, without ``item_vectors``; as every state depends on the target, the gate's scope is ``user_item``.
+
+    Args:
+        config: the run's configuration, or the lens's own.
+        dataset: the training rows.
+        item_vectors: ``[n_items, d]``, row 0 is the padding item; ``None`` where the key is not set.
     """
 
     tasks = ("ctr",)
     reads = ("id_retrieval", "lens_ratings", "backbone", "dtype", "quantization")
+    keys = {
+        "item_vectors": Key(
+            "what the LLM's vectors do to the items", Choice("replace", "add"), optional=True
+        ),
+        "projector_layers": Key("layers of the projector beyond the first", Whole(0)),
+    }
     retrieval = "semantic"
     """``id_retrieval`` of a run with this lens, unless it is given."""
+
+    def __init__(self, config, dataset, item_vectors: np.ndarray | None = None) -> None:
+        if item_vectors is None:
+            super().__init__(config, dataset)
+            return
+        width, layers = config["embedding_size"], config["projector_layers"]
+        super().__init__(
+            config,
+            dataset,
+            titles=TitleEmbedding(item_vectors, width, layers, ids=False),
+            without=(dataset.iid_field,) if config["item_vectors"] == "replace" else (),
+        )
+
+    @classmethod
+    def wants_item_vectors(cls, config) -> bool:
+        return config["item_vectors"] is not None

@@ -46,7 +46,7 @@ def settings(data_path, tmp_path, monkeypatch):
 def rows_and_model(settings: dict, **given) -> tuple[CTRDataset, SIM]:
     config = Config("SIM", "toy", config_dict={**settings, **NETWORK, **given})
     train = CTRDataset(config).build()[0]
-    assert conventional_parts(config, train) == {}
+    assert conventional_parts(config, train)[0] == {}
     torch.manual_seed(0)
     return train, SIM(config, train)
 
@@ -98,6 +98,47 @@ def test_the_score_is_that_of_the_lens_din_on_the_retrieved_history(settings):
     assert not torch.allclose(model.predict(train[[3, 200, 600]]), found)  # the history matters
 
 
+def test_the_title_is_one_more_field_and_else_it_is_the_din(settings):
+    train, din = rows_and_model(settings)
+    config = Config("SIM", "toy", config_dict={**settings, **NETWORK, "item_vectors": "add"})
+    vectors = np.random.default_rng(0).normal(size=(train.item_num, 5))
+    torch.manual_seed(2)
+    model = SIM(config, train, item_vectors=vectors).double().eval()
+    items = torch.tensor([0, 3, 9])
+    known, found = model.fields("item", items), model.embed_items(items)
+    torch.testing.assert_close(found, torch.cat([known, model.titles(items)], dim=1))
+    assert (found[0, -8:] == 0).all() and (found[1:, -8:] != 0).all()
+    # With weights of 0 for what is new, the parameters of a DIN give a DIN's scores.
+    width, state = known.shape[1], din.double().eval().state_dict()
+    new = {"history_projection.weight": width, "target_projection.weight": width}
+    new["dnn_mlp_layers.mlp_layers.1.weight"] = 8 + width  # behind the interest
+    for name, at in new.items():
+        left, right = state[name][:, :at], state[name][:, at:]
+        state[name] = torch.cat([left, torch.zeros(len(left), 8).double(), right], dim=1)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and {name.split(".")[0] for name in missing} == {"titles"}
+    batch = train[[3, 200, 600]]
+    torch.testing.assert_close(model.predict(batch), din.predict(batch), rtol=1e-12, atol=0)
+    with torch.no_grad():
+        model.target_projection.weight[:, width:] = 1
+    assert not torch.allclose(model.predict(batch), din.predict(batch))
+
+
+@pytest.mark.parametrize("how", ["add", "replace"])
+def test_run_with_titles(settings, how):
+    options = {**settings, **NETWORK, "item_vectors": how, "id_retrieval": "recent", "epochs": 1}
+    result = run_recbole_llm("SIM", "toy", config_dict=options)
+    assert 0 < result["metrics"]["test"]["auc"] < 1
+    config = Config("SIM", "toy", config_dict={**options, "item_fields": ["item_id"]})
+    train = CTRDataset(config).build()[0]
+    model = SIM(config, train, **conventional_parts(config, train)[0])
+    fields = model.fields.field_names["item"]
+    assert fields == (["item_id"] if how == "add" else [])
+    assert model.embed_items(torch.arange(4)).shape == (4, 8 * (1 + len(fields)))
+    model.calculate_loss(train[[0, 5]]).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.titles.projector.parameters())
+
+
 def model_config(settings: dict) -> Config:
     return Config("SIM", "toy", config_dict={**settings, **NETWORK})
 
@@ -112,6 +153,7 @@ def test_run_as_a_baseline(settings, how, monkeypatch):
     assert saved["task"] == "ctr" and saved["rows"]["train"] == 640 and saved["rows"]["few_shot"] is None
     assert {"auc", "logloss", "acc", "gauc"} == set(saved["metrics"]["test"])
     assert saved["config"]["id_retrieval"] == how
+    assert (saved["backbone"] or {}).get("name") == ("tiny" if how == "semantic" else None)
     with np.load(Path(result["path"]).with_name("test_rows.npz")) as file:
         assert len(np.unique(file["model_score"])) > 40 and len(file["model_score"]) == 80
 
@@ -147,6 +189,12 @@ def test_run_as_a_lens_and_beside_other_models(settings, capsys):
         ("SIM", {"lens_config": {"epochs": 1}}, "lens_config=.* SIM does not read this"),
         ("SIM", {"few_shot": 5}, "few_shot=5 .*SIM does not read this"),
         ("SIM", {"id_retrieval": "nearest"}, "one of recent, semantic, category"),
+        (
+            "SIM",
+            {"item_vectors": "initialise"},
+            "item_vectors='initialise' .*expected one of replace, add or ~",
+        ),
+        ("RecLoRA", {"lens": "SIM", "lens_config": {"item_vectors": "add"}}, "has no key 'item_vectors'"),
         ("SIM", {"item_fields": "none"}, "at least one item field"),
         ("SIM", {"text": {**TEXT, "title": None}}, "SIM reads the titles of items"),
         (

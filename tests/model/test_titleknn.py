@@ -92,6 +92,7 @@ def test_run(settings, options):
     saved = json.loads(Path(result["path"]).read_text())
     metric = "auc" if options.get("task") == "ctr" else "ndcg@10"
     assert 0 < saved["metrics"]["test"][metric] <= 1 and 0 < saved["metrics"]["valid"][metric] <= 1
+    assert saved["backbone"]["name"] == "tiny" and len(saved["backbone"]["sha256"]) == 64
     assert saved["task"] == options.get("task", "next_item")
     with np.load(Path(result["path"]).with_name("test_rows.npz")) as file:
         if metric == "auc":
@@ -117,9 +118,9 @@ def test_vectors_are_computed_once_for_weights_and_texts(settings, monkeypatch):
     config = Config("TitleKNN", "toy", config_dict=settings)
     dataset = create_dataset(config)
     dataset.build()
-    first = conventional_parts(config, dataset)["item_vectors"]
+    first = conventional_parts(config, dataset)[0]["item_vectors"]
     monkeypatch.setattr("recbole_llm.assembly.mean_pooled_vectors", lambda *a, **k: pytest.fail("again"))
-    np.testing.assert_array_equal(conventional_parts(config, dataset)["item_vectors"], first)
+    np.testing.assert_array_equal(conventional_parts(config, dataset)[0]["item_vectors"], first)
     assert first.shape[0] == dataset.item_num and np.isfinite(first).all()
 
 
@@ -131,6 +132,7 @@ def test_vectors_are_computed_once_for_weights_and_texts(settings, monkeypatch):
         ({"lora_r": 4}, "lora_r=4 .*TitleKNN does not read this"),
         ({"centre_vectors": True}, "did you mean center_vectors"),
         ({"text": {**TEXT, "title": None}}, "TitleKNN reads the titles of items"),
+        ({"dtype": "float16"}, "dtype='float16' .* needs a CUDA device"),
         ({"backbone": "/nowhere/model"}, "/nowhere/model"),
     ],
 )
