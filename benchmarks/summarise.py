@@ -96,8 +96,9 @@ def main() -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         kept = [{key: result[key] for key in KEPT if key in result} for result in results]
         for run, result in zip(folders, kept, strict=True):
-            if (run / "comparison.json").is_file():
-                result["comparison"] = json.loads((run / "comparison.json").read_text())
+            if (run / "compare.json").is_file():
+                compared = json.loads((run / "compare.json").read_text())
+                result["comparison"] = {key: compared[key] for key in ("subject", "differences", "failed")}
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 

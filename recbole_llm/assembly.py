@@ -34,7 +34,9 @@ from recbole_llm.data import (
     HistoryDataset,
     PromptBuilder,
     RecentRetriever,
+    Retriever,
     SemanticRetriever,
+    ShuffledRetriever,
     TitlePromptBuilder,
     draw_candidates,
     draw_rows,
@@ -68,6 +70,10 @@ VOLATILE_KEYS = frozenset(
         "use_gpu",
         "bootstrap_samples",
         "compare_with",
+        "seeds",
+        "subject",
+        "controls",
+        "preset",
         "log_wandb",
         "wandb_project",
     }
@@ -81,6 +87,7 @@ class Assembly:
     Attributes:
         train, valid, test: the rows that the language model is trained and evaluated on (after ``few_shot``,
             ``mixed_training`` and ``eval_rows``); ``sizes`` has the sizes before and after.
+        full_train: all training rows, those of the lens.
         candidates: what the targets are ranked among, by split; ``None`` without stored candidates.
         item_counts: how often each item is the target of a training row, ``[n_items]``.
         identities: hashes of data, backbone, lens and configuration, by name.
@@ -92,6 +99,7 @@ class Assembly:
     train: HistoryDataset
     valid: HistoryDataset
     test: HistoryDataset
+    full_train: HistoryDataset
     backbone: Backbone
     lens: Lens | None
     prompts: PromptBuilder | TitlePromptBuilder
@@ -323,6 +331,7 @@ def assemble(
         train=train,
         valid=rows.valid,
         test=rows.test,
+        full_train=rows.full_train,
         backbone=backbone,
         lens=lens,
         prompts=prompts,
@@ -338,6 +347,13 @@ def assemble(
     )
 
 
+def template(config: Config, load: Callable[[str], dict]) -> dict:
+    """The prompt's template, with what the configuration changes of it."""
+    settings = load(config["prompt"])
+    hidden = config["obfuscate_titles"]
+    return settings if hidden is None else {**settings, "obfuscate_titles": hidden}
+
+
 def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, seconds) -> tuple:
     """Prompts and lens of the labelled task; either may need vectors of the other for semantic retrieval."""
     dataset = rows.dataset
@@ -345,7 +361,7 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
         prompts = PromptBuilder(
             dataset,
             backbone.tokenizer,
-            load_prompt_config(config["prompt"]),
+            template(config, load_prompt_config),
             max_prompt_tokens=config["max_prompt_tokens"],
             retriever=RecentRetriever(dataset.history, config["text_history_length"]),
         )
@@ -361,6 +377,8 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
     if config["text_retrieval"] == "semantic":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
         prompts.retriever = SemanticRetriever(dataset.history, config["text_history_length"], source)
+    if config["shuffle_history"]:
+        prompts.retriever = ShuffledRetriever(prompts.retriever, config["eval_seed"])
     if prompts.tells_lens:
         if lens is None:
             raise ValueError(
@@ -382,12 +400,15 @@ def _title_prompts(config: Config, rows: Rows, backbone: Backbone, candidates) -
                 for name in ("row_ids", "items", "targets")
             )
         ).of
+    retriever: Retriever = RecentRetriever(rows.dataset.history, config["text_history_length"])
+    if config["shuffle_history"]:
+        retriever = ShuffledRetriever(retriever, config["eval_seed"])
     return TitlePromptBuilder(
         rows.dataset,
         backbone.tokenizer,
-        load_title_prompt_config(config["prompt"]),
+        template(config, load_title_prompt_config),
         max_prompt_tokens=config["max_prompt_tokens"],
-        retriever=RecentRetriever(rows.dataset.history, config["text_history_length"]),
+        retriever=retriever,
         candidates=listed,
     )
 

@@ -45,6 +45,7 @@ def run(config: Config, run_folder: Path) -> dict:
         if isinstance(dataset, HistoryDataset):
             splits = dataset.build()
             available = {"valid_available": len(splits[1]), "test_available": len(splits[2])}
+            full_train = splits[0]
             train_data, valid_data, test_data = our_loaders(config, dataset, splits)
         else:
             train_data, valid_data, test_data = data_preparation(config, dataset)
@@ -85,6 +86,8 @@ def run(config: Config, run_folder: Path) -> dict:
     with stage(seconds, "test"):
         test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
     rows = named_rows(dataset, trainer.eval_collector.rows()) if keeps_rows else None
+    if isinstance(dataset, HistoryDataset):
+        rows |= facts_of(rows, test_data._dataset, full_train)
     result = build_result(
         model=config["model"],
         name=config["run_name"],
@@ -102,6 +105,9 @@ def run(config: Config, run_folder: Path) -> dict:
         seconds=seconds,
         bootstrap_samples=config["bootstrap_samples"],
         n_items=dataset.item_num - 1,
+        extra={
+            "trained_parameters": {"model": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        },
     )
     return {**result, "path": str(write_result(run_folder, result, rows))}
 
@@ -152,3 +158,13 @@ def named_rows(dataset, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     column = "score" if "score" in named else "rank"
     named[f"model_{column}"] = named.pop(column)
     return named
+
+
+def facts_of(
+    rows: dict[str, np.ndarray], test: HistoryDataset, train: HistoryDataset
+) -> dict[str, np.ndarray]:
+    """:meth:`HistoryDataset.row_facts` of evaluated rows, in their order."""
+    row_ids = test.inter_feat["row_id"].numpy()
+    order = np.argsort(row_ids, kind="stable")
+    place = order[np.searchsorted(row_ids[order], rows["row_id"])]
+    return {name: values[place] for name, values in test.row_facts(train).items()}

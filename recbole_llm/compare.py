@@ -1,43 +1,103 @@
-"""Several models on the same rows and candidates, after the model of a run: ``compare_with``.
+"""Several models, with several seeds, on the same rows and candidates: which runs there are, and running them.
 
-Each model is a run of its own, in a folder below the first one's, with its own defaults. What decides which rows are
-seen and what targets are ranked among is taken over from the first; what makes the first one's adapter is not, and
-RecBole's own models keep their own way of being trained. A finished run is not repeated when the command is resumed.
+Two ways lead here. ``--model=DIN,TALLRec,RecLoRA --seeds=3`` compares models as equals, in a folder of their own.
+``compare_with`` adds models to a single run, in a folder below it. Either way each (model, seed) is a run of its own
+with its own defaults and its own folder; what decides which rows are seen and what targets are ranked among is the
+same for all; a finished run is not repeated, a failing one is reported and the others go on. What follows from the
+runs is worked out from their files alone (:mod:`recbole_llm.evaluation.comparison`), at any time: ``--report``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from recbole_llm.config import Config, parse_value
-from recbole_llm.evaluation import bootstrap, bootstrap_ranks, delong, holm, mcnemar, write_json
+import recbole_llm
+from recbole_llm.assembly import VOLATILE_KEYS, lasting_configuration
+from recbole_llm.config import Config, given_values, parse_value
+from recbole_llm.controls import control_models
+from recbole_llm.evaluation import FinishedRun, build_comparison, load_run, write_json, write_report
 from recbole_llm.keys import KEYS
 from recbole_llm.registry import get_model, is_own
 
 logger = logging.getLogger(__name__)
 
-FILE = "comparison.json"
+PLAN_FILE = "plan.json"
 FOLDER = "compare"
 RESULT_FILE = "result.json"
-ROWS_FILE = "test_rows.npz"
 
-# Of the first run only, or of its adapter.
-_OF_THE_RUN = ("model", "dataset", "compare_with", "resume", "run_name", "output_dir", "checkpoint_dir")
+# Of a single run only.
+_OF_THE_RUN = (
+    "model", "dataset", "compare_with", "resume", "run_name", "output_dir", "checkpoint_dir", "seeds", "subject",
+    "controls", "preset",
+)  # fmt: skip
+# What makes the first model's adapter, where other models join a single run.
 _OF_THE_ADAPTER = (
     "mixer", "gate", "num_experts", "temperature", "top_k", "share_gate", "gate_dropout", "gate_learning_rate",
     "curriculum", "lens_residual", "prompt", "mixed_training", "lora_from",
 )  # fmt: skip
-# How a model is trained: RecBole's own models go by their own defaults.
+# How a model is trained: RecBole's own models that join a single run go by their own defaults.
 _OF_THE_TRAINING = (
     "epochs", "train_batch_size", "learning_rate", "weight_decay", "learner", "eval_step", "stopping_step",
     "clip_grad_norm", "loss_type",
 )  # fmt: skip
+# What decides which rows are tested and what their targets are ranked among, and by what they are measured.
+_OF_THE_ROWS = (
+    "task", "eval_rows", "eval_seed", "min_history", "history_ties", "history_scope", "min_rating", "user_split",
+    "eval_mode", "num_negatives", "negatives", "candidate_seed", "bootstrap_samples", "threshold", "eval_args", "topk",
+    "metrics", "valid_metric",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One model with one seed.
+
+    Attributes:
+        text: the model as it was asked for, ``"iLoRA gate=uniform"``; its name in the comparison.
+        config: its configuration.
+        folder: where its result is, or will be.
+    """
+
+    text: str
+    config: Config
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has a result."""
+        return (self.folder / RESULT_FILE).is_file()
+
+    def __str__(self) -> str:
+        return f"{self.text}, seed {self.config['seed']}"
+
+
+def split_models(text: str) -> list[str]:
+    """``"DIN,RecLoRA gate=uniform"`` -> the models; a comma inside brackets or quotes does not separate.
+
+    >>> split_models("DIN, RecLoRA target_modules=[q_proj,v_proj],Pop")
+    ['DIN', 'RecLoRA target_modules=[q_proj,v_proj]', 'Pop']
+    """
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:
@@ -51,62 +111,9 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
-            raise ValueError(f"compare_with: cannot read {change!r} in {text!r}; write 'NAME key=value'")
+            raise ValueError(f"cannot read {change!r} in the model {text!r}; write 'NAME key=value'")
         values[key] = parse_value(value, key)
     return name, values
-
-
-def config_for(first: Config, text: str, folder: Path) -> Config:
-    """The configuration of one more model on the rows of ``first``; its run will be in ``folder``."""
-    name, changes = parse_model(text)
-    own = is_own(get_model(name))
-    left_out = {*_OF_THE_RUN, *_OF_THE_ADAPTER}
-    if not own:
-        left_out |= {*_OF_THE_TRAINING} | {key for key, known in KEYS.items() if known.llm}
-    given = {key: value for key, value in first.external_config_dict.items() if key not in left_out}
-    # Defaults of the first model that decide rows and candidates hold for all.
-    locked = {key for key, known in KEYS.items() if not known.llm} | {
-        "eval_args",
-        "topk",
-        "metrics",
-        "valid_metric",
-    }
-    locked -= {*_OF_THE_RUN, "device", "dry_run", "cache_dir"}
-    for key in sorted(locked):
-        value = first[key]
-        if key in changes and changes[key] != value:
-            raise ValueError(
-                f"compare_with: {text!r} changes {key}, which decides rows or candidates and must be the same for all"
-            )
-        given[key] = {k: v for k, v in value.items() if k != "mode"} if _mode_follows(first, key) else value
-    given |= changes | {"run_name": text, "output_dir": str(folder)}
-    return Config(name, first.dataset, config_dict=given)
-
-
-def _mode_follows(first: Config, key: str) -> bool:
-    return key == "eval_args" and first["task"] == "next_item"
-
-
-def check_models(first: Config, folder: Path) -> list[tuple[str, Config]]:
-    """The configurations of all models to compare with, so that a mistake shows before anything is computed.
-
-    Raises:
-        ValueError: for a model that cannot be run, or where models would not be tested on the same rows.
-    """
-    wanted = first["compare_with"]
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted or [])
-    redrawn = first["task"] == "next_item" and first["eval_mode"] not in ("candidates", "full")
-    if wanted and (redrawn or first["task"] is None):
-        what = (
-            f"eval_mode: {first['eval_mode']} draws other negatives for every model; use candidates or full"
-            if redrawn
-            else "RecBole's own protocols keep no rows to compare on; set task: ctr or task: next_item"
-        )
-        if "compare_with" in first.origins:
-            raise ValueError(f"compare_with: {what}")
-        logger.warning("compare_with: %s is left out, %s", ", ".join(wanted), what)
-        wanted = []
-    return [(text, config_for(first, text, folder / FOLDER / slug(text))) for text in wanted]
 
 
 def slug(text: str) -> str:
@@ -114,124 +121,330 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-._=" else "-" for c in text)
 
 
-def run_others(
-    first: Config, models: Sequence[tuple[str, Config]], folder: Path, run: Callable[[Config, Path], dict]
-) -> list[dict]:
-    """Run every model that has no result yet; a failing one is reported and the others go on.
+def config_for(
+    first: Config, text: str, given: Mapping[str, Any], folder: Path, seed: int | None = None
+) -> Config:
+    """The configuration of one model on the rows of ``first``.
 
     Args:
-        first: the configuration of the first model, whose run in ``folder`` is finished.
-        models: from :func:`check_models`.
-        folder: the first model's run.
-        run: trains and tests one configuration in a given folder, and returns its result.
-
-    Returns:
-        The results that there are, in order.
-    """
-    results = []
-    for text, config in models:
-        where = folder / FOLDER / slug(text)
-        finished = where / RESULT_FILE
-        if finished.is_file():
-            logger.info("%s: finished before, %s", text, finished)
-            results.append({**json.loads(finished.read_text(encoding="utf-8")), "path": str(finished)})
-            continue
-        where.mkdir(parents=True, exist_ok=True)
-        if (where / "last.safetensors").is_file():
-            config["resume"] = str(where)
-        try:
-            results.append(run(config, where))
-        except KeyboardInterrupt:
-            logger.warning(
-                "interrupted; what is finished is kept: repeat the command with --resume=%s", folder
-            )
-            raise
-        except (ValueError, OSError) as error:
-            logger.error("%s failed and is left out of the comparison: %s", text, error)
-    return results
-
-
-def compare_rows(folder: Path, results: Sequence[Mapping[str, Any]], *, samples: int, seed: int) -> dict:
-    """Paired differences between all models of a comparison, and write them to ``comparison.json``.
-
-    Args:
-        folder: the first model's run.
-        results: of all models, the first one's first; each with ``path``.
-        samples: bootstrap samples of users.
-        seed: of these samples.
-
-    Returns:
-        ``{"names": [...], "intervals": ..., "tests": ...}``: :meth:`recbole_llm.evaluation.Bootstrap.to_dict` with the
-        first model as the reference, and :func:`significance`.
+        first: decides rows and candidates.
+        text: the model and its changes.
+        given: values that the user gave for all models.
+        folder: of the run.
+        seed: of the run; default: that of ``first``.
 
     Raises:
-        ValueError: if a model was tested on other rows than the first.
+        ValueError: if the model's changes would lead to other rows, or the configuration cannot work.
     """
-    columns: dict[str, np.ndarray] = {}
-    base = None
-    kind = "rank" if results[0]["task"] == "next_item" else "score"
-    for result in results:
-        with np.load(Path(result["path"]).with_name(ROWS_FILE), allow_pickle=False) as file:
-            rows = dict(file)
-        order = np.argsort(rows["row_id"], kind="stable")
-        if base is None:
-            base = {name: rows[name][order] for name in ("row_id", "user", "item", "label") if name in rows}
-        if not all(np.array_equal(base[name], rows[name][order]) for name in base):
-            raise ValueError(f"{result['name']} was tested on other rows than {results[0]['name']}")
-        for column, name in result["names"].items():
-            if name not in columns:
-                columns[name] = rows[f"{column}_{kind}"][order]
-    if kind == "rank":
-        metrics = tuple(results[0]["intervals"]["models"]["model"])
-        estimate = bootstrap_ranks(base["user"], columns, metrics, n=samples, seed=seed)
-    else:
-        estimate = bootstrap(base["user"], base["label"], columns, n=samples, seed=seed)
-    comparison = {
-        "names": list(columns),
-        "intervals": estimate.to_dict(results[0]["name"]),
-        "tests": significance(base, columns, results[0]["name"], kind),
+    name, changes = parse_model(text)
+    model_class = get_model(name)
+    unread = {key for key, known in KEYS.items() if known.llm} - set(getattr(model_class, "reads", ()))
+    unread = set() if is_own(model_class) else unread
+    values = {key: value for key, value in given.items() if key not in _OF_THE_RUN and key not in unread}
+    for key in _OF_THE_ROWS:  # also where the first model has a default
+        value = first[key]
+        if key in changes and changes[key] != value:
+            raise ValueError(
+                f"{text!r} changes {key}, which decides rows or candidates and must be the same for all models"
+            )
+        follows = key == "eval_args" and first["task"] == "next_item"  # eval_mode sets the mode
+        values[key] = {k: v for k, v in value.items() if k != "mode"} if follows else value
+    values["seed"] = first["seed"] if seed is None else seed
+    values |= changes | {"run_name": text, "output_dir": str(folder), "compare_with": None}
+    return Config(name, first.dataset, config_dict=values)
+
+
+# ---------------------------------------------------------------------- models that join a single run
+
+
+def check_models(first: Config, folder: Path) -> list[PlannedRun]:
+    """The runs of all models of ``compare_with``, so that a mistake shows before anything is computed.
+
+    Raises:
+        ValueError: for a model that cannot be run, or where models would not be tested on the same rows.
+    """
+    wanted = first["compare_with"]
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    if wanted and (what := _no_common_rows(first)):
+        if "compare_with" in first.origins:
+            raise ValueError(f"compare_with: {what}")
+        logger.warning("compare_with: %s is left out, %s", ", ".join(wanted), what)
+        wanted = []
+    runs = []
+    for text in wanted:
+        own = is_own(get_model(parse_model(text)[0]))
+        left_out = {*_OF_THE_ADAPTER} if own else {*_OF_THE_ADAPTER, *_OF_THE_TRAINING}
+        given = {key: value for key, value in first.external_config_dict.items() if key not in left_out}
+        where = folder / FOLDER / slug(text)
+        runs.append(PlannedRun(text, config_for(first, text, given, where), where))
+    return runs
+
+
+def _no_common_rows(config: Config) -> str | None:
+    """Why models cannot be compared under this protocol, if they cannot."""
+    if config["task"] is None:
+        return "RecBole's own protocols keep no rows to compare on; set task: ctr or task: next_item"
+    if config["task"] == "next_item" and config["eval_mode"] not in ("candidates", "full"):
+        return (
+            f"eval_mode: {config['eval_mode']} draws other negatives for every model; use candidates or full"
+        )
+    return None
+
+
+# ---------------------------------------------------------------------- a comparison of equals
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: its folder, its runs in the order of running, and what it was asked for."""
+
+    folder: Path
+    runs: list[PlannedRun]
+    models: list[str]
+    seeds: list[int]
+    subject: str
+    first: Config
+
+
+def make_plan(
+    models: Sequence[str],
+    dataset: str | None,
+    config_file_list: Sequence[str] | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    cmd_line: Sequence[str] | None = None,
+) -> Plan:
+    """Every run of a comparison, all configurations checked, nothing computed.
+
+    The rows are those of the first of our models, or of the first model where none is ours. A value that the user gives
+    for all models goes to those that know the key.
+
+    Raises:
+        ValueError: for models of different tasks, a key that no model knows, two equal models, or what
+            :func:`config_for` refuses.
+    """
+    given = given_values(config_file_list, config_dict, cmd_line)
+    dataset = dataset or given.get("dataset")
+    names = {text: parse_model(text)[0] for text in models}
+    twice = sorted({text for text in models if list(models).count(text) > 1})
+    if twice:
+        raise ValueError(f"the model {twice[0]!r} is given twice")
+    own = {text: get_model(name).task for text, name in names.items() if is_own(get_model(name))}
+    task = _common_task(own, given)
+    known = {
+        text: Config(
+            name, dataset, config_dict={**_for_task(task, text in own), **_preset(given)}
+        ).valid_keys()
+        for text, name in names.items()
     }
-    write_json(folder / FILE, comparison)
-    return comparison
+    nobody = [key for key in given if not any(key in keys for keys in known.values())]
+    anchor = next(iter(own), models[0])
+    if nobody:  # the error names the nearest key
+        Config(names[anchor], dataset, config_dict={nobody[0]: given[nobody[0]]})
+
+    def values(text: str) -> dict[str, Any]:
+        mine = {key: value for key, value in given.items() if key in known[text]}
+        return {**mine, **_for_task(task, text in own)}
+
+    first = Config(names[anchor], dataset, config_dict={**values(anchor), "compare_with": None})
+    if what := _no_common_rows(first):
+        raise ValueError(f"several models: {what}")
+    root = Path(first["output_dir"] or first["checkpoint_dir"])
+    folder = root / f"compare-{first.dataset}-{_shared_hash(first, given)}"
+    seeds = [first["seed"] + number for number in range(first["seeds"])]
+    models = list(models)
+    if first["controls"]:
+        models += [text for text in control_models(first, anchor) if text not in models]
+        for text in models:
+            known.setdefault(text, known[anchor])
+            own.setdefault(text, task) if parse_model(text)[0] == names[anchor] else None
+    subject = first["subject"] or (anchor if first["controls"] else models[-1])
+    if subject not in models:
+        raise ValueError(f"subject: {subject!r} is none of the models {', '.join(models)}")
+    runs = [
+        PlannedRun(text, config_for(first, text, values(text), where, seed), where)
+        for seed in seeds
+        for text in models
+        for where in [folder / f"{slug(text)}-seed{seed}"]
+    ]
+    return Plan(folder, runs, models, seeds, subject, first)
 
 
-def significance(
-    base: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], first: str, kind: str
-) -> dict[str, Any]:
-    """Two-sided p-values of the first model against every other, Holm-adjusted over all of them.
+def _common_task(own: Mapping[str, str], given: Mapping[str, Any]) -> str:
+    tasks = dict.fromkeys(own.values())
+    if len(tasks) > 1:
+        by_task = "; ".join(f"{task}: {', '.join(t for t in own if own[t] == task)}" for task in tasks)
+        raise ValueError(f"models of different tasks cannot be compared ({by_task})")
+    task = next(iter(tasks), given.get("task"))
+    if task is None:
+        raise ValueError("none of these models is ours: say what is compared, --task=ctr or --task=next_item")
+    return task
 
-    Ranks: McNemar's exact test of HR@1, where every user has one row (else rows are not independent, and there is no
-    test). Scores: DeLong's test of the AUC, clustered by user.
+
+def _for_task(task: str, own: bool) -> dict[str, Any]:
+    return {} if own else {"task": task}
+
+
+def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"preset": given["preset"]} if given.get("preset") else {}
+
+
+def _shared_hash(first: Config, given: Mapping[str, Any]) -> str:
+    """Of everything that holds for all models: the same command finds its folder again, also with more models."""
+    left_out = {*VOLATILE_KEYS, "model", "dataset", "seeds", "subject", "controls"}
+    shared = {key: first[key] for key in _OF_THE_ROWS}
+    shared |= {key: value for key, value in given.items() if key not in left_out}
+    shared |= {"dataset": first.dataset, "seed": first["seed"]}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def is_comparison(config_file_list: Sequence[str] | None, cmd_line: Sequence[str]) -> bool:
+    """Whether a command with one model still asks for several runs: by ``seeds`` or ``controls``."""
+    given = given_values(config_file_list, None, cmd_line)
+    return given.get("seeds", 1) not in (None, 1) or bool(given.get("controls"))
+
+
+def describe(plan: Plan) -> str:
+    """What a comparison would run, a line per run."""
+    lines = [
+        f"dry run: {len(plan.runs)} runs on {plan.first.dataset}, in {plan.folder}; about {plan.subject}"
+    ]
+    return "\n".join([*lines, *(f"  {run}" + (" (finished)" if run.finished else "") for run in plan.runs)])
+
+
+def check_folder(plan: Plan) -> None:
+    """Refuse a folder whose finished runs were made by another version, or with other settings.
+
+    Raises:
+        ValueError: naming the run and the keys that differ.
+    """
+    file = plan.folder / PLAN_FILE
+    if file.is_file():
+        made_by = json.loads(file.read_text(encoding="utf-8"))["version"]
+        if made_by != recbole_llm.__version__:
+            raise ValueError(
+                f"{plan.folder} was made by recbole_llm {made_by}, this is {recbole_llm.__version__}: choose another "
+                "output_dir, or remove the folder"
+            )
+    for run in plan.runs:
+        if run.finished:
+            there = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))["config"]
+            here = json.loads(json.dumps(lasting_configuration(run.config)))
+            if "few_shot" not in run.config.origins:  # a default is cut to the size of the data
+                here.pop("few_shot", None)
+            different = [key for key, value in here.items() if key in there and there[key] != value]
+            if different:
+                what = ", ".join(f"{key} {there[key]!r} there, {here[key]!r} here" for key in different[:5])
+                raise ValueError(f"{run.folder} holds a run of {run} with other settings ({what}): remove it")
+
+
+def run_all(runs: Sequence[PlannedRun], run_one: Callable[[Config, Path], dict]) -> list[dict[str, Any]]:
+    """Run everything that has no result yet.
+
+    Args:
+        runs: the runs.
+        run_one: trains and tests one configuration in a given folder.
 
     Returns:
-        ``{"test": name or None, "p": {other: p}, "p_holm": {other: p}}``.
+        ``{"name", "seed", "error"}`` of the runs that failed; the others have a result.
     """
-    others = [name for name in columns if name != first]
-    if kind == "rank":
-        if len(np.unique(base["user"])) < len(base["user"]):
-            return {"test": None, "p": {}, "p_holm": {}}
-        found = {name: mcnemar(columns[first] == 1, columns[name] == 1).p_value for name in others}
-        return {"test": "McNemar, HR@1", "p": found, "p_holm": holm(found)}
-    found = {
-        name: delong(base["label"], columns[first], columns[name], users=base["user"]).p_value
-        for name in others
-    }
-    return {"test": "DeLong by user, AUC", "p": found, "p_holm": holm(found)}
-
-
-def comparison_table(comparison: Mapping[str, Any], first: str) -> str:
-    """Lines ``first - other`` with the paired difference of the leading metric."""
-    differences = comparison["intervals"]["differences"]
-    lines = []
-    for name, by_metric in differences.items():
-        other = name.removesuffix(f" - {first}")
-        metric, found = next(iter(by_metric.items()))
-        if found["value"] is None:
+    failed = []
+    for number, run in enumerate(runs, 1):
+        if run.finished:
+            logger.info("%d of %d: %s: finished before, %s", number, len(runs), run, run.folder)
             continue
-        # turned round: what the first model gains over the other
-        low, high = found["low"], found["high"]
-        interval = "" if low is None else f" [{-high:+.4f}, {-low:+.4f}]"
-        p = comparison["tests"]["p_holm"].get(other)
-        test = "" if p is None else f", p = {p:.3g} ({comparison['tests']['test']}; Holm)"
-        lines.append(f"{first} - {other}: {metric.upper()} {0.0 - found['value']:+.4f}{interval}{test}")
-    return "\n".join(lines)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if (run.folder / "last.safetensors").is_file():
+            run.config["resume"] = str(run.folder)
+        logger.info("%d of %d: %s, in %s", number, len(runs), run, run.folder)
+        try:
+            run_one(run.config, run.folder)
+        except (
+            Exception
+        ) as error:  # reported here and in the report; one model must not cost the others' results
+            logger.error("%s failed, the others go on: %s", run, error)
+            logger.debug("traceback of the error above", exc_info=True)
+            message = f"{type(error).__name__}: {error}"
+            failed.append({"name": run.text, "seed": run.config["seed"], "error": message})
+    return failed
+
+
+def run_comparison(plan: Plan, run_one: Callable[[Config, Path], dict], command: str = "") -> dict[str, Any]:
+    """Run what is missing and report.
+
+    Returns:
+        The comparison, with ``files``: the report's paths.
+
+    Raises:
+        ValueError: for a folder that does not fit, or if every run failed.
+        KeyboardInterrupt: what is finished is kept, and the same command goes on from there.
+    """
+    check_folder(plan)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": 1,
+        "version": recbole_llm.__version__,
+        "dataset": plan.first.dataset,
+        "task": plan.first["task"],
+        "subject": plan.subject,
+        "command": command,
+        "runs": [{"name": r.text, "seed": r.config["seed"], "folder": r.folder.name} for r in plan.runs],
+        "samples": plan.first["bootstrap_samples"],
+        "failed": [],
+    }
+    write_json(plan.folder / PLAN_FILE, content)
+    try:
+        content["failed"] = run_all(plan.runs, run_one)
+    except KeyboardInterrupt:
+        logger.warning("interrupted; finished runs are kept in %s: repeat the command to go on", plan.folder)
+        raise
+    write_json(plan.folder / PLAN_FILE, content)
+    return report(plan.folder)
+
+
+# ---------------------------------------------------------------------- the report, from files alone
+
+
+def report(folder: Path, failed: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Work out the comparison in a folder from its runs' files, and write the report files.
+
+    Args:
+        folder: of a comparison, or of a single run with ``compare_with``.
+        failed: of a single run's other models, those that ended without a result.
+
+    Returns:
+        As :func:`recbole_llm.evaluation.build_comparison`, with ``files``: the paths written.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run, or a run's score file is missing.
+        ValueError: if the runs cannot be compared.
+    """
+    folder = Path(folder)
+    if (folder / PLAN_FILE).is_file():
+        plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        reasons = {(entry["name"], entry["seed"]): entry for entry in plan["failed"]}
+        runs, failed = [], []
+        for entry in plan["runs"]:
+            if (folder / entry["folder"] / RESULT_FILE).is_file():
+                runs.append(load_run(folder / entry["folder"], entry["name"]))
+            else:
+                unknown = {
+                    "name": entry["name"],
+                    "seed": entry["seed"],
+                    "error": "has not been run to its end",
+                }
+                failed.append(reasons.get((entry["name"], entry["seed"]), unknown))
+        if not runs:
+            what = "; ".join(f"{entry['name']}, seed {entry['seed']}: {entry['error']}" for entry in failed)
+            raise ValueError(f"no run in {folder} has a result ({what})")
+        subject = plan["subject"] if any(run.name == plan["subject"] for run in runs) else runs[-1].name
+        options = {"subject": subject, "samples": plan["samples"], "command": plan["command"]}
+    else:
+        runs = _of_single_run(folder)
+        options = {"samples": runs[0].result["config"]["bootstrap_samples"]}
+    comparison = build_comparison(runs, failed=failed, **options)
+    return {**comparison, "files": [str(path) for path in write_report(folder, comparison)]}
+
+
+def _of_single_run(folder: Path) -> list[FinishedRun]:
+    others = sorted(folder.glob(f"{FOLDER}/*/{RESULT_FILE}"))
+    return [load_run(folder), *(load_run(path.parent) for path in others)]

@@ -195,6 +195,48 @@ def parse_command_line(arguments: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def config_file(name: str | Path) -> Path:
+    """A file, or one of properties/protocol/ by its bare name."""
+    protocol = PROPERTIES / "protocol" / f"{name}.yaml"
+    return protocol if protocol.is_file() and not Path(name).is_file() else Path(name)
+
+
+def given_values(
+    config_file_list: Iterable[str | Path] | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    cmd_line: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What the user gave, before any default; the sources as of :class:`Config`, later ones win."""
+    arguments = parse_command_line(cmd_line or [])
+    files = [*(config_file_list or ()), *str(arguments.pop("config_files", "")).split()]
+    values: dict[str, Any] = {}
+    for file in dict.fromkeys(map(str, files)):
+        values |= load_yaml(config_file(file))
+    return values | dict(config_dict or {}) | arguments
+
+
+def load_preset(name: str, model: str, own: bool) -> dict[str, Any]:
+    """The defaults that a preset has for a model.
+
+    ``properties/preset/NAME.yaml`` holds keys for every model, and under ``models`` those of our models (``llm``), of
+    RecBole's (``classical``) and of single ones by their name, which win.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    folder = PROPERTIES / "preset"
+    file = Path(name) if Path(name).is_file() else folder / f"{name}.yaml"
+    if not file.is_file():
+        presets = sorted(path.stem for path in folder.glob("*.yaml"))
+        near = nearest(name, presets, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(presets)}, or give a yaml file"
+        raise ValueError(f"preset: there is no preset {name!r}: {hint}")
+    values = load_yaml(file)
+    by_model = values.pop("models", None) or {}
+    mine = {**(by_model.get("llm" if own else "classical") or {}), **(by_model.get(model) or {})}
+    return {**values, **mine}
+
+
 @cache
 def _recbole_defaults() -> dict[str, Any]:
     """RecBole's defaults that do not depend on the model."""
@@ -287,8 +329,7 @@ class Config(RecBoleConfig):
     def _load_config_files(self, file_list: list[str | Path]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for file in file_list or []:
-            protocol = PROPERTIES / "protocol" / f"{file}.yaml"
-            content = load_yaml(protocol if protocol.is_file() and not Path(file).is_file() else file)
+            content = load_yaml(config_file(file))
             values.update(content)
             self.origins.update({key: f"file {file}" for key in content})
         return values
@@ -322,6 +363,8 @@ class Config(RecBoleConfig):
         of_dataset = load_yaml(dataset_file) if dataset_file.is_file() else {}
         internal = self.internal_config_dict
         task = self._task_of(model_class)
+        preset = self.external_config_dict.get("preset")
+        of_preset = load_preset(preset, model, self.is_own) if preset else {}
         task_file = PROPERTIES / "task" / f"{task}.yaml"
         of_task = load_yaml(task_file) if task_file.is_file() else {}
         if self.is_own:
@@ -330,6 +373,7 @@ class Config(RecBoleConfig):
             model_file = PROPERTIES / "model" / f"{model}.yaml"
             internal.update(load_yaml(model_file) if model_file.is_file() else {})
             internal.update(of_dataset)
+            internal.update(of_preset)
             return
         defaults = {**overall, **of_task}
         reads = getattr(model_class, "reads", ())
@@ -344,6 +388,7 @@ class Config(RecBoleConfig):
             internal.update(of_dataset)
         else:
             internal.update({key: of_dataset[key] for key in _DATASET_KEYS if key in of_dataset})
+        internal.update({k: v for k, v in of_preset.items() if k not in KEYS or not KEYS[k].llm})
 
     def _task_of(self, model_class: type) -> str | None:
         """``task`` as the user gives it, else the task of our model; None for RecBole's own protocols."""
@@ -435,13 +480,17 @@ class Config(RecBoleConfig):
         """``key=value (origin)`` for a message."""
         return f"{key}={self.final_config_dict.get(key)!r} ({self.origins.get(key, 'default')})"
 
-    def _check_keys(self, given: Mapping[str, Any]) -> None:
+    def valid_keys(self) -> set[str]:
+        """Every key that this model, its task or RecBole reads."""
         valid = {*_recbole_defaults(), *KEYS, *RECBOLE_KEYS, *_NAMES, *_DATASET_KEYS, *_UNLISTED_KEYS}
         valid.update(self.internal_config_dict)
         valid.update(key for keys in self.parameters.values() for key in keys)
         for base in self.model_class.__mro__:
             valid |= _recbole_model_keys().get(base.__name__, set())
-        valid |= keys_read_by(self.model_class)
+        return valid | keys_read_by(self.model_class)
+
+    def _check_keys(self, given: Mapping[str, Any]) -> None:
+        valid = self.valid_keys()
         problems = [
             f"{key} ({self.origins.get(key, 'ctr')}): {self._hint(key, valid)}"
             for key in given

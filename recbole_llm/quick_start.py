@@ -22,12 +22,15 @@ from recbole.utils import init_logger, init_seed
 from recbole_llm import classical, compare
 from recbole_llm.assembly import Assembly, assemble, lasting_configuration, stage
 from recbole_llm.checkpoint import CheckpointError, load_checkpoint
-from recbole_llm.classical import named_rows
+from recbole_llm.classical import facts_of, named_rows
 from recbole_llm.config import Config
 from recbole_llm.dry_run import decisions, describe
-from recbole_llm.evaluation import build_result, result_table, write_result
+from recbole_llm.evaluation import build_result, reset_peak_memory, result_table, terminal_table, write_result
+from recbole_llm.evaluation.comparison import VALID_ROWS_FILE
+from recbole_llm.exhibits import example_prompts, gate_table
+from recbole_llm.files import write_atomically
 from recbole_llm.lens import lens_folder
-from recbole_llm.references import reference_columns, written_answers
+from recbole_llm.references import lens_scores, reference_columns, written_answers
 from recbole_llm.trainer import LLMTrainer
 
 logger = logging.getLogger(__name__)
@@ -68,19 +71,50 @@ def run_recbole_llm(
     others = compare.check_models(config, folder)
     if config["resume"] and (folder / RESULT_FILE).is_file() and others:
         logger.info("%s is finished, going on with the models to compare with", folder)
-        result = {
-            **json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")),
-            "path": str(folder / RESULT_FILE),
-        }
+        result = read_result(folder)
     else:
         result = run_one(config, folder)
     if not others or "dry_run" in result:
         return result
-    results = [result, *compare.run_others(config, others, folder, run_one)]
-    comparison = compare.compare_rows(
-        folder, results, samples=config["bootstrap_samples"], seed=config["seed"]
+    try:
+        failed = compare.run_all(others, run_one)
+    except KeyboardInterrupt:
+        logger.warning("interrupted; what is finished is kept: repeat the command with --resume=%s", folder)
+        raise
+    results = [result, *(read_result(run.folder) for run in others if run.finished)]
+    return {**result, "compared": results, "comparison": compare.report(folder, failed)}
+
+
+def compare_models(
+    models: list[str],
+    dataset: str | None = None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict | None = None,
+    cmd_line: list[str] | None = None,
+) -> dict:
+    """Train and evaluate several models, with several seeds, on the same rows; write the report.
+
+    Args:
+        models: names of models, each possibly with changes, ``"RecLoRA gate=uniform"``.
+        dataset, config_file_list, config_dict, cmd_line: as of :func:`run_recbole_llm`, for all models.
+
+    Returns:
+        The comparison (see :mod:`recbole_llm.evaluation.comparison`) with ``files``, the report's paths; for a dry run,
+        what would be run, under the key ``dry_run``.
+    """
+    plan = compare.make_plan(models, dataset, config_file_list, config_dict, cmd_line)
+    if plan.first["dry_run"]:
+        return {"dry_run": compare.describe(plan)}
+    arguments = " ".join(
+        [f"--model={','.join(models)!r}", f"--dataset={plan.first.dataset}", *(cmd_line or [])]
     )
-    return {**result, "compared": results, "comparison": comparison}
+    return compare.run_comparison(plan, run_one, f"python run_recbole_llm.py {arguments}")
+
+
+def read_result(folder: Path) -> dict:
+    """The result of a finished run, with ``path``."""
+    path = folder / RESULT_FILE
+    return {**json.loads(path.read_text(encoding="utf-8")), "path": str(path)}
 
 
 def run_one(config: Config, folder: Path) -> dict:
@@ -88,6 +122,7 @@ def run_one(config: Config, folder: Path) -> dict:
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     logger.info("device: %s", config["device"])
+    reset_peak_memory()
     if not config.is_own:
         return classical.run(config, folder)
     if config["dry_run"]:
@@ -115,6 +150,10 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     with stage(parts.seconds, "test"):
         test_metrics = trainer.evaluate(parts.test_data, show_progress=config["show_progress"])
     rows = {**named_rows(parts.dataset, trainer.eval_collector.rows()), **references}
+    rows |= facts_of(rows, parts.test, parts.full_train)
+    if config["score_valid"]:
+        with stage(parts.seconds, "score_valid"):
+            save_valid_scores(parts, trainer, run_folder)
     extra = parts.model.extra_results()
     if config["generate"]:
         with stage(parts.seconds, "generate"):
@@ -156,6 +195,9 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         extra={
             "identities": parts.identities,
             "prompts_shortened": parts.model.rows_shortened,
+            "tokens": sum(trainer.tokens.values()),
+            "gates": gate_table(parts),
+            "examples": example_prompts(parts),
             "trained_on": trainer.trained_on,
             "trained_parameters": {
                 name: sum(p.numel() for p in group.values())
@@ -165,6 +207,15 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         },
     )
     return finish(result, rows, run_folder)
+
+
+def save_valid_scores(parts: Assembly, trainer: LLMTrainer, run_folder: Path) -> None:
+    """The scores of model and lens on the validation rows, under the names of ``test_rows.npz``."""
+    trainer.evaluate(parts.valid_data, load_best_model=False, show_progress=parts.config["show_progress"])
+    rows = named_rows(parts.dataset, trainer.eval_collector.rows())
+    if parts.lens is not None and parts.config["task"] == "ctr":
+        rows["lens_score"] = lens_scores(parts, "valid")
+    write_atomically(run_folder / VALID_ROWS_FILE, lambda file: np.savez_compressed(file, **rows))
 
 
 def finish(result: dict, rows: dict[str, np.ndarray] | None, run_folder: Path) -> dict:
@@ -284,11 +335,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", "-m", default="RecLoRA", help="name of the model (default: RecLoRA)")
     parser.add_argument("--dataset", "-d", default="ml-100k", help="name of the dataset (default: ml-100k)")
     parser.add_argument("--config_files", default="", help="yaml files, separated by spaces; later ones win")
+    parser.add_argument(
+        "--report", metavar="FOLDER", help="run nothing: work out the report of a comparison's folder anew"
+    )
     known, rest = parser.parse_known_args(argv)
+    models, files = compare.split_models(known.model), known.config_files.split() or None
     try:
-        result = run_recbole_llm(
-            known.model, known.dataset, known.config_files.split() or None, cmd_line=rest
-        )
+        if known.report:
+            result = compare.report(Path(known.report))
+        elif len(models) > 1 or compare.is_comparison(files, rest):
+            result = compare_models(models, known.dataset, files, cmd_line=rest)
+        else:
+            result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # what was kept has been logged where it was kept
         return 130
@@ -297,15 +355,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(result["dry_run"] if "dry_run" in result else report(result))
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 def report(result: dict) -> str:
     """The end of a run's output: the table, and where the result is."""
+    if "files" in result:
+        return "\n".join([terminal_table(result), *(f"report: {path}" for path in result["files"])])
     results = result.get("compared", [result])
     lines = [result_table(results)]
     if "comparison" in result:
-        lines.append(compare.comparison_table(result["comparison"], result["name"]))
+        lines += [
+            *result["comparison"]["sentences"],
+            *(f"report: {path}" for path in result["comparison"]["files"]),
+        ]
     for found in results:
         if work := found.get("scoring"):
             lines.append(

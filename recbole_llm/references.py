@@ -56,10 +56,10 @@ def reference_columns(parts: Assembly) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------- labelled rows
 
 
-def lens_scores(parts: Assembly) -> np.ndarray:
-    """Probability of "yes" by the lens alone for every test row, ``[n]``."""
+def lens_scores(parts: Assembly, split: str = "test") -> np.ndarray:
+    """Probability of "yes" by the lens alone for every row of a split, ``[n]``."""
     scores = []
-    for interaction, *_ in parts.test_data:
+    for interaction, *_ in getattr(parts, f"{split}_data"):
         scores.append(parts.lens.probability(interaction).cpu())
     return torch.cat(scores).numpy()
 

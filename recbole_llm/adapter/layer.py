@@ -49,7 +49,7 @@ class Router:
         gate = self._shared_gate
         if z is not None and gate is not None and gate.training and torch.is_grad_enabled():
             # Here and not in the first layer that asks: gradient checkpointing would run that layer again.
-            self._value = gate(_like_weights(z, gate))
+            self._value = gate(like_weights(z, gate))
 
     def gate_for(self, name: str) -> Gate:
         """The gate of the projection ``name``: its own, or the one that all share."""
@@ -99,7 +99,7 @@ class Router:
         return z
 
 
-def _like_weights(z: Tensor, gate: Gate) -> Tensor:
+def like_weights(z: Tensor, gate: Gate) -> Tensor:
     """``z`` on the device and in the format of the gate's own tensors."""
     tensor = next(chain(gate.parameters(), gate.buffers()), None)
     return z if tensor is None or not tensor.is_floating_point() else z.to(tensor.device, tensor.dtype)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.export import read_personalized, write_personalized, write_plain_lora
-from recbole_llm.adapter.layer import PersonalizedLoraConfig, Router
+from recbole_llm.adapter.layer import PersonalizedLoraConfig, Router, like_weights
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,21 @@ class PersonalizedAdapter:
         if self.config.mixer in ("identity", "dense"):
             return {}
         return {name: layer.last_gate for name, layer in self._layers.items() if layer.last_gate is not None}
+
+    @torch.no_grad()
+    def mean_gate(self, z: Tensor) -> Tensor | None:
+        """The gate of each instance, mean over projections, ``[B, K]``; ``None`` where there are no experts to weigh.
+
+        Nothing goes through the language model; call it in eval mode. Gate ``shuffled`` is that of the instance itself.
+
+        Args:
+            z: instance representations ``[B, H]``.
+        """
+        if self._router is None or self.config.mixer in ("identity", "dense"):
+            return None
+        z = self._checked(z)
+        gates = self._gates().values()
+        return torch.stack([gate(like_weights(z, gate)).float().cpu() for gate in gates]).mean(dim=0)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -6,7 +6,13 @@ from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.next_item import NextItemDataset
 from recbole_llm.data.prompt import PromptBuilder, check_prompt_config, load_prompt_config
 from recbole_llm.data.prompt_lines import EncodedPrompts, item_token_ids, tokenize_inert
-from recbole_llm.data.retriever import CategoryRetriever, RecentRetriever, Retriever, SemanticRetriever
+from recbole_llm.data.retriever import (
+    CategoryRetriever,
+    RecentRetriever,
+    Retriever,
+    SemanticRetriever,
+    ShuffledRetriever,
+)
 from recbole_llm.data.text import ItemText, TextSettings, UserText, natural_order
 from recbole_llm.data.title_prompt import (
     TitlePromptBuilder,
@@ -28,6 +34,7 @@ __all__ = [
     "RecentRetriever",
     "Retriever",
     "SemanticRetriever",
+    "ShuffledRetriever",
     "TextSettings",
     "TitlePromptBuilder",
     "UserText",

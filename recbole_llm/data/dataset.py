@@ -499,6 +499,29 @@ class HistoryDataset(SequentialDataset):
         """Which positions of the history :meth:`inter_matrix` counts, a mask."""
         return np.ones(len(positions), dtype=bool)
 
+    def row_facts(self, train: HistoryDataset) -> dict[str, np.ndarray]:
+        """What results are grouped by, for each of these rows, int64 ``[n]``.
+
+        Args:
+            train: the full training rows.
+
+        Returns:
+            ``history_length`` (all earlier interactions the row may use), ``user_rows`` and ``item_rows`` (training
+            rows of its user and of its item).
+        """
+        feat, of_train = self.inter_feat, train.inter_feat
+        users, items = feat[self.uid_field].numpy(), feat[self.iid_field].numpy()
+        start, end = self.history.bounds(users, feat[HISTORY_END].numpy())
+
+        def counts(field: str, size: int) -> np.ndarray:
+            return np.bincount(of_train[field].numpy(), minlength=size)
+
+        return {
+            "history_length": end - start,
+            "user_rows": counts(self.uid_field, self.user_num)[users],
+            "item_rows": counts(self.iid_field, self.item_num)[items],
+        }
+
     # ------------------------------------------------------------------ text and identity
 
     @property

@@ -54,6 +54,29 @@ class RecentRetriever(Retriever):
         return np.where(found < end[:, None], found, -1)
 
 
+class ShuffledRetriever(Retriever):
+    """What another retriever chooses, in a random order that a row keeps: a control for what the order is worth.
+
+    A model that is no worse with it does not read histories as sequences (Kim et al., "Lost in Sequence", KDD 2025).
+
+    Args:
+        retriever: chooses the interactions.
+        seed: of the orders.
+    """
+
+    def __init__(self, retriever: Retriever, seed: int):
+        super().__init__(retriever.history, retriever.k)
+        self.retriever, self.seed = retriever, seed
+
+    def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """As of the other retriever, ``[B, k]``, but not ascending in time."""
+        found = self.retriever.positions(user_ids, item_ids, ends)
+        for row, end in zip(found, ends, strict=True):
+            n = int((row >= 0).sum())
+            row[:n] = np.random.default_rng([self.seed, int(end)]).permutation(row[:n])
+        return found
+
+
 class SemanticRetriever(Retriever):
     """The ``k`` earlier interactions whose items are most similar to the target, put back into time order.
 

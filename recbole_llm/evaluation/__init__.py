@@ -2,6 +2,8 @@
 
 from recbole_llm.evaluation.bootstrap import Bootstrap, Interval, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.collector import RowCollector
+from recbole_llm.evaluation.compare_report import terminal_table, write_report
+from recbole_llm.evaluation.comparison import FinishedRun, build_comparison, load_run
 from recbole_llm.evaluation.generation import generation_report, match_title
 from recbole_llm.evaluation.metrics import (
     UndefinedMetric,
@@ -18,6 +20,7 @@ from recbole_llm.evaluation.report import (
     environment,
     merge_rows,
     peak_memory,
+    reset_peak_memory,
     result_table,
     write_json,
     write_result,
@@ -36,6 +39,7 @@ from recbole_llm.evaluation.statistics import (
     holm,
     mcnemar,
     metric_by_group,
+    paired_permutation,
     quantile_groups,
 )
 
@@ -44,6 +48,7 @@ __all__ = [
     "Bootstrap",
     "Calibration",
     "DeLong",
+    "FinishedRun",
     "GroupMetric",
     "Groups",
     "Interval",
@@ -55,6 +60,7 @@ __all__ = [
     "bca_interval",
     "bootstrap",
     "bootstrap_ranks",
+    "build_comparison",
     "build_result",
     "calibration",
     "delong",
@@ -64,17 +70,22 @@ __all__ = [
     "generation_report",
     "holm",
     "labeled_metrics",
+    "load_run",
     "logloss",
     "match_title",
     "mcnemar",
     "merge_rows",
     "metric_by_group",
+    "paired_permutation",
     "peak_memory",
     "quantile_groups",
     "rank_metrics",
     "register_metrics",
+    "reset_peak_memory",
     "result_table",
     "target_ranks",
+    "terminal_table",
     "write_json",
+    "write_report",
     "write_result",
 ]

@@ -17,7 +17,7 @@ without each user are kept too, exact and without copies of the rows, for BCa in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -139,6 +139,32 @@ class Bootstrap:
                 if reference in self.values and n != reference
             },
         }
+
+    def averaged(self, groups: Mapping[str, Sequence[str]]) -> Bootstrap:
+        """The same draws with groups of models in the place of models, such as one method's runs with several seeds.
+
+        A group's value, replicates and jackknife are the means of its members': its intervals are over users, for
+        the mean of just these runs.
+
+        Args:
+            groups: group name -> names of models, at least one each. A metric that is undefined for one member is
+                undefined for the group.
+        """
+        result = replace(self, values={}, replicates={}, reasons={}, jackknife={})
+        for group, members in groups.items():
+            result.reasons[group] = {m: r for name in members for m, r in self.reasons[name].items()}
+            defined = [m for m in self.metrics if m not in result.reasons[group]]
+            result.values[group] = dict.fromkeys(result.reasons[group]) | {
+                m: float(np.mean([self.values[name][m] for name in members])) for m in defined
+            }
+            result.replicates[group] = {
+                m: np.mean([self.replicates[name][m] for name in members], axis=0) for m in defined
+            }
+            if self.jackknife:
+                result.jackknife[group] = {
+                    m: np.mean([self.jackknife[name][m] for name in members], axis=0) for m in defined
+                }
+        return result
 
     def _check_method(self, method: str) -> None:
         if method not in METHODS:

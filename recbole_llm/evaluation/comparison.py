@@ -11,7 +11,8 @@ time without running anything. The output is what the report files are written f
 - calibration; the leading metric by length of history, activity of the user and popularity of the item;
 - cost, and in words what follows.
 
-What a run was compared with on its own rows (lens, popularity, untrained LLM) takes part as a reference.
+What a run was compared with on its own rows (lens, popularity, untrained LLM) takes part as a reference, and so does a
+stack of its lens and itself where it kept the scores of its validation rows (``score_valid``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from recbole_llm.evaluation.bootstrap import METRICS, Bootstrap, Interval, boots
 from recbole_llm.evaluation.metrics import UndefinedMetric, auc
 from recbole_llm.evaluation.ranking import row_rank_metric
 from recbole_llm.evaluation.report import RESULT_FILE, ROWS_FILE
+from recbole_llm.evaluation.stacking import stacked
 from recbole_llm.evaluation.statistics import (
     calibration,
     delong,
@@ -40,6 +42,7 @@ from recbole_llm.evaluation.statistics import (
 )
 
 FORMAT = 1
+VALID_ROWS_FILE = "valid_rows.npz"
 ALPHA = 0.05
 GROUPS = {"history_length": "history length", "user_rows": "user activity", "item_rows": "item popularity"}
 """Columns of ``test_rows.npz`` that rows are grouped by, and what they are called."""
@@ -223,6 +226,15 @@ def _models(runs: Sequence[FinishedRun]) -> dict[str, _Model]:
                 known = models.setdefault(name, _Model(name, "reference"))
                 if np.array_equal(known.columns.setdefault(run.seed, values), values):
                     break
+    for run in runs:
+        file = run.path / VALID_ROWS_FILE
+        if not file.is_file() or "lens_score" not in run.rows:
+            continue
+        with np.load(file, allow_pickle=False) as valid:
+            name = f"stack of {run.result['names']['lens']} and {run.name}"
+            columns = ("lens_score", "model_score")
+            stack = models.setdefault(name, _Model(name, "reference"))
+            stack.columns[run.seed] = stacked(valid, run.rows, columns)
     return {name: model for name, model in models.items() if model.columns}
 
 

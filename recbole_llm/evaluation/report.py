@@ -388,6 +388,18 @@ def peak_memory() -> dict[str, int | None]:
     return {"host_bytes": host, "gpu_bytes": gpu}
 
 
+def reset_peak_memory() -> None:
+    """Let :func:`peak_memory` count from now on, where the system can; else it tells the process's peak so far."""
+    counter = Path("/proc/self/clear_refs")
+    try:
+        counter.write_text("5")  # Linux: VmHWM starts anew at the present size (proc(5))
+    except OSError:
+        logger.debug("the system does not let the peak of memory be reset", exc_info=True)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -2,6 +2,7 @@
 
     delong, delong_interval          AUCs of two models on the same rows; of one model
     mcnemar                          two models' hits (HR@1, accuracy) on the same rows
+    paired_permutation               mean differences of anything, rows of a user together
     holm                             many tests at once
     bca_interval                     bootstrap intervals corrected for bias and skewness
     calibration                      are the probabilities true ones?
@@ -77,7 +78,8 @@ def delong(
 
     Args:
         labels: [n] 0 or 1.
-        score_a, score_b: [n] any real numbers, higher meaning more likely positive.
+        score_a, score_b: [n] any real numbers, higher meaning more likely positive; or [s, n], s runs of one
+            method (seeds), whose mean AUC is tested: its V are the means of the runs' V.
         users: [n] the user of each row, any sortable dtype; None takes the rows for independent.
 
     Raises:
@@ -122,14 +124,22 @@ def _auc_covariance(
     """
     beats, beaten = [], []
     for name, score in scores.items():
-        try:
-            score, positive = _check(score, labels)
-        except ValueError as error:
-            raise type(error)(f"{name} and labels: {error}") from error
-        _check_two_classes(positive, "AUC")
-        among_all = rankdata(score)
-        beats.append(2 * (among_all[positive] - rankdata(score[positive])))
-        beaten.append(2 * (positive.sum() - among_all[~positive] + rankdata(score[~positive])))
+        of_runs = []
+        for run in np.atleast_2d(score):
+            try:
+                run, positive = _check(run, labels)
+            except ValueError as error:
+                raise type(error)(f"{name} and labels: {error}") from error
+            _check_two_classes(positive, "AUC")
+            among_all = rankdata(run)
+            of_runs.append(
+                (
+                    2 * (among_all[positive] - rankdata(run[positive])),
+                    2 * (positive.sum() - among_all[~positive] + rankdata(run[~positive])),
+                )
+            )
+        beats.append(np.mean([won for won, _ in of_runs], axis=0))
+        beaten.append(np.mean([lost for _, lost in of_runs], axis=0))
     beats, beaten = np.array([*beats, beats[0] - beats[-1]]), np.array([*beaten, beaten[0] - beaten[-1]])
     n_positive, n_negative = beats.shape[1], beaten.shape[1]
     codes = np.arange(positive.size) if users is None else user_codes(users, positive.size)[1]
@@ -198,6 +208,40 @@ def _hits(name: str, hits: np.ndarray) -> np.ndarray:
     if bad.any():
         raise ValueError(f"{name} must be 0 or 1, but row {bad.argmax()} has {hits[bad.argmax()].item()!r}")
     return hit
+
+
+def paired_permutation(users: np.ndarray, differences: np.ndarray, n: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of a mean paired difference by random changes of sign, whole users at a time.
+
+    If neither of two models is better, a user's differences are as likely as their negatives. p is the share of
+    ``n`` random assignments of signs, and of the one observed, whose sum is at least as far from 0 (Phipson & Smyth,
+    Stat. Appl. Genet. Mol. Biol. 9, 2010); it is never 0.
+
+    Args:
+        users: [rows] the user of each row.
+        differences: [rows] gain of one model minus gain of the other (means over seeds, for instance).
+        n: number of random assignments.
+        seed: of these.
+
+    Raises:
+        UndefinedMetric: if there are no rows.
+        ValueError: on unequal lengths or differences that are not finite.
+    """
+    differences = np.asarray(differences, np.float64)
+    if not differences.size:
+        raise UndefinedMetric("there are no rows to evaluate")
+    if not np.isfinite(differences).all():
+        raise ValueError("paired_permutation: not all differences are finite")
+    _, codes = user_codes(users, differences.size)
+    sums = np.bincount(codes, weights=differences)
+    observed = abs(sums.sum())
+    tolerance = 1e-9 * max(1.0, np.abs(sums).sum())  # sums in another order differ in their last digits
+    generator, as_far = np.random.default_rng(seed), 1
+    step = max(1, 4_000_000 // sums.size)
+    for begin in range(0, n, step):
+        signs = generator.integers(0, 2, (min(step, n - begin), sums.size), dtype=np.int8) * 2 - 1
+        as_far += int((np.abs(signs @ sums) >= observed - tolerance).sum())
+    return as_far / (n + 1)
 
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:

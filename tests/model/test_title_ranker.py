@@ -301,22 +301,25 @@ def test_every_model_ranks_the_same_candidates_and_the_differences_are_paired(se
             np.testing.assert_array_equal(file["item"][order], own["item"][mine])
             if name == "Pop":  # RecBole's popularity is ours, on the same candidates
                 np.testing.assert_array_equal(file["model_rank"][order], own["popularity_rank"][mine])
-    comparison = json.loads((folder / "comparison.json").read_text())
-    assert comparison["names"][:1] == ["iLoRA"] and set(wanted) < set(comparison["names"])
-    differences = comparison["intervals"]["differences"]
+    comparison = json.loads((folder / "compare.json").read_text())
+    names = [model["name"] for model in comparison["models"]]
+    assert names[:1] == [comparison["subject"]] == ["iLoRA"] and set(wanted) < set(names)
+    differences = {d["b"]: d for d in comparison["differences"] if d["metric"] == "hr@1"}
     hits = {name: found["metrics"]["test"]["hr@1"] for name, found in zip(wanted, results, strict=True)}
     mine = result["metrics"]["test"]["hr@1"]
-    assert comparison["tests"]["test"] == "McNemar, HR@1"
-    assert comparison["tests"]["p"].keys() == set(comparison["names"]) - {"iLoRA"}
+    assert differences.keys() == set(names) - {"iLoRA"}
     for name in wanted:
-        assert differences[f"{name} - iLoRA"]["hr@1"]["value"] == pytest.approx(hits[name] - mine)
+        assert differences[name]["test"] == "McNemar, HR@1" and differences[name]["p_holm"] is not None
+        assert differences[name]["value"] == pytest.approx(mine - hits[name])
 
 
 def test_a_failing_model_is_reported_and_the_others_go_on(settings, caplog):
     wanted = ["GRU4Rec loss_type=XX epochs=1", "Pop"]
     result = run_recbole_llm("TALLRecNext", "toy", config_dict={**settings, "compare_with": wanted})
     assert [found["name"] for found in result["compared"]] == ["TALLRecNext", "Pop"]
-    assert any("failed and is left out" in record.message for record in caplog.records)
+    assert any("failed, the others go on" in record.message for record in caplog.records)
+    (failed,) = result["comparison"]["failed"]
+    assert failed["name"] == wanted[0] and "loss_type" in failed["error"]
 
 
 BAD = {
