@@ -2,6 +2,7 @@
 
 from recbole_llm.evaluation.bootstrap import Bootstrap, Interval, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.collector import RowCollector
+from recbole_llm.evaluation.compare_report import terminal_table, write_report
 from recbole_llm.evaluation.generation import generation_report, match_title
 from recbole_llm.evaluation.metrics import (
     UndefinedMetric,
@@ -75,6 +76,8 @@ __all__ = [
     "register_metrics",
     "result_table",
     "target_ranks",
+    "terminal_table",
     "write_json",
+    "write_report",
     "write_result",
 ]
