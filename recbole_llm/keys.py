@@ -254,6 +254,7 @@ KEYS: dict[str, Key] = {
     # training
     "gate_learning_rate": Key("learning rate of the gates", POSITIVE, optional=True),
     "projector_learning_rate": Key("learning rate of the item vectors' projector", POSITIVE, optional=True),
+    "stage_one_share": Key("share of the optimizer steps that train the LoRA on text alone", PROBABILITY),
     "residual_learning_rate": Key("learning rate of the residual's scales", POSITIVE, optional=True),
     "autocast_dtype": Key("number format of the arithmetic", Choice("bfloat16", "float16"), optional=True),
     "lr_schedule": Key("learning rate after the warm-up", Choice("linear", "cosine", "constant")),

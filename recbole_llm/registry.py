@@ -13,7 +13,7 @@ from recbole.utils import ModelType
 
 from recbole_llm import compat
 
-OWN_MODELS = ("RecLoRA", "TALLRec", "ReLLa", "ReLLaX", "LensPrompt", "iLoRA", "LLaRA", "TALLRecNext")
+OWN_MODELS = ("RecLoRA", "TALLRec", "ReLLa", "ReLLaX", "CoLLM", "LensPrompt", "iLoRA", "LLaRA", "TALLRecNext")
 """Names of our models; the class of that name is in ``recbole_llm.model.<lower-case name>``."""
 
 CONVENTIONAL_MODELS = ("SIM", "TitleKNN", "MoRec")

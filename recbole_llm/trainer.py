@@ -121,6 +121,8 @@ class LLMTrainer(Trainer):
         return super()._build_optimizer(params=groups, **kwargs)
 
     def _set_learning_rate(self, step: int, total_steps: int) -> float:
+        first, end = self.model.schedule_span(step, total_steps)
+        step, total_steps = step - first, end - first
         warmup_steps = round(self.config["warmup_ratio"] * total_steps)
         factor = learning_rate_factor(step, total_steps, warmup_steps, self.config["lr_schedule"])
         for group in self.optimizer.param_groups:

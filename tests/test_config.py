@@ -734,6 +734,7 @@ def test_config_survives_pickling():
 def test_registry():
     models = registry.list_models()
     assert models["recbole_llm"] == [
+        "CoLLM",
         "LLaRA",
         "LensPrompt",
         "MoRec",

@@ -110,39 +110,41 @@ def _replaced_head(
             handle.remove()
 
 
-def answer_logits(model: nn.Module, input_ids: Tensor, lengths: Tensor, token_ids: Sequence[int]) -> Tensor:
+def answer_logits(model: nn.Module, inputs: Tensor, lengths: Tensor, token_ids: Sequence[int]) -> Tensor:
     """Logits of the answer words at the position behind each prompt.
 
     Args:
         model: A causal LM of transformers, plain or with PEFT layers in it (also a ``PeftModel``).
-        input_ids: [B, T], right-padded.
+        inputs: token ids [B, T] or input embeddings [B, T, d], right-padded.
         lengths: [B], the number of real tokens of each row, between 1 and T.
         token_ids: The answers' tokens, from ``answer_token_ids``.
 
     Returns:
         [B, len(token_ids)] float32; differentiable. Rows do not depend on each other, nor on the padding.
     """
-    if input_ids.dim() != 2 or lengths.shape != input_ids.shape[:1]:
+    embedded = inputs.is_floating_point()
+    if inputs.dim() != 2 + embedded or lengths.shape != inputs.shape[:1]:
         raise ValueError(
-            f"input_ids [B, T] and lengths [B] expected, got {list(input_ids.shape)}, {list(lengths.shape)}"
+            "ids [B, T] or embeddings [B, T, d] and lengths [B] expected, got "
+            f"{list(inputs.shape)}, {list(lengths.shape)}"
         )
-    if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= input_ids.shape[1])).all()):
+    if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= inputs.shape[1])).all()):
         raise ValueError(
-            f"lengths must lie between 1 and the batch's width {input_ids.shape[1]}, got {lengths.tolist()}"
+            f"lengths must lie between 1 and the batch's width {inputs.shape[1]}, got {lengths.tolist()}"
         )
     device = (
         model.get_input_embeddings().weight.device
         if hasattr(model, "get_input_embeddings")
-        else input_ids.device
+        else inputs.device
     )
-    input_ids, last = input_ids.to(device), (lengths - 1).to(device)
+    inputs, last = inputs.to(device), (lengths - 1).to(device)
     rows = torch.arange(len(last), device=device)
     answers = torch.as_tensor(list(token_ids), device=device)
 
     def gather(hidden: Tensor) -> Tensor:
-        if hidden.shape[:2] != input_ids.shape:
+        if hidden.shape[:2] != inputs.shape[:2]:
             raise ValueError(
-                f"the model's head sees {list(hidden.shape)} states for input_ids {list(input_ids.shape)}: "
+                f"the model's head sees {list(hidden.shape)} states for inputs {list(inputs.shape)}: "
                 "models that add or drop positions (prompt tuning) cannot be read here"
             )
         return hidden[rows.to(hidden.device), last.to(hidden.device)].unsqueeze(1)  # [B, 1, d]
@@ -155,7 +157,8 @@ def answer_logits(model: nn.Module, input_ids: Tensor, lengths: Tensor, token_id
             return functional.linear(hidden.float(), head.weight[answers].float(), bias)
 
     with _replaced_head(model, gather, finish) as head:
-        return model(input_ids=input_ids, use_cache=False, return_dict=True).logits[:, 0].float()
+        given = {"inputs_embeds" if embedded else "input_ids": inputs}
+        return model(**given, use_cache=False, return_dict=True).logits[:, 0].float()
 
 
 @torch.no_grad()

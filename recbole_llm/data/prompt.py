@@ -4,12 +4,16 @@ A prompt is a sequence of *lines* made from the templates of ``properties/prompt
 
     instruction                        the same for all rows
     profile                            one per user
+    user_slot                          the same for all rows; a slot follows it
     history_header                     the same for all rows
     history_item                       one per (item, stars), oldest first
     ...
     target                             one per item
     lens_score                         one per probability in per cent; only where a template wants it
     question                           the same for all rows; ends where the answer word follows
+
+In a hybrid prompt a *slot* follows some lines: one input embedding that the model makes from a vector of the lens.
+Among the token ids the slot of item ``i`` is ``-i``, behind its title, and that of the row's user ``-n_items``.
 
 How lines become token ids, and why that is exact: :mod:`~recbole_llm.data.prompt_lines`.
 """
@@ -35,6 +39,7 @@ from recbole_llm.data.prompt_lines import (
 from recbole_llm.data.retriever import RecentRetriever, Retriever
 from recbole_llm.data.text import UserText
 
+_BOOL = (True, False)
 _SHOW = (True, False, "history", "target")
 _KIND = TemplateKind(
     task="ctr",
@@ -45,6 +50,7 @@ _KIND = TemplateKind(
         "disliked_header": "",
         "history_empty": "",
         "profile": "",
+        "user_slot": "",
         "lens_score": "",
         "instruction": "",
         "stars_format": "{stars} ",
@@ -54,6 +60,7 @@ _KIND = TemplateKind(
         "show_stars": True,
         "show_year": False,
         "show_genre": False,
+        "item_slots": False,
         "obfuscate_titles": False,
         "chat_template": False,
     },
@@ -67,6 +74,7 @@ _KIND = TemplateKind(
         "history_empty": set(),
         "history_item": ITEM_PLACEHOLDERS,
         "target": ITEM_PLACEHOLDERS - {"stars"},
+        "user_slot": set(),
         "lens_score": {"lens_score"},
         "question": set(),
         "stars_format": {"stars"},
@@ -77,10 +85,11 @@ _KIND = TemplateKind(
     choices={
         "show_year": _SHOW,
         "show_genre": _SHOW,
-        "show_profile": (True, False),
-        "show_stars": (True, False),
-        "obfuscate_titles": (True, False),
-        "chat_template": (True, False),
+        "show_profile": _BOOL,
+        "show_stars": _BOOL,
+        "item_slots": (*_BOOL, "target"),
+        "obfuscate_titles": _BOOL,
+        "chat_template": _BOOL,
         "history": ("timeline", "by_label"),
     },
 )
@@ -131,6 +140,8 @@ class PromptBuilder(LinePrompts):
     Attributes:
         assembled: whether prompts are put together from lines tokenised once; otherwise whole strings are
             tokenised.
+        item_slots: which titles a slot follows in hybrid prompts: none (``False``), all (``True``) or ``target``.
+        user_slot: whether hybrid prompts have a slot of the row's user.
 
     Raises:
         ValueError: for an impossible template, or a chat template that the tokenizer does not have.
@@ -157,7 +168,9 @@ class PromptBuilder(LinePrompts):
         self._profiles = (
             UserText(dataset).profiles if self.config["show_profile"] and self.config["profile"] else None
         )
-        self._choose_assembly([self._sample()])
+        self.item_slots: bool | str = self.config["item_slots"]
+        self.user_slot = bool(self.config["user_slot"])
+        self._choose_assembly(self._sample(slots) for slots in {False, self.has_slots})
 
     @property
     def answer_words(self) -> tuple[str, str]:
@@ -165,22 +178,35 @@ class PromptBuilder(LinePrompts):
         return tuple(self.config["answers"])
 
     @property
+    def has_slots(self) -> bool:
+        """Whether this template has hybrid prompts."""
+        return self.user_slot or bool(self.item_slots)
+
+    @property
     def tells_lens(self) -> bool:
         """Whether prompts say the lens's score."""
         return bool(self.config["lens_score"])
 
-    def _sample(self) -> list[Line]:
+    def _sample(self, slots: bool = False) -> list[Line]:
         """One prompt with many histories and targets."""
         items, positions = self._history.item_ids, self._sample_positions()
         user = int(np.searchsorted(self._history.user_start, 0, side="right")) - 1
-        *lines, question = self._lines(user, int(items[0]), positions)
+        *lines, question = self._lines(user, int(items[0]), positions, slots=slots)
         scores = [("lens_score", f"{cent / 100:.2f}") for cent in range(101)] if self.tells_lens else []
-        return [*lines, *(("target", item) for item in items[positions].tolist()), *scores, question]
+        targets = [line for item in items[positions].tolist() for line in self._target(item, slots)]
+        return [*lines, *targets, *scores, question]
 
     # ------------------------------------------------------------------ lines
 
     def _lines(
-        self, user: int, item: int, positions: np.ndarray, score: str | None = None, *, cut: bool = False
+        self,
+        user: int,
+        item: int,
+        positions: np.ndarray,
+        score: str | None = None,
+        *,
+        slots: bool = False,
+        cut: bool = False,
     ) -> list[Line]:
         """The lines of one prompt.
 
@@ -189,30 +215,39 @@ class PromptBuilder(LinePrompts):
             item: internal id of the target.
             positions: the history to show, ascending in time.
             score: the lens's, as the prompt says it; ``None``: no such line.
+            slots: whether the prompt is a hybrid one.
             cut: whether there is more history than that; if so, an empty one is not called empty.
         """
         lines: list[Line] = [("instruction",)] if self.config["instruction"] else []
         if self._profiles is not None and self._profiles[user]:
             lines.append(("profile", user))
+        if slots and self.user_slot:
+            lines += self._with_slot(("user_slot",), self._dataset.item_num)
+        behind_history = slots and self.item_slots is True
         if not len(positions):
             lines += [("history_empty",)] if self.config["history_empty"] and not cut else []
         elif self.config["history"] == "timeline":
-            lines += self._block("history_header", positions)
+            lines += self._block("history_header", positions, behind_history)
         else:
             liked = self._history.labels[positions] > 0
-            lines += self._block("liked_header", positions[liked]) + self._block(
-                "disliked_header", positions[~liked]
-            )
+            lines += self._block("liked_header", positions[liked], behind_history)
+            lines += self._block("disliked_header", positions[~liked], behind_history)
         lens = [] if score is None else [("lens_score", score)]
-        return [*lines, ("target", item), *lens, ("question",)]
+        return [*lines, *self._target(item, slots), *lens, ("question",)]
 
-    def _block(self, header: str, positions: np.ndarray) -> list[Line]:
+    def _target(self, item: int, slots: bool) -> list[Line]:
+        line = ("target", item)
+        return self._with_slot(line, item) if slots and self.item_slots else [line]
+
+    def _block(self, header: str, positions: np.ndarray, slots: bool) -> list[Line]:
         if not len(positions):
             return []
         lines = self._history_lines(positions)
+        if slots:
+            lines = [part for line in lines for part in self._with_slot(line, line[1])]
         return [(header,), *lines] if self.config[header] else lines
 
-    def _line_text(self, line: Line) -> str:
+    def _template_text(self, line: Line) -> str:
         kind, *about = line
         template = self.config[kind]
         if kind == "instruction":
@@ -238,22 +273,26 @@ class PromptBuilder(LinePrompts):
 
     # ------------------------------------------------------------------ prompts
 
-    def encode(self, interaction: Interaction) -> EncodedPrompts:
+    def encode(self, interaction: Interaction, *, slots: bool = False) -> EncodedPrompts:
         """Token ids of each row's prompt, at most ``max_prompt_tokens`` long.
 
         Args:
             interaction: rows of the dataset, with ``user_id``, ``item_id`` and ``history_end``; where there is
                 ``recent_text`` (:meth:`HistoryDataset.mixed`), it says whose history is the recent one.
+            slots: hybrid prompts, where the template has them.
 
         Raises:
             ValueError: if a prompt is too long even without any history, or is to say a score that nobody gives.
         """
-        prompts = [self._fit_row(*row) for row in self._rows(interaction)]
+        prompts = [self._fit_row(*row, slots=slots) for row in self._rows(interaction)]
         return EncodedPrompts([ids for ids, _, _ in prompts], sum(shortened for _, _, shortened in prompts))
 
-    def text(self, interaction: Interaction, i: int) -> str:
-        """The prompt of row ``i``, in full, as the LLM gets it (with the turns of a chat template)."""
-        _, lines, _ = self._fit_row(*self._rows(interaction[i : i + 1])[0])
+    def text(self, interaction: Interaction, i: int, *, slots: bool = True) -> str:
+        """The prompt of row ``i``, in full, as the LLM gets it (with the turns of a chat template).
+
+        Slots, where the template has them, are shown as ``[item vector]`` and ``[user vector]``.
+        """
+        _, lines, _ = self._fit_row(*self._rows(interaction[i : i + 1])[0], slots=slots)
         return self._full_text(lines)
 
     def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray, str | None]]:
@@ -284,12 +323,12 @@ class PromptBuilder(LinePrompts):
         return [f"{score:.2f}" for score in np.asarray(self.lens_scores(interaction)).tolist()]
 
     def _fit_row(
-        self, user: int, item: int, positions: np.ndarray, score: str | None
+        self, user: int, item: int, positions: np.ndarray, score: str | None, *, slots: bool
     ) -> tuple[np.ndarray, list[Line], bool]:
         """Token ids and lines of one prompt, and whether history had to be dropped."""
         return self._fit(
             positions,
-            lambda left, cut: self._lines(user, item, left, score, cut=cut),
+            lambda left, cut: self._lines(user, item, left, score, slots=slots, cut=cut),
             lambda: (
                 f"user {self._name(self._dataset.uid_field, user)} and item "
                 f"{self._name(self._dataset.iid_field, item)}"

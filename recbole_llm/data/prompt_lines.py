@@ -35,6 +35,10 @@ Line = tuple[Any, ...]
 
 SLOT = "slot"
 """Kind of the lines ``(SLOT, item)``, which are no text: their one entry ``-item`` stands for a vector."""
+_OPEN, _BREAK = "open", "break"  # lines ("open", *line), which lack their line break, and ("break",)
+
+SLOT_TEXT, USER_SLOT_TEXT = "[item vector]", "[user vector]"
+"""How the text of a prompt shows a slot."""
 
 ITEM_PLACEHOLDERS = frozenset({"title", "stars", "year", "genre"})
 STABILITY_SAMPLE = 512
@@ -159,7 +163,8 @@ class EncodedPrompts:
     """Prompts of a batch.
 
     Attributes:
-        input_ids: int64 arrays, one per row; a negative entry ``-i`` is the slot of item ``i``.
+        input_ids: int64 arrays, one per row; a negative entry ``-i`` is the slot of item ``i``, and ``-n_items``, one
+            past the last item, that of the row's user.
         n_shortened: how many of them lost history to fit into ``max_prompt_tokens``.
     """
 
@@ -252,8 +257,22 @@ class LinePrompts:
 
     # ------------------------------------------------------------------ lines
 
-    def _line_text(self, line: Line) -> str:
+    def _template_text(self, line: Line) -> str:
+        """The text of a line that a template makes, with its line break."""
         raise NotImplementedError
+
+    def _line_text(self, line: Line) -> str:
+        kind = line[0]
+        if kind == _OPEN:
+            return self._template_text(line[1:]).removesuffix("\n")
+        if kind == SLOT:
+            return USER_SLOT_TEXT if line[1] == self._dataset.item_num else SLOT_TEXT
+        return "\n" if kind == _BREAK else self._template_text(line)
+
+    @staticmethod
+    def _with_slot(line: Line, item: int) -> list[Line]:
+        """A line of text and, before its line break, the slot of an item (``n_items``: of the user)."""
+        return [(_OPEN, *line), (SLOT, item), (_BREAK,)]
 
     def _history_lines(self, positions: np.ndarray) -> list[Line]:
         items = self._history.item_ids[positions].tolist()

@@ -34,7 +34,6 @@ from transformers import PreTrainedTokenizerBase
 from recbole_llm.data.dataset import HISTORY_END, ROW_ID
 from recbole_llm.data.prompt_lines import (
     ITEM_PLACEHOLDERS,
-    SLOT,
     EncodedPrompts,
     Line,
     LinePrompts,
@@ -46,10 +45,6 @@ from recbole_llm.data.retriever import Retriever, SemanticRetriever
 if TYPE_CHECKING:
     from recbole_llm.data.dataset import HistoryDataset
 
-SLOT_TEXT = "[item vector]"
-"""How :meth:`TitlePromptBuilder.text` shows a slot."""
-
-_OPEN, _BREAK = "open", "break"  # lines ("open", *line), which lack their line break, and ("break",)
 _BOOL = (True, False)
 _KIND = TemplateKind(
     task="next_item",
@@ -256,17 +251,11 @@ class TitlePromptBuilder(LinePrompts):
         """A header, unless it is empty, and the lines of items."""
         lines: list[Line] = [(header,)] if self.config[header] else []
         for line in items:
-            lines += [(_OPEN, *line), (SLOT, line[1]), (_BREAK,)] if slots else [line]
+            lines += self._with_slot(line, line[1]) if slots else [line]
         return lines
 
-    def _line_text(self, line: Line) -> str:
+    def _template_text(self, line: Line) -> str:
         kind, *about = line
-        if kind == _OPEN:
-            return self._line_text(line[1:]).removesuffix("\n")
-        if kind == SLOT:
-            return SLOT_TEXT
-        if kind == _BREAK:
-            return "\n"
         template = self.config[kind]
         if kind in ("history_item", "candidate_item"):
             return self._item_text(template, kind, *about) + "\n"

@@ -13,6 +13,9 @@ the lens's state of the row. With ``lens_residual`` the prediction starts at the
 ``b`` starts small because the margin of an untuned LLM is noise with a constant offset: added with weight one, training
 would start below the lens. It does not start at zero, because there the gradient of the LLM vanishes, and its direction
 is that of the sign which ``b`` takes first.
+
+Where the template has slots (:mod:`recbole_llm.model.slots`), prompts are hybrid: projected vectors of the lens stand
+behind titles, or for the user. The untrained LLM is always asked in text alone.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 
 from recbole_llm.backbone import answer_logits, answer_token_ids, pad_right
 from recbole_llm.model.base import LLMRecommender, MicroBatch
+from recbole_llm.model.slots import build_projector, fill_slots
 
 if TYPE_CHECKING:
     from recbole_llm.backbone import Backbone
@@ -47,11 +51,15 @@ class AnswerCTR(LLMRecommender):
         dataset: the training rows (:class:`recbole_llm.data.CTRDataset`).
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
         prompts: turns rows into token ids.
-        lens: the frozen conventional model that gives ``z`` and its own logit. May be ``None`` if neither the mixer
-            nor ``lens_residual`` needs it.
+        lens: the frozen conventional model that gives ``z``, its own logit and the slots' vectors. May be ``None`` if
+            neither the mixer nor ``lens_residual`` nor a slot needs it.
+
+    Attributes:
+        slots: whether the template has slots.
+        hybrid: whether prompts have their slots now; subclasses may change it while they train.
 
     Raises:
-        ValueError: if the mixer or ``lens_residual`` needs a lens and none is given.
+        ValueError: if something needs a lens and none is given.
     """
 
     task = "ctr"
@@ -60,11 +68,13 @@ class AnswerCTR(LLMRecommender):
         self, config, dataset, *, backbone: Backbone, prompts: PromptBuilder, lens: Lens | None = None
     ) -> None:
         gated, residual = config["mixer"] != "identity", bool(config["lens_residual"])
-        if lens is None and (gated or residual):
+        slots = prompts.has_slots
+        if lens is None and (gated or residual or slots):
             raise ValueError(
-                f"model {config['model']}: mixer={config['mixer']} and lens_residual={residual} need a lens, "
-                "but the configuration has none; set e.g. lens: DIN"
+                f"model {config['model']}: mixer={config['mixer']}, lens_residual={residual} and slots in "
+                f"prompt={config['prompt']} ({slots}) need a lens, but the configuration has none; set e.g. lens: DIN"
             )
+        embedding = backbone.model.get_input_embeddings()
         super().__init__(
             config, dataset, backbone=backbone, lens=lens, instance_size=lens.width if gated else None
         )
@@ -76,11 +86,21 @@ class AnswerCTR(LLMRecommender):
             self.lens_scale = nn.Parameter(torch.tensor(1.0))
             self.answer_scale = nn.Parameter(torch.tensor(ANSWER_SCALE))
             self.bias = nn.Parameter(torch.tensor(0.0))
+        self.slots = self.hybrid = slots
+        self.projectors = nn.ModuleDict()
+        if prompts.item_slots:
+            self.register_buffer("item_vectors", lens.item_vectors().cpu(), persistent=False)
+            self.projectors["item"] = build_projector(self.item_vectors.shape[1], embedding)
+        if prompts.user_slot:
+            self.projectors["user"] = build_projector(lens.width, embedding)
 
     def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """With ``lens_residual`` its three scalars, group ``residual``."""
+        """With ``lens_residual`` its three scalars, group ``residual``; with slots their MLPs, group ``projector``."""
         names = ("lens_scale", "answer_scale", "bias") if self.residual else ()
-        return {"residual": {name: getattr(self, name) for name in names}}
+        return {
+            "residual": {name: getattr(self, name) for name in names},
+            "projector": dict(self.projectors.named_parameters()),
+        }
 
     def residual_terms(self) -> dict[str, float] | None:
         """The learned ``a`` (lens_scale), ``b`` (answer_scale) and ``c`` (bias) of ``lens_residual``."""
@@ -95,12 +115,14 @@ class AnswerCTR(LLMRecommender):
     # ------------------------------------------------------------------ forward
 
     def encode(self, interaction: Interaction) -> EncodedPrompts:
-        """The prompts of some rows."""
-        return self.prompts.encode(interaction)
+        """The prompts of some rows as the model gets them now."""
+        return self.prompts.encode(interaction, slots=self.hybrid)
 
     def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
         """Cut a batch into pieces of ``micro_batch_size`` rows, rows of similar length together."""
-        encoded = self.encode(interaction)
+        return self._cut(interaction, self.encode(interaction))
+
+    def _cut(self, interaction: Interaction, encoded: EncodedPrompts) -> Iterator[MicroBatch]:
         self.rows_shortened += encoded.n_shortened
         lengths = np.array([len(ids) for ids in encoded.input_ids])
         for rows in self.pieces(lengths, self.micro_batch_size):
@@ -113,20 +135,40 @@ class AnswerCTR(LLMRecommender):
                 lengths=row_lengths.to(self.device),
             )
 
-    def margin(self, batch: MicroBatch, *, adapted: bool = True) -> Tensor:
-        """Logit of "yes" against "no" of the language model alone, ``[b]``; ``adapted=False``: without the adapter."""
+    def embed(self, input_ids: Tensor, state: Tensor) -> Tensor:
+        """Input embeddings ``[b, T, d]`` of hybrid prompts ``[b, T]``; ``state [b, H]`` is the lens's of their rows."""
+
+        def vectors(is_slot: Tensor) -> Tensor:
+            items = -input_ids[is_slot]
+            of_user = items == self.n_items
+            found = state.new_zeros(len(items), self.adapter.model.get_input_embeddings().embedding_dim)
+            if "item" in self.projectors:
+                found = self.projectors["item"](self.item_vectors[items.masked_fill(of_user, 0)])
+            if "user" in self.projectors:
+                users = self.projectors["user"](state)[is_slot.nonzero()[:, 0]]
+                found = torch.where(of_user.unsqueeze(-1), users, found)
+            return found
+
+        return fill_slots(self.adapter.model.get_input_embeddings(), input_ids, vectors)
+
+    def margin(self, batch: MicroBatch, state: Tensor | None = None, *, adapted: bool = True) -> Tensor:
+        """Logit of "yes" against "no" of the language model alone, ``[b]``; ``adapted=False``: without the adapter.
+
+        Hybrid prompts need the lens's ``state [b, H]``.
+        """
+        inputs = batch.input_ids if state is None else self.embed(batch.input_ids, state)
         with nullcontext() if adapted else self.adapter.disabled():
-            logits = answer_logits(self.adapter.peft_model, batch.input_ids, batch.lengths, self.answer_ids)
+            logits = answer_logits(self.adapter.peft_model, inputs, batch.lengths, self.answer_ids)
         return logits[:, 0] - logits[:, 1]
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The model's logit, ``[b]`` float32 (see the module docstring)."""
-        lens_logit = None
-        if self.lens is not None and (self.gated or self.residual):
+        state = lens_logit = None
+        if self.gated or self.residual or self.hybrid:
             state, lens_logit = self.lens.represent(batch.interaction)
-            if self.gated:
-                self.adapter.set_instance(state)
-        margin = self.margin(batch)
+        if self.gated:
+            self.adapter.set_instance(state)
+        margin = self.margin(batch, state if self.hybrid else None)
         if self.residual:
             return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
         return margin
@@ -138,16 +180,19 @@ class AnswerCTR(LLMRecommender):
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:
         """Probability of "yes", ``[B]`` float64; does not depend on what else is in the batch."""
-        return torch.sigmoid(self._score(interaction, self.logits))
+        return torch.sigmoid(self._score(interaction, self.encode(interaction), self.logits))
 
     @torch.no_grad()
     def predict_untrained(self, interaction: Interaction) -> Tensor:
-        """Probability of "yes" of the language model without adapter and lens (zero-shot), ``[B]``."""
-        return torch.sigmoid(self._score(interaction, lambda batch: self.margin(batch, adapted=False)))
+        """Probability of "yes" of the language model without adapter and slots (zero-shot), ``[B]``."""
+        encoded = self.prompts.encode(interaction)
+        return torch.sigmoid(
+            self._score(interaction, encoded, lambda batch: self.margin(batch, adapted=False))
+        )
 
-    def _score(self, interaction: Interaction, logit_of) -> Tensor:
+    def _score(self, interaction: Interaction, encoded: EncodedPrompts, logit_of) -> Tensor:
         # float64, because a float32 sigmoid is exactly 1 from a logit of 17 on
         scores = torch.empty(len(interaction), dtype=torch.float64, device=self.device)
-        for batch in self.micro_batches(interaction):
+        for batch in self._cut(interaction, encoded):
             scores[torch.from_numpy(batch.rows).to(self.device)] = logit_of(batch).double()
         return scores

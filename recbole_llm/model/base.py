@@ -33,7 +33,7 @@ class MicroBatch:
     Attributes:
         rows: positions of these rows in the batch they were cut from, shape ``[b]``.
         interaction: their fields, on the model's device.
-        input_ids: right-padded token ids, ``[b, T]``; a negative entry ``-i`` is the slot of item ``i``.
+        input_ids: right-padded token ids, ``[b, T]``; a negative entry is a slot (:mod:`recbole_llm.model.slots`).
         lengths: prompt lengths in tokens, ``[b]``.
         answers: the tokens to be written behind each prompt, where the task has any.
     """
@@ -169,6 +169,10 @@ class LLMRecommender(SequentialRecommender):
 
     def begin_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         """Told before optimizer step ``step`` (0-based, over all epochs), for models that change while they train."""
+
+    def schedule_span(self, step: int, total_steps: int) -> tuple[int, int]:
+        """First step and end of the part of the training around ``step`` that has its own learning-rate schedule."""
+        return 0, total_steps
 
     def encode(self, interaction: Interaction) -> EncodedPrompts:
         """The prompts of some rows as the model gets them."""

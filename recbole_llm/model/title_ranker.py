@@ -5,11 +5,9 @@ The prompt tells the history (and the candidates, if they are listed); the answe
     score(u, i) = 1 / n_i  sum_t log p(answer_i[t] | prompt(u), answer_i[:t])        n_i tokens, line break included
 
 Items with the same title are the same to the model: equal scores, told apart by nothing here. In a *hybrid* prompt
-(LLaRA) each title is followed by a slot, one input embedding made of the lens's vector ``e_i`` of the item:
-
-    slot(i) = W2 GELU(W1 e_i + b1) + b2,        b2 starting at the mean of the LLM's token embeddings
-
-In a text-only step of the curriculum every slot holds one trained vector instead, which starts at that mean, too.
+(LLaRA) each title is followed by a slot, one input embedding made of the lens's vector of the item
+(:mod:`recbole_llm.model.slots`). In a text-only step of the curriculum every slot holds one trained vector instead,
+which starts at the mean token embedding, as the projector's bias does.
 All candidates of a row share one pass over its prompt. That is exact only where neither prompt nor adapter depend on
 the candidate, so a gate that has seen the target is refused.
 """
@@ -31,6 +29,7 @@ from recbole_llm.backbone import TitleTrie, answer_log_likelihood, generate_titl
 from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.curriculum import is_hybrid
+from recbole_llm.model.slots import build_projector, fill_slots, mean_embedding
 
 if TYPE_CHECKING:
     from recbole_llm.backbone import Backbone
@@ -116,14 +115,9 @@ class TitleRanker(LLMRecommender):
         self.slots = hybrid
         if hybrid:
             vectors = lens.item_vectors().cpu()
-            mean = embedding.weight.detach().float().mean(dim=0)
             self.register_buffer("item_vectors", vectors, persistent=False)
-            self.projector = nn.Sequential(
-                nn.Linear(vectors.shape[1], len(mean)), nn.GELU(), nn.Linear(len(mean), len(mean))
-            )
-            with torch.no_grad():
-                self.projector[-1].bias.copy_(mean)
-            self.empty_slot = nn.Parameter(mean.clone())
+            self.projector = build_projector(vectors.shape[1], embedding)
+            self.empty_slot = nn.Parameter(mean_embedding(embedding))
 
     # ------------------------------------------------------------------ what is trained
 
@@ -147,20 +141,14 @@ class TitleRanker(LLMRecommender):
     # ------------------------------------------------------------------ inputs
 
     def embed(self, input_ids: Tensor, *, hybrid: bool) -> Tensor:
-        """Input embeddings ``[b, T, d]`` of token ids with slots (``-i`` for item ``i``), ``[b, T]``.
+        """Input embeddings ``[b, T, d]`` of token ids with slots (``-i`` for item ``i``), ``[b, T]``."""
 
-        All slots of a batch are filled by one scatter.
-        """
-        embedding = self.adapter.model.get_input_embeddings()
-        is_slot = input_ids < 0
-        embedded = embedding(input_ids.clamp(min=0))
-        if not bool(is_slot.any()):
-            return embedded
-        if hybrid:
-            vectors = self.projector(self.item_vectors[-input_ids[is_slot]])
-        else:
-            vectors = self.empty_slot.expand(int(is_slot.sum()), -1)
-        return embedded.index_put((is_slot,), vectors.to(embedded.dtype))
+        def vectors(is_slot: Tensor) -> Tensor:
+            if hybrid:
+                return self.projector(self.item_vectors[-input_ids[is_slot]])
+            return self.empty_slot.expand(int(is_slot.sum()), -1)
+
+        return fill_slots(self.adapter.model.get_input_embeddings(), input_ids, vectors)
 
     def encode(self, interaction: Interaction) -> EncodedPrompts:
         """The prompts of some rows, with slots if the template has them."""

@@ -24,7 +24,7 @@ from recbole_llm.data import (
     load_prompt_config,
     load_title_prompt_config,
 )
-from recbole_llm.data.title_prompt import SLOT_TEXT
+from recbole_llm.data.prompt_lines import SLOT_TEXT
 
 TITLES = {
     1: ("Alpha, The", 1991),
