@@ -17,7 +17,7 @@ p{margin:.4rem 0 .8rem;max-width:46rem}
 ul,ol{padding-left:1.3rem;margin:.4rem 0}
 li{margin:.25rem 0}
 sup{line-height:0;font-size:.7em}
-small{display:block;color:var(--muted);font-size:.8rem;font-weight:400}
+small{display:block;color:var(--muted);font-size:.88em;font-weight:400}
 .lead,figcaption,.absent,.reasons{color:var(--muted)}
 .lead{margin:.2rem 0 1rem}
 .absent{font-style:italic}
@@ -37,7 +37,7 @@ padding:.7rem 1rem .7rem 2rem;max-width:52rem}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.45rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);white-space:nowrap}
 tbody tr:last-child>*{border-bottom:0}
-thead th{background:var(--soft);font-size:.82rem;color:var(--muted);vertical-align:bottom}
+thead th{background:var(--soft);font-size:.92em;color:var(--muted);vertical-align:bottom}
 .n{text-align:right}
 th[scope=row],thead th:first-child{position:sticky;left:0;z-index:1;white-space:normal;overflow-wrap:anywhere;
 min-width:9.5rem;max-width:18rem;border-right:1px solid var(--line)}
@@ -86,14 +86,15 @@ svg circle,svg polygon{stroke:var(--paper);stroke-width:.8}
 .band0{fill:none}.band1{fill:var(--soft)}
 .heat{fill:var(--heat)}
 .vh{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-@media (min-width:30.01rem){wbr{display:none}}
+@media (min-width:30.01rem){section>.scroll wbr{display:none}}
 @media (max-width:30rem){table{font-size:.82rem}th,td{padding:.4rem .5rem}th[scope=row],thead th:first-child{
 min-width:8.2rem;max-width:8.2rem}}
 @media print{:root{--paper:#fff;--soft:#f4f6f8;--ink:#000;--muted:#444;--line:#bbb;--accent:#0b63a5;
 --c1:#0072b2;--c2:#c04a00;--c3:#00795a;--c4:#a8397f;--c5:#8a6200;--c6:#4b4f56;--heat:#0b5e9e;--on-heat:#fff}
 html{color-scheme:light}body{font-size:10pt}main{max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.scroll{overflow:visible;border:0}table{font-size:8pt}th,td{white-space:normal;padding:.2rem .35rem}
+.scroll{overflow:visible;border:0}table{font-size:8pt}td small{white-space:nowrap}
+th,td{white-space:normal;padding:.2rem .35rem}
 th[scope=row],thead th:first-child{position:static;min-width:0}th button::after{content:""!important}
 figure,tr,pre{break-inside:avoid}h2,h3{break-after:avoid}
 details::details-content{content-visibility:visible;block-size:auto}}
