@@ -573,10 +573,12 @@ class Config(RecBoleConfig):
             raise ValueError(
                 f"{said('lora_from')} with {said('mixer')}: A and B of a plain LoRA fit mixer: identity and dense only"
             )
-        if final["lora_from"] and user.get("stage_one_share"):
+        if final["lora_from"] and user.get("stage_one_share"):  # 0 in the configuration of a saved run
             raise ValueError(
                 f"{said('stage_one_share')} with {said('lora_from')}, which stands for stage 1: leave one of them out"
             )
+        if final["lora_from"]:
+            final["stage_one_share"] = 0.0
         if final["top_k"] is not None:
             if final["mixer"] in ("identity", "dense"):
                 raise ValueError(f"{said('top_k')} with {said('mixer')}: there are no experts to choose from")

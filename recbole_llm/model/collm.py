@@ -40,7 +40,7 @@ class CoLLM(AnswerCTR):
                 "prompt: tallrec_vectors, or give the template a user_slot or item_slots"
             )
         super().__init__(config, dataset, prompts=prompts, **parts)
-        self.stage_one_share = 0.0 if self.lora_given else config["stage_one_share"]
+        self.stage_one_share = config["stage_one_share"]  # 0 with lora_from
         self._enter(1 if self.stage_one_share else 2)
 
     def _enter(self, stage: int) -> None:

@@ -134,6 +134,15 @@ def test_a_finished_tallrec_in_place_of_stage_one(ctr, parts_of, rows_of, tmp_pa
     assert all(step["stage"] == 2 and step["slots"] and step["moved"] == projectors for step in steps)
 
 
+def test_a_run_on_a_finished_tallrec_is_read(ctr, rows_of):
+    source = run_recbole_llm("TALLRec", "toy", config_dict={**ctr, "zero_shot": False})
+    options = {**ctr, **ROWS, "zero_shot": False, "lora_from": str(Path(source["path"]).parent)}
+    result = run_recbole_llm("CoLLM", "toy", config_dict=options)
+    parts = load_data_and_model(Path(result["path"]).parent)
+    scores = torch.cat([parts.model.predict(batch[0]) for batch in parts.test_data])
+    np.testing.assert_array_equal(scores.numpy(), rows_of(result)["model_score"])
+
+
 @pytest.mark.parametrize("lens", ["DIN", "SASRec"])
 def test_run_is_written_and_read(lens, ctr, rows_of):
     sequence = {"epochs": 2, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1}
