@@ -34,7 +34,7 @@ RESULT_FILE = "result.json"
 # Of a single run only.
 _OF_THE_RUN = (
     "model", "dataset", "compare_with", "resume", "run_name", "output_dir", "checkpoint_dir", "seeds", "subject",
-    "controls", "preset",
+    "controls",
 )  # fmt: skip
 # What makes the first model's adapter, where other models join a single run.
 _OF_THE_ADAPTER = (
@@ -291,7 +291,7 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shared_hash(first: Config, given: Mapping[str, Any]) -> str:
     """Of everything that holds for all models: the same command finds its folder again, also with more models."""
-    left_out = {*VOLATILE_KEYS, "model", "dataset", "seeds", "subject", "controls"}
+    left_out = {*VOLATILE_KEYS, "model", "dataset"} - {"preset"}
     shared = {key: first[key] for key in _OF_THE_ROWS}
     shared |= {key: value for key, value in given.items() if key not in left_out}
     shared |= {"dataset": first.dataset, "seed": first["seed"]}

@@ -85,7 +85,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
 
 
 def terminal_table(comparison: Mapping[str, Any]) -> str:
-    """Plain text: the models, their differences, what follows, what failed.
+    """Plain text: the models, what follows, what failed. Differences are in the sentences; the files have them all.
 
     Raises:
         ValueError: if the comparison is not complete.
@@ -96,7 +96,7 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
     cells = [[_joined(cell) + reasons.mark(cell, " ({})") for cell in row] for row in table.rows]
     lines = [_layout([list(table.head), *cells])] if cells else ["no model finished"]
     lines += [f"({number}) {reason}" for number, reason in reasons]
-    if found["differences"]:
+    if found["differences"] and not found["sentences"]:
         lines += ["", "differences (p by Holm):", *map(_difference_line, found["differences"])]
     if found["sentences"]:
         lines += ["", *map(clean, found["sentences"])]

@@ -315,10 +315,14 @@ def test_the_terminal_table_says_all():
         "0.7351 ± 0.0042 [0.7138, 0.7538]",
         "0.4994 ± 0.0042",
     ]
-    assert "RecLoRA - DIN, AUC: -0.0407 [-0.0551, -0.0273] p 0.0124 (DeLong by user, AUC)" in lines
     assert "DIN is better than RecLoRA." in lines and "iLoRA, seed 2021: out of memory" in lines
     starts = {line.index("2") for line in (lines[2].replace("0.", "x."), lines[3].replace("0.", "x."))}
     assert len(starts) == 1, "the columns stand below one another"
+
+
+def test_the_terminal_has_the_differences_where_nothing_is_said_in_words():
+    lines = terminal_table({**comparison(), "sentences": []}).splitlines()
+    assert "RecLoRA - DIN, AUC: -0.0407 [-0.0551, -0.0273] p 0.0124 (DeLong by user, AUC)" in lines
 
 
 def test_one_seed_has_no_spread():
