@@ -200,6 +200,21 @@ def test_gate_values_are_those_of_the_last_forward(adapted, batch):
         assert (value > 0).sum(-1).tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("share_gate", [False, True])
+@pytest.mark.parametrize("mixer", ["factor", "expert"])
+def test_the_mean_gate_is_that_of_all_projections_without_a_forward_pass(adapted, batch, mixer, share_gate):
+    ids, z = batch
+    adapter = adapted(mixer, share_gate=share_gate)
+    mean = adapter.mean_gate(z)
+    logits(adapter, ids, z)
+    expected = torch.stack(list(adapter.gate_values().values())).mean(dim=0)
+    torch.testing.assert_close(mean, expected.to(mean.dtype))
+
+
+def test_without_experts_there_is_no_mean_gate(adapted, batch):
+    assert adapted("dense").mean_gate(batch[1]) is None
+
+
 def test_instance_from_inference_mode_can_be_trained_with(adapted, batch):
     ids, z = batch
     with torch.inference_mode():

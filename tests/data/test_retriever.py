@@ -12,6 +12,7 @@ from recbole_llm.data import (
     HistoryIndex,
     RecentRetriever,
     SemanticRetriever,
+    ShuffledRetriever,
     retriever,
 )
 
@@ -168,3 +169,26 @@ def test_settings_are_checked():
     index, _ = HistoryIndex.from_time_order(empty, empty, empty, empty, None, n_users=1)
     with pytest.raises(ValueError, match="negative"):
         RecentRetriever(index, -1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), k=st.integers(1, 6), seed=st.integers(0, 9))
+def test_shuffled_is_the_same_history_in_an_order_that_stays(data, k, seed):
+    index, users, items, _, ends = data.draw(histories("order"))
+    recent, shuffled = RecentRetriever(index, k), ShuffledRetriever(RecentRetriever(index, k), seed)
+    plain, mixed = (retriever.positions(users, items, ends) for retriever in (recent, shuffled))
+    np.testing.assert_array_equal(np.sort(plain, axis=1), np.sort(mixed, axis=1))
+    np.testing.assert_array_equal(plain < 0, mixed < 0)  # padding stays at the end
+    order = np.random.default_rng(1).permutation(len(users))  # a row keeps its order, in whatever batch
+    np.testing.assert_array_equal(shuffled.positions(users[order], items[order], ends[order]), mixed[order])
+
+
+def test_shuffling_changes_long_histories():
+    users, n = np.zeros(60, dtype=int), 60
+    index, position = HistoryIndex.from_time_order(
+        users, np.arange(n), np.zeros(n), np.arange(n), None, n_users=1
+    )
+    found = ShuffledRetriever(RecentRetriever(index, 10), 0).positions(
+        users[20:], np.arange(20, n), position[20:]
+    )
+    assert (np.diff(found, axis=1) < 0).any(axis=1).mean() > 0.9

@@ -22,6 +22,7 @@ from recbole_llm.evaluation import (
     merge_rows,
     peak_memory,
     rank_metrics,
+    reset_peak_memory,
     result_table,
     write_result,
 )
@@ -420,3 +421,12 @@ def test_peak_memory_is_at_least_what_is_held_now():
     assert found["host_bytes"] > block.nbytes
     if not torch.cuda.is_available():
         assert found["gpu_bytes"] is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux lets the peak be reset")
+def test_the_peak_of_memory_counts_from_its_reset():
+    large = np.ones(1 << 26)  # 512 MB
+    before = peak_memory()["host_bytes"]
+    del large
+    reset_peak_memory()
+    assert before - peak_memory()["host_bytes"] > 400 << 20
