@@ -32,6 +32,7 @@ from recbole_llm.data import (
     CandidateSet,
     CategoryRetriever,
     HistoryDataset,
+    MixedRetriever,
     PromptBuilder,
     RecentRetriever,
     Retriever,
@@ -230,11 +231,7 @@ def prepare_rows(config: Config) -> Rows:
     """Read the dataset, split it, and draw ``few_shot`` and ``eval_rows``."""
     dataset = create_dataset(config)
     full_train, full_valid, full_test = dataset.build()
-    few_shot = config["few_shot"]
-    if config.origins.get("few_shot") is None and isinstance(few_shot, int) and few_shot > len(full_train):
-        logger.info("few_shot: all %d training rows; the default is %d", len(full_train), few_shot)
-        few_shot = config["few_shot"] = len(full_train)
-    train = full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
+    train = few_shot_rows(config, full_train)
     valid, test = (bounded(config, rows, name) for rows, name in ((full_valid, "valid"), (full_test, "test")))
     sizes = {
         "all": len(full_train) + len(full_valid) + len(full_test),
@@ -246,6 +243,15 @@ def prepare_rows(config: Config) -> Rows:
         "test_used": len(test),
     }
     return Rows(dataset, full_train, full_valid, train, valid, test, sizes)
+
+
+def few_shot_rows(config: Config, full_train: HistoryDataset) -> HistoryDataset:
+    """The training rows that ``few_shot`` draws, once per seed; a default is cut to the size of the data."""
+    few_shot = config["few_shot"]
+    if config.origins.get("few_shot") is None and isinstance(few_shot, int) and few_shot > len(full_train):
+        logger.info("few_shot: all %d training rows; the default is %d", len(full_train), few_shot)
+        few_shot = config["few_shot"] = len(full_train)
+    return full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
 
 
 def bounded(config: Config, rows: HistoryDataset, purpose: str) -> HistoryDataset:
@@ -366,17 +372,17 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
             retriever=RecentRetriever(dataset.history, config["text_history_length"]),
         )
     vectors = None
-    if (
-        "semantic" in (config["id_retrieval"], config["text_retrieval"])
-        and config["semantic_vectors"] == "backbone"
-    ):
+    if (config["id_retrieval"] == "semantic" or config["text_retrieval"] != "recent") and config[
+        "semantic_vectors"
+    ] == "backbone":
         with stage(seconds, "item_vectors"):
             vectors = item_vectors(config, prompts.item_token_ids(), backbone)
     set_id_retrieval(config, dataset, lambda: vectors)
     lens = train_lens()
-    if config["text_retrieval"] == "semantic":
+    if config["text_retrieval"] != "recent":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
-        prompts.retriever = SemanticRetriever(dataset.history, config["text_history_length"], source)
+        kind = {"semantic": SemanticRetriever, "mixed": MixedRetriever}[config["text_retrieval"]]
+        prompts.retriever = kind(dataset.history, config["text_history_length"], source)
     if config["shuffle_history"]:
         prompts.retriever = ShuffledRetriever(prompts.retriever, config["eval_seed"])
     if prompts.tells_lens:

@@ -24,6 +24,7 @@ from recbole_llm.assembly import (
     cache_folder,
     conventional_parts,
     eval_loader,
+    few_shot_rows,
     item_counts,
     stage,
 )
@@ -96,7 +97,7 @@ def run(config: Config, run_folder: Path) -> dict:
         seed=config["seed"],
         device=config["device"],
         config=config.as_dict(),
-        row_counts={**sizes, "few_shot": None},
+        row_counts={**sizes, "few_shot": sizes["train"] if config["train_rows"] == "few_shot" else None},
         valid=valid,
         test=test,
         rows=rows,
@@ -127,6 +128,8 @@ def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDat
             "or popularity"
         )
     train, valid, test = splits[0], splits[1], bounded(config, splits[2], "test")
+    if config["train_rows"] == "few_shot":
+        train = few_shot_rows(config, train)
     if config["task"] == "ctr" and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
         train = train.liked()
     train_sampler, *_ = create_samplers(config, dataset, [train, *splits[1:]])
@@ -141,7 +144,7 @@ def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDat
                 kind=config["negatives"],
                 seed=config["candidate_seed"],
                 purpose=name,
-                item_counts=item_counts(train),
+                item_counts=item_counts(splits[0]),
                 cache_dir=cache_folder(config),
             )
         loaders.append(eval_loader(config, dataset, rows, candidates, name))

@@ -555,6 +555,17 @@ class Config(RecBoleConfig):
                 f"{said('mixed_training')} with {said('text_retrieval')}: each row would be trained twice with the "
                 "same history; set text_retrieval: semantic"
             )
+        if final["train_rows"] != "all":
+            raise ValueError(
+                f"{said('train_rows')} is for conventional models: {self.model} learns from few_shot rows in any case"
+            )
+        if final["gate_inputs"] != "state" and task == "next_item":
+            raise ValueError(
+                f"{said('gate_inputs')}: in the next_item task the lens's logit is the target's own; set state"
+            )
+        for key in ("gate_balance", "gate_entropy"):
+            if final[key] and final["mixer"] in ("identity", "dense"):
+                raise ValueError(f"{said(key)} with {said('mixer')}: there are no experts to weigh")
         if final["mixer"] == "identity":
             if user.get("gate") is not None:
                 raise ValueError(
@@ -680,7 +691,7 @@ class Config(RecBoleConfig):
 
     @staticmethod
     def _retrieves_by_similarity(final: Mapping[str, Any]) -> bool:
-        return "semantic" in (final["id_retrieval"], final["text_retrieval"])
+        return final["id_retrieval"] == "semantic" or final["text_retrieval"] != "recent"
 
     def _set_metrics(self, final: dict[str, Any]) -> None:
         """AUC, LogLoss, ACC and GAUC together on labelled rows; check what RecBole finds too late."""

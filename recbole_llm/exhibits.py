@@ -34,8 +34,8 @@ def gate_table(parts: Assembly) -> dict[str, Any] | None:
     users, gates = [], []
     for start in range(0, len(parts.test), 256):
         rows = parts.test[np.arange(start, min(start + 256, len(parts.test)))]
-        state, _ = parts.lens.represent(rows.to(parts.config["device"]))
-        gate = model.adapter.mean_gate(state)
+        found = parts.lens.represent(rows.to(parts.config["device"]))
+        gate = model.adapter.mean_gate(model.gate_instance(*found))
         if gate is None:
             return None
         users.append(rows[dataset.uid_field].cpu().numpy())

@@ -18,6 +18,7 @@ from synthetic import write_dataset
 
 from recbole_llm.assembly import prepare_rows
 from recbole_llm.checkpoint import CheckpointError
+from recbole_llm.classical import our_loaders
 from recbole_llm.config import Config
 from recbole_llm.quick_start import load_data_and_model, main, run_recbole_llm
 from recbole_llm.registry import create_dataset
@@ -77,6 +78,9 @@ CASES = {
     "RecLoRA, semantic text": ("RecLoRA", {"text_retrieval": "semantic"}),
     "RecLoRA, semantic by the lens": ("RecLoRA", {"text_retrieval": "semantic", "semantic_vectors": "lens"}),
     "RecLoRA, semantic ids": ("RecLoRA", {"id_retrieval": "semantic", "id_history_length": 6}),
+    "RecLoRA, recent and semantic text": ("RecLoRA", {"text_retrieval": "mixed"}),
+    "RecLoRA, gate on state and logit": ("RecLoRA", {"gate_inputs": "state_and_logit"}),
+    "RecLoRA, gate penalties": ("RecLoRA", {"gate_balance": 0.1, "gate_entropy": -0.1}),
     "TALLRec": ("TALLRec", {"lens": None, "lens_config": None}),
     "TALLRec beside DIN": ("TALLRec", {"lens": "DIN"}),
 }
@@ -319,6 +323,20 @@ def test_models_of_recbole_on_labelled_rows_have_all_four_metrics(model, setting
     # The very rows of our models, whatever the kind of model.
     ours = prepare_rows(Config("TALLRec", "toy", config_dict={**settings, "eval_rows": 40}))
     np.testing.assert_array_equal(rows_of(result)["row_id"], ours.test.inter_feat["row_id"].numpy())
+
+
+def test_a_model_of_recbole_learns_from_the_few_shot_rows_alone(settings):
+    keep = ("data_path", "show_progress", "bootstrap_samples", "few_shot")
+    given = {key: settings[key] for key in keep} | {"task": "ctr", "train_rows": "few_shot"}
+    config = Config("DIN", "toy", config_dict=given)
+    dataset = create_dataset(config)
+    train_data, *_ = our_loaders(config, dataset, dataset.build())
+    ours = prepare_rows(Config("TALLRec", "toy", config_dict=settings))
+    np.testing.assert_array_equal(train_data._dataset.inter_feat["row_id"], ours.train.inter_feat["row_id"])
+    result = run_recbole_llm("DIN", "toy", config_dict={**given, "epochs": 1})
+    assert result["rows"]["train"] == result["rows"]["few_shot"] == settings["few_shot"]
+    with pytest.raises(ValueError, match="train_rows.* is for conventional models"):
+        Config("RecLoRA", "toy", config_dict={**settings, "train_rows": "few_shot"})
 
 
 def test_context_aware_models_see_neither_rating_nor_history(settings):

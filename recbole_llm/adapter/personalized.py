@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,33 @@ class PersonalizedAdapter:
         z = self._checked(z)
         gates = self._gates().values()
         return torch.stack([gate(like_weights(z, gate)).float().cpu() for gate in gates]).mean(dim=0)
+
+    def gate_penalty(self, balance: float, entropy: float) -> Tensor:
+        """A loss on the mixtures of the batch last set, mean over gates; differentiable in the gates, a scalar.
+
+            balance * (K sum_k m_k^2 - 1)  +  entropy * (log K - mean_b H(g_b)),        m = mean_b g_b
+
+        The first is the squared coefficient of variation of the experts' mean weights (Shazeer et al., "Outrageously
+        Large Neural Networks", ICLR 2017), the second the mean divergence from equal weights. Both are 0 for equal
+        weights, and both are of the batch at hand.
+
+        Args:
+            balance, entropy: their weights.
+
+        Raises:
+            ValueError: if no instance was set.
+        """
+        z = self._router.instance
+        if z is None:
+            raise ValueError("the gate's penalty is of a batch: call set_instance before")
+        total, gates = z.new_zeros(()), self._gates().values()
+        for gate in gates:
+            g = gate(like_weights(z, gate)).to(z.device)
+            k = g.shape[-1]
+            unequal = k * g.mean(dim=0).square().sum() - 1
+            peaked = math.log(k) + torch.special.xlogy(g, g).sum(dim=-1).mean()
+            total = total + balance * unequal + entropy * peaked
+        return total / len(gates)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

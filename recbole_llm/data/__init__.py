@@ -8,6 +8,7 @@ from recbole_llm.data.prompt import PromptBuilder, check_prompt_config, load_pro
 from recbole_llm.data.prompt_lines import EncodedPrompts, item_token_ids, tokenize_inert
 from recbole_llm.data.retriever import (
     CategoryRetriever,
+    MixedRetriever,
     RecentRetriever,
     Retriever,
     SemanticRetriever,
@@ -29,6 +30,7 @@ __all__ = [
     "HistoryDataset",
     "HistoryIndex",
     "ItemText",
+    "MixedRetriever",
     "NextItemDataset",
     "PromptBuilder",
     "RecentRetriever",

@@ -113,8 +113,11 @@ class SemanticRetriever(Retriever):
         return np.round(self._unit[items] @ self._unit[target], COSINE_DECIMALS)
 
     def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        found = np.full((len(user_ids), self.k), -1, dtype=np.int64)
-        starts, stops = self.history.bounds(user_ids, ends)
+        return self.positions_within(item_ids, *self.history.bounds(user_ids, ends))
+
+    def positions_within(self, item_ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """:meth:`positions`, chosen from the slices ``[start, stop)`` of the history, each ``[B]``."""
+        found = np.full((len(item_ids), self.k), -1, dtype=np.int64)
         for row, (target, start, end) in enumerate(zip(item_ids, starts, stops, strict=True)):
             if end - start > self.k:
                 newest_first = self._similarities(target, self.history.item_ids[start:end])[::-1]
@@ -124,6 +127,33 @@ class SemanticRetriever(Retriever):
             else:
                 found[row, : end - start] = np.arange(start, end)
         return found
+
+
+class MixedRetriever(Retriever):
+    """The latest interactions, and of those before them the most similar to the target, all in time order.
+
+    Args:
+        history: the interactions.
+        k: how many to return: ``k - k // 2`` by time, ``k // 2`` by similarity.
+        item_vectors: as of :class:`SemanticRetriever`.
+    """
+
+    def __init__(self, history: HistoryIndex, k: int, item_vectors: np.ndarray):
+        super().__init__(history, k)
+        self._recent = RecentRetriever(history, k - k // 2)
+        self._semantic = SemanticRetriever(history, k // 2, item_vectors)
+
+    def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        recent = self._recent.positions(user_ids, item_ids, ends)
+        if not self.k // 2:
+            return recent
+        start, _ = self.history.bounds(user_ids, ends)
+        # Before the first of the recent ones; where there is none, there is nothing before it either.
+        first = np.where(recent[:, 0] >= 0, recent[:, 0], start)
+        earlier = self._semantic.positions_within(item_ids, start, first)
+        found = np.concatenate([earlier, recent], axis=1)
+        padding_last = np.argsort(found < 0, axis=1, kind="stable")
+        return np.take_along_axis(found, padding_last, axis=1)
 
 
 class CategoryRetriever(Retriever):

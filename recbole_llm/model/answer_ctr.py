@@ -167,15 +167,16 @@ class AnswerCTR(LLMRecommender):
         if self.gated or self.residual or self.hybrid:
             state, lens_logit = self.lens.represent(batch.interaction)
         if self.gated:
-            self.adapter.set_instance(state)
+            self.adapter.set_instance(self.gate_instance(state, lens_logit))
         margin = self.margin(batch, state if self.hybrid else None)
         if self.residual:
             return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
         return margin
 
     def loss(self, batch: MicroBatch) -> Tensor:
-        """Mean cross-entropy between the two answers, scalar."""
-        return F.binary_cross_entropy_with_logits(self.logits(batch), batch.interaction[self.LABEL].float())
+        """Mean cross-entropy between the two answers, and the gate's penalty if there is one; scalar."""
+        labels = batch.interaction[self.LABEL].float()
+        return self.with_gate_penalty(F.binary_cross_entropy_with_logits(self.logits(batch), labels))
 
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:

@@ -91,9 +91,13 @@ class LLMRecommender(SequentialRecommender):
                 temperature=config["temperature"],
                 top_k=config["top_k"],
                 share_gate=config["share_gate"],
-                instance_size=instance_size if self.gated else 1,
+                instance_size=instance_size + (config["gate_inputs"] == "state_and_logit")
+                if self.gated
+                else 1,
             ),
         )
+        self.gate_reads_logit = self.gated and config["gate_inputs"] == "state_and_logit"
+        self.gate_balance, self.gate_entropy = config["gate_balance"], config["gate_entropy"]
         self.lora_given = config["lora_from"] is not None
         self.adapter.train_lora(not self.lora_given)
         self.llm = self.adapter.peft_model  # registered, so that .to() and .parameters() reach it
@@ -102,6 +106,18 @@ class LLMRecommender(SequentialRecommender):
                 layer.compile()
         self.tokens_processed = 0
         self.rows_shortened = 0
+
+    # ------------------------------------------------------------------ the gate
+
+    def gate_instance(self, state: Tensor, lens_logit: Tensor) -> Tensor:
+        """What the gate reads of the lens, ``z [b, H]``: its state ``[b, width]``, and its logit ``[b]`` if so set."""
+        return torch.cat([state, lens_logit.unsqueeze(-1)], dim=-1) if self.gate_reads_logit else state
+
+    def with_gate_penalty(self, loss: Tensor) -> Tensor:
+        """``loss`` and what ``gate_balance`` and ``gate_entropy`` add to it for the rows last set."""
+        if not self.gated or not (self.gate_balance or self.gate_entropy):
+            return loss
+        return loss + self.adapter.gate_penalty(self.gate_balance, self.gate_entropy).to(loss.device)
 
     # ------------------------------------------------------------------ what is trained
 

@@ -194,7 +194,7 @@ class TitleRanker(LLMRecommender):
         embedded = self.embed(batch.input_ids, hybrid=self._hybrid_step)
         total = answer_log_likelihood(self.adapter.peft_model, embedded, batch.lengths, batch.answers)
         sizes = torch.tensor([len(answer) for answer in batch.answers], device=total.device)
-        return -(total / sizes).mean()
+        return self.with_gate_penalty(-(total / sizes).mean())
 
     # ------------------------------------------------------------------ scoring
 

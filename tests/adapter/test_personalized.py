@@ -1,6 +1,7 @@
 """The adapter on a whole (tiny, random) language model."""
 
 import logging
+import math
 import warnings
 
 import pytest
@@ -213,6 +214,31 @@ def test_the_mean_gate_is_that_of_all_projections_without_a_forward_pass(adapted
 
 def test_without_experts_there_is_no_mean_gate(adapted, batch):
     assert adapted("dense").mean_gate(batch[1]) is None
+
+
+def test_the_gate_penalty_is_its_formula_and_moves_the_gates(adapted, batch):
+    adapter = adapted("factor", temperature=1.0)
+    with pytest.raises(ValueError, match="call set_instance before"):
+        adapter.gate_penalty(1.0, 1.0)
+    adapter.set_instance(batch[1])
+    expected = 0.0
+    for gate in adapter._gates().values():
+        g = gate(batch[1]).double()
+        mean = g.mean(0)
+        variation = mean.var(correction=0) / mean.mean() ** 2
+        entropy = torch.distributions.Categorical(probs=g).entropy().mean()
+        expected += (2.0 * variation + 0.5 * (math.log(4) - entropy)) / len(adapter._gates())
+    found = adapter.gate_penalty(2.0, 0.5)
+    torch.testing.assert_close(found.double(), expected)
+    found.backward()
+    assert all(p.grad is not None for p in adapter.gate_parameters().values())
+    assert all(p.grad is None for p in adapter.lora_parameters().values())
+
+
+def test_equal_weights_have_no_penalty(adapted, batch):
+    adapter = adapted("factor", gate="uniform")
+    adapter.set_instance(batch[1])
+    assert float(adapter.gate_penalty(1.0, 1.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_instance_from_inference_mode_can_be_trained_with(adapted, batch):

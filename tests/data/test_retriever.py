@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from recbole_llm.data import (
     CategoryRetriever,
     HistoryIndex,
+    MixedRetriever,
     RecentRetriever,
     SemanticRetriever,
     ShuffledRetriever,
@@ -169,6 +170,25 @@ def test_settings_are_checked():
     index, _ = HistoryIndex.from_time_order(empty, empty, empty, empty, None, n_users=1)
     with pytest.raises(ValueError, match="negative"):
         RecentRetriever(index, -1)
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), k=st.integers(1, 7), seed=st.integers(0, 9))
+def test_mixed_is_the_latest_and_the_most_similar_of_those_before(ties, data, k, seed):
+    index, users, items, times, position = data.draw(histories(ties))
+    vectors = np.random.default_rng(seed).normal(size=(N_ITEMS, 3))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = MixedRetriever(index, k, vectors).positions(users, items, position)
+    for row, target in enumerate(items):
+        earlier = brute_force(users, times, row, ties)
+        cut = max(0, len(earlier) - (k - k // 2))
+        before, latest = earlier[:cut], earlier[cut:]
+        nearest = sorted(before, key=lambda r: (-round(float(unit[items[r]] @ unit[target]), 5), -r))[
+            : k // 2
+        ]
+        expected = position[np.array(sorted(nearest) + latest, dtype=int)].tolist()
+        assert found[row].tolist() == expected + [-1] * (k - len(expected))
 
 
 @settings(deadline=None, max_examples=30)
