@@ -75,6 +75,8 @@ VOLATILE_KEYS = frozenset(
         "subject",
         "controls",
         "preset",
+        "search",
+        "trials",
         "log_wandb",
         "wandb_project",
     }

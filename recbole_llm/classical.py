@@ -84,10 +84,12 @@ def run(config: Config, run_folder: Path) -> dict:
         _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)
         if not config["epochs"]:  # validated as it is
             valid = trainer.evaluate(valid_data, load_best_model=False, show_progress=show)
-    with stage(seconds, "test"):
-        test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
-    rows = named_rows(dataset, trainer.eval_collector.rows()) if keeps_rows else None
-    if isinstance(dataset, HistoryDataset):
+    test = rows = None
+    if config["read_test"]:
+        with stage(seconds, "test"):
+            test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
+        rows = named_rows(dataset, trainer.eval_collector.rows()) if keeps_rows else None
+    if rows is not None and isinstance(dataset, HistoryDataset):
         rows |= facts_of(rows, test_data._dataset, full_train)
     result = build_result(
         model=config["model"],

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ RESULT_FILE = "result.json"
 # Of a single run only.
 _OF_THE_RUN = (
     "model", "dataset", "compare_with", "resume", "run_name", "output_dir", "checkpoint_dir", "seeds", "subject",
-    "controls",
+    "controls", "search", "trials",
 )  # fmt: skip
 # What makes the first model's adapter, where other models join a single run.
 _OF_THE_ADAPTER = (
@@ -198,7 +198,11 @@ def _no_common_rows(config: Config) -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison: its folder, its runs in the order of running, and what it was asked for."""
+    """A comparison: its folder, its runs in the order of running, and what it was asked for.
+
+    Attributes:
+        given: by model, the values that the user gave for all models and that this one knows.
+    """
 
     folder: Path
     runs: list[PlannedRun]
@@ -206,6 +210,23 @@ class Plan:
     seeds: list[int]
     subject: str
     first: Config
+    given: dict[str, dict[str, Any]]
+
+    def with_values(self, chosen: Mapping[str, Mapping[str, Any]]) -> Plan:
+        """The plan with further values for some models, by their text; a run's folder says them."""
+        runs = []
+        for run in self.runs:
+            if values := chosen.get(run.text):
+                digest = hashlib.sha256(
+                    json.dumps(dict(values), sort_keys=True, default=str).encode()
+                ).hexdigest()
+                where = run.folder.with_name(f"{run.folder.name}-{digest[:8]}")
+                given = {**self.given[run.text], **values}
+                run = PlannedRun(
+                    run.text, config_for(self.first, run.text, given, where, run.config["seed"]), where
+                )
+            runs.append(run)
+        return replace(self, runs=runs)
 
 
 def make_plan(
@@ -268,7 +289,7 @@ def make_plan(
         for text in models
         for where in [folder / f"{slug(text)}-seed{seed}"]
     ]
-    return Plan(folder, runs, models, seeds, subject, first)
+    return Plan(folder, runs, models, seeds, subject, first, {text: values(text) for text in models})
 
 
 def _common_task(own: Mapping[str, str], given: Mapping[str, Any]) -> str:
@@ -300,9 +321,9 @@ def _shared_hash(first: Config, given: Mapping[str, Any]) -> str:
 
 
 def is_comparison(config_file_list: Sequence[str] | None, cmd_line: Sequence[str]) -> bool:
-    """Whether a command with one model still asks for several runs: by ``seeds`` or ``controls``."""
+    """Whether a command with one model still asks for several runs: by ``seeds``, ``controls`` or ``search``."""
     given = given_values(config_file_list, None, cmd_line)
-    return given.get("seeds", 1) not in (None, 1) or bool(given.get("controls"))
+    return given.get("seeds", 1) not in (None, 1) or any(given.get(key) for key in ("controls", "search"))
 
 
 def describe(plan: Plan) -> str:

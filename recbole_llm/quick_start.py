@@ -31,6 +31,7 @@ from recbole_llm.exhibits import example_prompts, gate_table
 from recbole_llm.files import write_atomically
 from recbole_llm.lens import lens_folder
 from recbole_llm.references import lens_scores, reference_columns, written_answers
+from recbole_llm.search import search
 from recbole_llm.trainer import LLMTrainer
 
 logger = logging.getLogger(__name__)
@@ -105,9 +106,13 @@ def compare_models(
     plan = compare.make_plan(models, dataset, config_file_list, config_dict, cmd_line)
     if plan.first["dry_run"]:
         return {"dry_run": compare.describe(plan)}
-    arguments = " ".join(
-        [f"--model={','.join(models)!r}", f"--dataset={plan.first.dataset}", *(cmd_line or [])]
-    )
+    init_logger(plan.first)
+    if plan.first["search"]:
+        compare.check_folder(plan)
+        plan = plan.with_values(search(plan, run_one))
+    arguments = [f"--model={','.join(models)!r}", f"--dataset={plan.first.dataset}", *(cmd_line or [])]
+    arguments += [f"--config_files={' '.join(map(str, config_file_list))!r}"] if config_file_list else []
+    arguments = " ".join(arguments)
     return compare.run_comparison(plan, run_one, f"python run_recbole_llm.py {arguments}")
 
 
@@ -141,21 +146,23 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     for line in decisions(parts):
         logger.info("%s", line)
 
-    references = reference_columns(parts)
+    references = reference_columns(parts) if config["read_test"] else {}
     with stage(parts.seconds, "fit"):
         _, valid_metrics = trainer.fit(
             parts.train_data, parts.valid_data, saved=True, show_progress=config["show_progress"]
         )
     parts.model.reset_work()
-    with stage(parts.seconds, "test"):
-        test_metrics = trainer.evaluate(parts.test_data, show_progress=config["show_progress"])
-    rows = {**named_rows(parts.dataset, trainer.eval_collector.rows()), **references}
-    rows |= facts_of(rows, parts.test, parts.full_train)
+    test_metrics = rows = None
+    if config["read_test"]:
+        with stage(parts.seconds, "test"):
+            test_metrics = trainer.evaluate(parts.test_data, show_progress=config["show_progress"])
+        rows = {**named_rows(parts.dataset, trainer.eval_collector.rows()), **references}
+        rows |= facts_of(rows, parts.test, parts.full_train)
     if config["score_valid"]:
         with stage(parts.seconds, "score_valid"):
             save_valid_scores(parts, trainer, run_folder)
     extra = parts.model.extra_results()
-    if config["generate"]:
+    if config["generate"] and config["read_test"]:
         with stage(parts.seconds, "generate"):
             rows["written"], extra["generated"] = written_answers(parts)
     lens, sizes, tuned = parts.lens, parts.sizes, trainer.tokens["train"]
@@ -196,8 +203,8 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
             "identities": parts.identities,
             "prompts_shortened": parts.model.rows_shortened,
             "tokens": sum(trainer.tokens.values()),
-            "gates": gate_table(parts),
-            "examples": example_prompts(parts),
+            "gates": gate_table(parts) if config["read_test"] else None,
+            "examples": example_prompts(parts) if config["read_test"] else [],
             "trained_on": trainer.trained_on,
             "trained_parameters": {
                 name: sum(p.numel() for p in group.values())
