@@ -251,8 +251,9 @@ def make_plan(
     twice = sorted({text for text in models if list(models).count(text) > 1})
     if twice:
         raise ValueError(f"the model {twice[0]!r} is given twice")
-    own = {text: get_model(name).task for text, name in names.items() if is_own(get_model(name))}
-    task = _common_task(own, given)
+    classes = {text: get_model(name) for text, name in names.items()}
+    own = {text: model.task for text, model in classes.items() if is_own(model)}
+    task = _common_task(own, given, [model.tasks[0] for model in classes.values() if hasattr(model, "tasks")])
     known = {
         text: Config(
             name, dataset, config_dict={**_for_task(task, text in own), **_preset(given)}
@@ -276,10 +277,10 @@ def make_plan(
     seeds = [first["seed"] + number for number in range(first["seeds"])]
     models = list(models)
     if first["controls"]:
-        models += [text for text in control_models(first, anchor) if text not in models]
-        for text in models:
-            known.setdefault(text, known[anchor])
-            own.setdefault(text, task) if parse_model(text)[0] == names[anchor] else None
+        controls = control_models(config_for(first, anchor, values(anchor), folder), anchor)
+        known |= dict.fromkeys(controls, known[anchor])
+        own |= dict.fromkeys(controls, task)
+        models += [text for text in controls if text not in models]
     subject = first["subject"] or (anchor if first["controls"] else models[-1])
     if subject not in models:
         raise ValueError(f"subject: {subject!r} is none of the models {', '.join(models)}")
@@ -292,14 +293,15 @@ def make_plan(
     return Plan(folder, runs, models, seeds, subject, first, {text: values(text) for text in models})
 
 
-def _common_task(own: Mapping[str, str], given: Mapping[str, Any]) -> str:
+def _common_task(own: Mapping[str, str], given: Mapping[str, Any], defaults: Sequence[str]) -> str:
+    """The task of our LLM recommenders, else the one given, else the default of our conventional models."""
     tasks = dict.fromkeys(own.values())
     if len(tasks) > 1:
         by_task = "; ".join(f"{task}: {', '.join(t for t in own if own[t] == task)}" for task in tasks)
         raise ValueError(f"models of different tasks cannot be compared ({by_task})")
-    task = next(iter(tasks), given.get("task"))
+    task = next(iter(tasks), None) or given.get("task") or next(iter(defaults), None)
     if task is None:
-        raise ValueError("none of these models is ours: say what is compared, --task=ctr or --task=next_item")
+        raise ValueError("these are models of RecBole: say what is compared, --task=ctr or --task=next_item")
     return task
 
 

@@ -155,6 +155,20 @@ def test_controls_keep_the_scale_and_reach_the_parameters_of_all_experts():
         assert sum("score_valid" in text for text in texts) == (model == "RecLoRA")
 
 
+def test_controls_are_of_the_model_as_it_was_asked_for(settings):
+    plan = make_plan(["RecLoRA lora_r=4 num_experts=2"], "toy", config_dict={**settings, "controls": True})
+    ranks = [run.config["lora_r"] for run in plan.runs if run.config["mixer"] == "identity"]
+    assert ranks == [4, 8]
+
+
+def test_conventional_models_of_ours_bring_their_task(settings):
+    given = {
+        key: value for key, value in settings.items() if key not in ("few_shot", "eval_step", "lens_config")
+    }
+    plan = make_plan(["SIM", "Pop"], "toy", config_dict=given)
+    assert {run.config["task"] for run in plan.runs} == {"ctr"}
+
+
 def test_controls_are_run_and_the_report_has_the_stack(settings):
     found = compared(["RecLoRA"], settings, controls=True, zero_shot=False)
     names = list(lines(found))
