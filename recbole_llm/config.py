@@ -526,6 +526,10 @@ class Config(RecBoleConfig):
         tasks, reads = self.model_class.tasks, self.model_class.reads
         if final["task"] not in tasks:
             raise ValueError(f"{self._said('task')}: {self.model} needs task: {' or '.join(tasks)}")
+        if final["task"] == "ctr" and "loss_type" in self.external_config_dict:
+            raise ValueError(
+                f"{self._said('loss_type')}: in task ctr {self.model} is trained on labels; leave loss_type out"
+            )
         unread = [
             key for key in self.external_config_dict if key in KEYS and KEYS[key].llm and key not in reads
         ]

@@ -71,8 +71,8 @@ def principal_components(values: np.ndarray, n: int = 2) -> np.ndarray:
     return found
 
 
-def profile_of(dataset: HistoryDataset, users: np.ndarray) -> tuple[str | None, list[str]]:
-    """A field of the users' table with few values, and its value for each of ``users`` (internal ids)."""
+def profile_of(dataset: HistoryDataset, users: np.ndarray) -> tuple[str | None, list[str] | None]:
+    """A field of the users' table with few values, and its value for each of ``users`` (internal ids), if any."""
     feat = dataset.user_feat
     for field in feat.columns if feat is not None else ():
         if field == dataset.uid_field or dataset.field2type[field] is not FeatureType.TOKEN:
@@ -80,7 +80,7 @@ def profile_of(dataset: HistoryDataset, users: np.ndarray) -> tuple[str | None, 
         values = feat[field].numpy()
         if len(np.unique(values[1:])) <= MOST_VALUES:
             return field, [str(value) for value in dataset.id2token(field, values[users])]
-    return None, []
+    return None, None
 
 
 def example_prompts(parts: Assembly) -> list[dict[str, Any]]:

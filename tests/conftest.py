@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import TEXT, write_dataset
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +41,24 @@ def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder: RecBole writes ``log/``, ``log_tensorboard/`` and ``saved/`` into it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``data_path`` of the dataset ``toy`` of ``synthetic.py``."""
+    return write_dataset(tmp_path_factory.mktemp("toy_data"))
+
+
+@pytest.fixture
+def toy_settings(toy_data: Path, tmp_cwd: Path) -> dict:
+    """What every small run on ``toy`` with the tiny backbone has in common; in a working folder of its own."""
+    return {
+        "data_path": str(toy_data),
+        "cache_dir": str(tmp_cwd / "cache"),
+        "text": TEXT,
+        "backbone": "tiny",
+        "show_progress": False,
+    }
 
 
 @pytest.fixture

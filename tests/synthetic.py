@@ -7,6 +7,13 @@ from pathlib import Path
 import numpy as np
 
 GENRES = ("Drama", "Comedy", "Horror", "Western")
+TEXT = {
+    "title": "movie_title",
+    "year": "release_year",
+    "genre": "class",
+    "user_fields": {"gender": "{}", "age": "aged {}"},
+}
+"""The ``text`` section of this dataset's configuration."""
 WORDS = ("River", "Night", "Stone", "Garden", "Winter", "Letter", "Bridge", "Mirror", "Harvest", "Signal")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import write_dataset
+from synthetic import TEXT
 
 from recbole_llm import compare, quick_start
 from recbole_llm.compare import make_plan, split_models
@@ -17,33 +17,17 @@ from recbole_llm.config import Config
 from recbole_llm.controls import control_models
 
 LENS = {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
-TEXT = {
-    "title": "movie_title",
-    "year": "release_year",
-    "genre": "class",
-    "user_fields": {"gender": "{}", "age": "aged {}"},
-}
-
-
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def settings(data_path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def settings(toy_settings):
     return {
-        "data_path": str(data_path),
-        "cache_dir": str(tmp_path / "cache"),
-        "text": TEXT,
-        "backbone": "tiny",
+        **toy_settings,
         "few_shot": 32,
         "eval_rows": 60,
         "eval_step": 0,
         "lens_config": LENS,
         "bootstrap_samples": 60,
-        "show_progress": False,
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from synthetic import write_dataset
+from synthetic import TEXT, write_dataset
 
 from recbole_llm.assembly import prepare_rows
 from recbole_llm.checkpoint import CheckpointError
@@ -26,33 +26,17 @@ from recbole_llm.registry import create_dataset
 REPOSITORY = Path(__file__).resolve().parent.parent
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
 SEQUENCE_LENS = {"epochs": 2, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1}
-TEXT = {
-    "title": "movie_title",
-    "year": "release_year",
-    "genre": "class",
-    "user_fields": {"gender": "{}", "age": "aged {}"},
-}
-
-
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def settings(data_path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def settings(toy_settings):
     return {
-        "data_path": str(data_path),
-        "cache_dir": str(tmp_path / "cache"),
-        "text": TEXT,
-        "backbone": "tiny",
+        **toy_settings,
         "few_shot": 48,
         "train_batch_size": 16,
         "micro_batch_size": 8,
         "lens_config": LENS,
         "bootstrap_samples": 50,
-        "show_progress": False,
         "learning_rate": 0.01,
     }
 

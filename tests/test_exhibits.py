@@ -6,7 +6,7 @@ import numpy as np
 from synthetic import write_dataset
 
 from recbole_llm.config import Config
-from recbole_llm.exhibits import principal_components
+from recbole_llm.exhibits import principal_components, profile_of
 from recbole_llm.registry import create_dataset
 
 
@@ -36,3 +36,20 @@ def test_row_facts_are_counts_of_the_file(tmp_path):
         assert facts["history_length"][row] == end - index.user_start[user]
         assert facts["user_rows"][row] == (train.inter_feat["user_id"] == user).sum()
         assert facts["item_rows"][row] == (train.inter_feat["item_id"] == item).sum()
+
+
+def test_a_dataset_without_profiles_has_no_profile(tmp_path):
+    path = write_dataset(tmp_path)
+    (path / "toy" / "toy.user").unlink()
+    dataset = create_dataset(Config("TALLRec", "toy", config_dict={"data_path": str(path)}))
+    dataset.build()
+    assert profile_of(dataset, np.array([1, 2])) == (None, None)
+
+
+def test_the_profile_is_the_first_field_with_few_values(tmp_path):
+    dataset = create_dataset(
+        Config("TALLRec", "toy", config_dict={"data_path": str(write_dataset(tmp_path))})
+    )
+    dataset.build()
+    field, values = profile_of(dataset, dataset.token2id("user_id", ["1", "2", "3"]))
+    assert (field, values) == ("gender", ["M", "F", "M"])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import write_dataset
 
 from recbole_llm import quick_start
 from recbole_llm.search import Parameter, draw_trials, read_space
@@ -87,15 +86,17 @@ def test_a_grid_no_larger_than_the_budget_is_tried_whole():
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def settings(toy_settings):
+    lens = {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [8], "attention_hidden_size": [8]}
     return {
-        "data_path": str(write_dataset(tmp_path / "data")), "cache_dir": str(tmp_path / "cache"), "backbone": "tiny",
-        "text": {"title": "movie_title", "year": "release_year", "genre": "class", "user_fields": {"gender": "{}"}},
-        "few_shot": 32, "eval_rows": 40, "bootstrap_samples": 40, "show_progress": False, "zero_shot": False,
-        "lens_config": {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [8], "attention_hidden_size": [8]},
+        **toy_settings,
+        "few_shot": 32,
+        "eval_rows": 40,
+        "bootstrap_samples": 40,
+        "zero_shot": False,
+        "lens_config": lens,
         "trials": 2,
-    }  # fmt: skip
+    }
 
 
 def test_trials_read_no_test_row_and_the_best_on_validation_rows_is_compared(settings, tmp_path):

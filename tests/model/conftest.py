@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import write_dataset
+from synthetic import TEXT
 
 from recbole_llm.assembly import assemble
 from recbole_llm.config import Config
@@ -16,17 +16,6 @@ from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.trainer import LLMTrainer
 
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
-TEXT = {
-    "title": "movie_title",
-    "year": "release_year",
-    "genre": "class",
-    "user_fields": {"gender": "{}", "age": "aged {}"},
-}
-
-
-@pytest.fixture(scope="session")
-def ctr_data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("ctr_data"))
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +25,11 @@ def ctr_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def ctr(ctr_data, ctr_cache, tmp_path, monkeypatch) -> dict:
+def ctr(toy_data, ctr_cache, tmp_path, monkeypatch) -> dict:
     """``config_dict`` of a small run of the ctr task on the dataset ``toy``, in a working folder of its own."""
     monkeypatch.chdir(tmp_path)
     return {
-        "data_path": str(ctr_data),
+        "data_path": str(toy_data),
         "cache_dir": str(ctr_cache),
         "text": TEXT,
         "backbone": "tiny",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import write_dataset
+from synthetic import TEXT
 
 from recbole_llm.assembly import conventional_parts
 from recbole_llm.backbone import load_backbone, mean_pooled_vectors
@@ -20,27 +20,11 @@ from recbole_llm.quick_start import main, run_recbole_llm
 
 K = 4
 NETWORK = {"embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
-TEXT = {"title": "movie_title", "year": "release_year", "genre": "class"}
-
-
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def settings(data_path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return {
-        "data_path": str(data_path),
-        "cache_dir": str(tmp_path / "cache"),
-        "text": TEXT,
-        "backbone": "tiny",
-        "id_history_length": K,
-        "bootstrap_samples": 10,
-        "show_progress": False,
-        "device": "cpu",
-    }
+def settings(toy_settings):
+    return {**toy_settings, "id_history_length": K, "bootstrap_samples": 10, "device": "cpu"}
 
 
 def rows_and_model(settings: dict, **given) -> tuple[CTRDataset, SIM]:
@@ -186,7 +170,7 @@ def test_run_as_a_lens_and_beside_other_models(settings, capsys):
     [
         ("SIM", {"task": "next_item"}, "SIM needs task: ctr"),
         ("SIM", {"lens_config": {"epochs": 1}}, "lens_config=.* SIM does not read this"),
-        ("SIM", {"few_shot": 5}, "few_shot=5 .*SIM does not read this"),
+        ("SIM", {"lora_r": 5}, "lora_r=5 .*SIM does not read this"),
         ("SIM", {"id_retrieval": "nearest"}, "one of recent, semantic, category"),
         (
             "SIM",

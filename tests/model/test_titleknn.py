@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import write_dataset
+from synthetic import TEXT
 
 from recbole_llm.assembly import conventional_parts
 from recbole_llm.config import Config
@@ -17,27 +17,11 @@ from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.registry import create_dataset
 
 K = 6
-TEXT = {"title": "movie_title", "year": "release_year", "genre": "class"}
-
-
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def settings(data_path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return {
-        "data_path": str(data_path),
-        "cache_dir": str(tmp_path / "cache"),
-        "text": TEXT,
-        "backbone": "tiny",
-        "id_history_length": K,
-        "bootstrap_samples": 10,
-        "show_progress": False,
-        "device": "cpu",
-    }
+def settings(toy_settings):
+    return {**toy_settings, "id_history_length": K, "bootstrap_samples": 10, "device": "cpu"}
 
 
 def rows_and_model(settings: dict, **given):
