@@ -1,5 +1,5 @@
 # make demo    train and compare the models on a small data set, in minutes
-# make test    run all tests            (make test ARGS="tests/test_install.py -x" runs some)
+# make test    run all tests, two at a time  (make test ARGS="tests/test_install.py -x" runs some)
 # make lint    check the code's style
 # make clean   remove what the commands above wrote, except .venv;  make distclean removes .venv too
 #
@@ -34,7 +34,7 @@ demo: $(STAMP)
 	$(RUN) -m recbole_llm.demo $(ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest --durations=15 $(ARGS)
+	$(RUN) -m pytest -n 2 --durations=15 $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

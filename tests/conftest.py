@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,17 @@ import pytest
 import torch
 from synthetic import TEXT, write_dataset
 
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several workers share the cores: one thread each, their children's included
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> None:
     """The machines that run these tests have two cores; more threads only make the timing uneven."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is respected
+    most = int(os.environ.get("OMP_NUM_THREADS", "2"))
+    torch.set_num_threads(min(most, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
