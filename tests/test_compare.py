@@ -88,7 +88,7 @@ def test_a_preset_reaches_every_model_and_what_is_given_wins(settings):
     given = {key: value for key, value in settings.items() if key not in ("few_shot", "eval_step")}
     plan = make_plan(["DIN", "DIN epochs=2", "RecLoRA"], "toy", config_dict={**given, "preset": "quick"})
     din, shorter, reclora = (run.config for run in plan.runs)
-    assert (din["epochs"], shorter["epochs"], reclora["epochs"]) == (20, 2, 1)
+    assert (din["epochs"], shorter["epochs"], reclora["epochs"]) == (5, 2, 1)
     assert (reclora["few_shot"], reclora["text_history_length"], reclora["zero_shot"]) == (128, 5, False)
     assert {c["eval_rows"] for c in (din, shorter, reclora)} == {60}
 
