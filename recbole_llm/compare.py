@@ -186,6 +186,8 @@ def _no_common_rows(config: Config) -> str | None:
     """Why models cannot be compared under this protocol, if they cannot."""
     if config["task"] is None:
         return "RecBole's own protocols keep no rows to compare on; set task: ctr or task: next_item"
+    if not config["read_test"]:
+        return "read_test: False leaves no scores to compare; leave it out"
     if config["task"] == "next_item" and config["eval_mode"] not in ("candidates", "full"):
         return (
             f"eval_mode: {config['eval_mode']} draws other negatives for every model; use candidates or full"

@@ -370,6 +370,9 @@ def report(result: dict) -> str:
     if "files" in result:
         return "\n".join([terminal_table(result), *(f"report: {path}" for path in result["files"])])
     results = result.get("compared", [result])
+    if not result["metrics"]["test"]:
+        valid = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"]["valid"].items())
+        return f"test rows were not read (read_test: False); validation: {valid or 'none'}\nresult: {result['path']}"
     lines = [result_table(results)]
     if "comparison" in result:
         lines += [

@@ -112,6 +112,7 @@ BAD = {
     "controls of a plain LoRA": (["TALLRec"], {"controls": True}, "nothing to control"),
     "no changes after the name": (["RecLoRA", "DIN epochs"], {}, "write 'NAME key=value'"),
     "redrawn negatives": (["iLoRA", "Pop"], {"eval_mode": "uni9", "lens_config": None}, "other negatives"),
+    "test rows unread": (["RecLoRA", "DIN"], {"read_test": False}, "leaves no scores to compare"),
     "a conflict of one model": (["RecLoRA", "TALLRec"], {"gate": "uniform"}, "nothing to mix"),
 }
 

@@ -126,6 +126,16 @@ def test_trials_read_no_test_row_and_the_best_on_validation_rows_is_compared(set
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
 
 
+def test_a_single_run_that_reads_no_test_row_says_so(settings, capsys):
+    given = {k: v for k, v in settings.items() if k in ("data_path", "cache_dir", "show_progress")}
+    arguments = [f"--{key}={value}" for key, value in given.items()]
+    arguments += ["--model=DIN", "--dataset=toy", "--task=ctr", "--epochs=1", "--read_test=False"]
+    assert quick_start.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "test rows were not read" in told and "auc 0." in told
+    assert not list(Path("saved").glob("*/test_rows.npz"))
+
+
 def test_a_search_without_validation_or_of_a_key_that_is_set_is_refused(settings, tmp_path):
     file = space_file(tmp_path, "learning_rate choice [0.1, 0.01]")
     options = {**settings, "search": str(file)}
