@@ -388,7 +388,7 @@ class Config(RecBoleConfig):
             internal.update(of_dataset)
         else:
             internal.update({key: of_dataset[key] for key in _DATASET_KEYS if key in of_dataset})
-        internal.update({k: v for k, v in of_preset.items() if k not in KEYS or not KEYS[k].llm})
+        internal.update({k: v for k, v in of_preset.items() if k not in KEYS or not KEYS[k].llm or k in reads})
 
     def _task_of(self, model_class: type) -> str | None:
         """``task`` as the user gives it, else the task of our model; None for RecBole's own protocols."""

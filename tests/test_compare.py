@@ -100,6 +100,14 @@ def test_a_preset_serves_a_single_run_too_and_single_models_of_it_win(settings, 
         assert Config(model, "toy", config_dict={**settings, "preset": str(own)})["lora_r"] == rank
 
 
+def test_a_preset_reaches_the_llm_keys_that_a_conventional_model_reads(settings, tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("models: {MoRec: {backbone: my-model}, classical: {lora_r: 3}}\n")
+    given = {"data_path": settings["data_path"], "preset": str(own)}
+    config = Config("MoRec", "toy", config_dict=given)
+    assert config["backbone"] == "my-model" and config["lora_r"] is None
+
+
 BAD = {
     "models of two tasks": (["RecLoRA", "iLoRA"], {}, "different tasks .*ctr: RecLoRA; next_item: iLoRA"),
     "a misspelt model": (["RecLoRA", "RecLora2"], {}, "did you mean RecLoRA"),
