@@ -40,8 +40,7 @@ _OF_THE_RUN = (
 _OF_THE_ADAPTER = (
     "mixer", "gate", "num_experts", "temperature", "top_k", "share_gate", "gate_dropout", "gate_learning_rate",
     "curriculum", "lens_residual", "prompt", "mixed_training", "lora_from",
-    "gate_inputs", "gate_balance", "gate_entropy",
-    "stage_one_share",
+    "gate_inputs", "gate_balance", "gate_entropy", "stage_one_share", "tune_lens",
 )  # fmt: skip
 # How a model is trained: RecBole's own models that join a single run go by their own defaults.
 _OF_THE_TRAINING = (

@@ -567,6 +567,12 @@ class Config(RecBoleConfig):
             raise ValueError(
                 f"{said('gate_inputs')}: in the next_item task the lens's logit is the target's own; set state"
             )
+        reads_lens = final["mixer"] != "identity" and final["gate"] != "token"
+        if final["tune_lens"] and not (reads_lens or final["lens_residual"]):
+            raise ValueError(
+                f"{said('tune_lens')}: with {said('mixer')}, {said('gate')} and without lens_residual nothing that is "
+                "trained reads the lens; leave tune_lens out"
+            )
         for key in ("gate_balance", "gate_entropy"):
             if final[key] and final["mixer"] in ("identity", "dense"):
                 raise ValueError(f"{said(key)} with {said('mixer')}: there are no experts to weigh")
@@ -606,6 +612,7 @@ class Config(RecBoleConfig):
                 ("mixer", final["mixer"] != "identity"),
                 ("lens_residual", final["lens_residual"]),
                 ("lens_rows", final["lens_rows"] != "all"),
+                ("tune_lens", final["tune_lens"]),
                 ("lens_config", bool(final["lens_config"])),
                 ("id_retrieval", final["id_retrieval"] != "recent"),
                 (

@@ -43,10 +43,15 @@ def control_models(config: Config, text: str) -> list[str]:
     small = rank // experts if mixer == "expert" else rank
     total = rank if mixer == "expert" else rank * experts
     scale = alpha / small
+    all_experts = " top_k=~" if config["top_k"] else ""
     if mixer != "expert":
-        controls.append("num_experts=1")
+        controls.append(f"num_experts=1{all_experts}")
+    # What belongs to the experts goes with them.
+    ungated = "mixer=identity gate=~" + all_experts
+    for key, off in (("gate_balance", 0), ("gate_entropy", 0), ("tune_lens", config["lens_residual"])):
+        ungated += f" {key}={off}" if config[key] else ""
     for r in dict.fromkeys((small, total)):
-        controls.append(f"mixer=identity gate=~ lora_r={r} lora_alpha={_number(scale * r)}")
+        controls.append(f"{ungated} lora_r={r} lora_alpha={_number(scale * r)}")
     controls += ["shuffle_history=True", "obfuscate_titles=True"]
     if config["task"] == "ctr":
         plain = next(i for i, control in enumerate(controls) if control.startswith("mixer=identity"))

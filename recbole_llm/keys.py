@@ -238,6 +238,7 @@ KEYS: dict[str, Key] = {
     "lens_config": Key("the lens's own keys", Table(), optional=True),
     "lens_rows": Key("rows that the lens is trained on", Choice("all", "without_few_shot")),
     "lens_ratings": Key("past ratings are an input of the lens", Flag()),
+    "tune_lens": Key("train the lens further, together with the LLM", Flag()),
     "gate_scope": Key("what the lens's state may have seen", Choice("auto", "user_item", "user")),
     # adapter
     "mixer": Key("how the experts are combined", Choice("identity", "expert", "factor", "output", "dense")),
@@ -262,6 +263,7 @@ KEYS: dict[str, Key] = {
     "gate_learning_rate": Key("learning rate of the gates", POSITIVE, optional=True),
     "projector_learning_rate": Key("learning rate of the item vectors' projector", POSITIVE, optional=True),
     "stage_one_share": Key("share of the optimizer steps that train the LoRA on text alone", PROBABILITY),
+    "lens_learning_rate": Key("learning rate of a lens that is trained further", POSITIVE, optional=True),
     "residual_learning_rate": Key("learning rate of the residual's scales", POSITIVE, optional=True),
     "autocast_dtype": Key("number format of the arithmetic", Choice("bfloat16", "float16"), optional=True),
     "lr_schedule": Key("learning rate after the warm-up", Choice("linear", "cosine", "constant")),

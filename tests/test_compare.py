@@ -148,6 +148,23 @@ def test_controls_keep_the_scale_and_reach_the_parameters_of_all_experts():
         assert sum("score_valid" in text for text in texts) == (model == "RecLoRA")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gate_balance": 0.1, "gate_entropy": -0.1},
+        {"top_k": 4},
+        {"tune_lens": True},
+        {"tune_lens": True, "lens_residual": True},
+    ],
+)
+def test_controls_leave_out_what_belongs_to_the_experts(changes):
+    for text in control_models(Config("RecLoRA", "ml-100k", config_dict=changes), "RecLoRA"):
+        name, of_control = compare.parse_model(text)
+        config = Config(name, "ml-100k", config_dict={**changes, **of_control})
+        if config["mixer"] == "identity":  # the lens is still read through the residual
+            assert config["tune_lens"] == changes.get("lens_residual", False)
+
+
 def test_controls_are_of_the_model_as_it_was_asked_for(settings):
     plan = make_plan(["RecLoRA lora_r=4 num_experts=2"], "toy", config_dict={**settings, "controls": True})
     ranks = [run.config["lora_r"] for run in plan.runs if run.config["mixer"] == "identity"]

@@ -512,6 +512,7 @@ def test_few_shot_may_be_a_count_a_share_or_all(value):
     ("keys", "message"),
     [
         ({"mixer": "identity", "gate": "linear"}, "one plain LoRA has nothing to mix"),
+        ({"mixer": "identity", "gate": None, "tune_lens": True}, "nothing that is trained reads the lens"),
         ({"gate": None}, "mixer='factor' (default) needs a gate"),
         ({"mixer": "expert"}, "lora_r=8 (default) is not divisible by num_experts=16"),
         ({"top_k": 17}, "top_k=17 (config_dict) is more than num_experts=16"),

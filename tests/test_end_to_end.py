@@ -65,6 +65,7 @@ CASES = {
     "RecLoRA, recent and semantic text": ("RecLoRA", {"text_retrieval": "mixed"}),
     "RecLoRA, gate on state and logit": ("RecLoRA", {"gate_inputs": "state_and_logit"}),
     "RecLoRA, gate penalties": ("RecLoRA", {"gate_balance": 0.1, "gate_entropy": -0.1}),
+    "RecLoRA, lens tuned": ("RecLoRA", {"tune_lens": True, "gate_scope": "user"}),
     "TALLRec": ("TALLRec", {"lens": None, "lens_config": None}),
     "TALLRec beside DIN": ("TALLRec", {"lens": "DIN"}),
 }
@@ -102,6 +103,28 @@ def test_residual_starts_at_the_lens_and_a_little_of_the_language_model(settings
     rows = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict=config))
     expected = logit(rows["lens_score"]) + 0.1 * logit(rows["zero_shot_score"])
     np.testing.assert_allclose(logit(rows["model_score"]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_tuned_lens_is_trained_apart_from_the_one_that_is_compared_with(settings, residual):
+    frozen = run_and_load(settings, lens_residual=residual)
+    parts = run_and_load(settings, lens_residual=residual, tune_lens=True, lens_learning_rate=0.01)
+    assert np.array_equal(parts.saved_rows["lens_score"], frozen.saved_rows["lens_score"])
+    assert not np.array_equal(parts.saved_rows["model_score"], frozen.saved_rows["model_score"])
+    scores = torch.cat([parts.model.predict(batch[0]) for batch in parts.test_data])
+    np.testing.assert_array_equal(scores.double().numpy(), parts.saved_rows["model_score"])
+    before, after = dict(parts.lens.model.named_parameters()), dict(parts.model.lens.model.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    # The state comes from below the last layer; only the residual reads the lens's logit.
+    assert "attention.dense.weight" in changed
+    assert ("dnn_predict_layers.weight" in changed) == residual
+
+
+def test_a_tuned_lens_that_hardly_moves_changes_nothing(settings):
+    still = {"tune_lens": True, "lens_learning_rate": 1e-12}
+    frozen, tuned = (rows_of(run_recbole_llm("RecLoRA", "toy", config_dict={**settings, **change}))
+                     for change in ({}, still))  # fmt: skip
+    np.testing.assert_allclose(tuned["model_score"], frozen["model_score"], atol=1e-6)
 
 
 def test_scores_do_not_depend_on_the_batch(settings):
@@ -195,8 +218,9 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
     raise AssertionError("the run never got there")
 
 
-def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path):
-    config = {**settings, "train_batch_size": 4, "epochs": 3, "checkpoint_seconds": 0, "zero_shot": False}
+@pytest.mark.parametrize("change", [{}, {"tune_lens": True}])
+def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, change):
+    config = {**settings, **change, "train_batch_size": 4, "epochs": 3, "checkpoint_seconds": 0, "zero_shot": False}
     unbroken = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict=config))
     config["output_dir"] = str(tmp_path / "killed")
     process = start(config)

@@ -23,8 +23,9 @@ from recbole_llm.lens.settings import build_model, lens_settings, lens_task, ran
 
 logger = logging.getLogger(__name__)
 
-CODE_VERSION = 1
-"""Part of every lens's identity: raise it when the code changes what a lens computes or how it is trained."""
+CODE_VERSIONS = {"ctr": {"SASRec": 2}, "next_item": {}}
+"""Part of every lens's identity, by task and lens, 1 where none is given: raise it when the code changes what that lens
+computes or how it is trained."""
 
 
 def fit_lens(
@@ -161,7 +162,7 @@ def lens_identity(settings, train, valid) -> str:
     """Hash of all that determines a trained lens: data, split, histories, configuration, seed, code."""
     digest = hashlib.sha256()
     plain = {
-        "code": CODE_VERSION,
+        "code": CODE_VERSIONS[lens_task(settings)].get(settings["lens"], 1),
         **({"task": "next_item"} if lens_task(settings) == "next_item" else {}),
         "recbole": recbole.__version__,
         "lens": settings["lens"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -28,6 +29,8 @@ class LensError(ValueError):
 class Lens(nn.Module):
     """A trained model of RecBole, frozen: no gradients, no dropout, no autocast, whatever is done around it.
 
+    Only a :meth:`tunable` copy has gradients.
+
     Args:
         model: a lens model (:class:`LensDIN`, :class:`LensSASRec`, :class:`NextItemSequence`, ...).
         name: its name in the configuration.
@@ -37,18 +40,28 @@ class Lens(nn.Module):
 
     Attributes:
         width: size of the state.
+        tuned: whether the parameters are to be trained further.
     """
 
     def __init__(self, model: nn.Module, *, name: str, gate_scope: str, identity: str, info: dict) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
+        self.model.zero_grad()  # what its last training step left
         self.name = name
         self.gate_scope = gate_scope
         self.identity = identity
         self.info = info
         self._output = gate_scope if gate_scope in model.widths else "user"
         self.width: int = model.widths[self._output]
+        self.tuned = False
         self.training = False
+
+    def tunable(self) -> Lens:
+        """A copy whose parameters an optimizer can change; this lens stays as it is. Still without dropout."""
+        other = copy.deepcopy(self)
+        other.model.requires_grad_(True)
+        other.tuned = True
+        return other
 
     def train(self, mode: bool = True) -> Lens:
         """Does nothing: a lens stays in evaluation mode while the model around it trains.
@@ -62,9 +75,8 @@ class Lens(nn.Module):
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    @torch.no_grad()
     def represent(self, interaction: Interaction) -> tuple[Tensor, Tensor]:
-        """What the lens makes of each row.
+        """What the lens makes of each row; with gradients only where it is :attr:`tuned` and they are on.
 
         Args:
             interaction: a joined batch of ``B`` rows, on any device.
@@ -74,7 +86,8 @@ class Lens(nn.Module):
             row's item, its logit among all items), float32, on the lens's device.
         """
         device = self.device
-        with torch.autocast(device.type, enabled=False):
+        gradients = torch.set_grad_enabled(self.tuned and torch.is_grad_enabled())
+        with gradients, torch.autocast(device.type, enabled=False):
             state, logit = self.model.represent(interaction.to(device), self._output)
         return state.float(), logit.float()
 

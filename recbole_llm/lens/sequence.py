@@ -16,8 +16,10 @@ from __future__ import annotations
 import inspect
 
 import torch
+import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.model.layers import MultiHeadAttention
 from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import Tensor, nn
@@ -162,7 +164,59 @@ class LabelledSequence(HistoryEncoder):
         return torch.sigmoid(self.represent(interaction)[1])
 
 
-class LensSASRec(LabelledSequence, SASRec):
+class LastPositionSASRec(SASRec):
+    """RecBole's SASRec, which computes its last layer for the last position alone.
+
+    RecBole computes every position and then takes one. Only the layers below the last need the others; with the one
+    layer of a lens that leaves of 60 positions their keys and values. The parameters and the result are RecBole's; in
+    training the dropout of what is not computed is not drawn, so that one seed gives other numbers than RecBole's.
+    """
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """The encoded last position of histories ``[B, L]`` with lengths ``[B]``: ``[B, H]``."""
+        position = torch.arange(item_seq.shape[1], device=item_seq.device)
+        hidden = self.item_embedding(item_seq) + self.position_embedding(position)
+        hidden = self.dropout(self.LayerNorm(hidden))
+        *below, top = self.trm_encoder.layer
+        if below:
+            mask = self.get_attention_mask(item_seq)
+            for layer in below:
+                hidden = layer(hidden, mask)
+        last = self.gather_indexes(hidden, item_seq_len - 1)
+        # The last position is the one that sees the whole history, and nothing behind it.
+        attended = attend(top.multi_head_attention, last, hidden, item_seq != 0)
+        return top.feed_forward(attended)
+
+
+def attend(attention: MultiHeadAttention, query: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
+    """RecBole's multi-head self-attention, for one position of each row.
+
+    Args:
+        attention: the module whose parameters are used.
+        query: what the position holds, ``[B, H]``.
+        hidden: what all positions hold, ``[B, L, H]``.
+        visible: the positions that it sees, ``[B, L]`` bool.
+
+    Returns:
+        The module's output at the position, ``[B, H]``.
+    """
+    queries, keys, values = (
+        attention.transpose_for_scores(project(inputs)).transpose(1, 2)
+        for project, inputs in (
+            (attention.query, query.unsqueeze(1)),
+            (attention.key, hidden),
+            (attention.value, hidden),
+        )
+    )
+    dropout = attention.attn_dropout.p if attention.training else 0.0
+    context = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=visible[:, None, None], dropout_p=dropout
+    )
+    context = context.transpose(1, 2).reshape(len(query), -1)
+    return attention.LayerNorm(attention.out_dropout(attention.dense(context)) + query)
+
+
+class LensSASRec(LabelledSequence, LastPositionSASRec):
     """RecBole's SASRec, trained on labels; the state is its last position's output."""
 
 

@@ -97,7 +97,7 @@ class AnswerCTR(LLMRecommender):
     def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """With ``lens_residual`` its three scalars, group ``residual``; with slots their MLPs, group ``projector``."""
         names = ("lens_scale", "answer_scale", "bias") if self.residual else ()
-        return {
+        return super().own_parameters() | {
             "residual": {name: getattr(self, name) for name in names},
             "projector": dict(self.projectors.named_parameters()),
         }

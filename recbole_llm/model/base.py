@@ -52,7 +52,8 @@ class LLMRecommender(SequentialRecommender):
         config: the run's configuration.
         dataset: the training rows.
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
-        lens: the frozen conventional model that gives the gate's ``z``; ``None`` if nothing reads it.
+        lens: the frozen conventional model that gives the gate's ``z``; ``None`` if nothing reads it. With
+            ``tune_lens`` the model trains a copy.
         instance_size: width of ``z``.
 
     Attributes:
@@ -71,7 +72,7 @@ class LLMRecommender(SequentialRecommender):
     ) -> None:
         super().__init__(config, dataset)
         self.gated = config["mixer"] != "identity"
-        self.lens = lens
+        self.lens = lens.tunable() if config["tune_lens"] else lens
         self.backbone_dtype = backbone.dtype
         pad_id = backbone.tokenizer.pad_token_id
         self.pad_id = 0 if pad_id is None else pad_id  # never read: right padding under a causal mask
@@ -122,8 +123,8 @@ class LLMRecommender(SequentialRecommender):
     # ------------------------------------------------------------------ what is trained
 
     def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Trained parameters beside the adapter's, by group and name; for subclasses."""
-        return {}
+        """Trained parameters beside the adapter's, by group and name; with ``tune_lens`` the lens's, group ``lens``."""
+        return {"lens": dict(self.lens.model.named_parameters())} if self.lens is not None and self.lens.tuned else {}
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """Trained parameters by group: ``lora`` unless given, ``gate``, :meth:`own_parameters`; no empty group."""

@@ -123,14 +123,15 @@ class TitleRanker(LLMRecommender):
 
     def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """With slots: the projector and the vector of a text-only slot, group ``projector``."""
+        groups = super().own_parameters()
         if not self.slots:
-            return {}
+            return groups
         named = dict(self.projector.named_parameters())
         if self.curriculum != "hybrid_only":
             named["empty_slot"] = self.empty_slot
         if self.curriculum == "text_only":
             named = {"empty_slot": self.empty_slot}
-        return {"projector": named}
+        return groups | {"projector": named}
 
     def begin_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         """Draw whether this optimizer step shows item vectors (see :mod:`recbole_llm.model.curriculum`)."""

@@ -51,6 +51,20 @@ def test_represents_rows_in_float32_whatever_is_around_it(lens, train) -> None:
     assert torch.equal(state, again) and torch.equal(logit, again_logit)
 
 
+def test_a_tunable_copy_alone_has_gradients_and_leaves_the_lens_as_it_is(lens, train) -> None:
+    copy, batch = lens.tunable(), train[ROWS]
+    state, logit = lens.represent(batch)
+    tuned_state, tuned_logit = copy.represent(batch)
+    assert torch.equal(state, tuned_state) and torch.equal(logit, tuned_logit)
+    (tuned_state.sum() + tuned_logit.sum()).backward()
+    with torch.no_grad():
+        assert not copy.represent(batch)[1].requires_grad
+        for parameter in copy.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(lens.represent(batch)[1], logit)
+    assert not any(p.requires_grad or p.grad is not None for p in lens.parameters())
+
+
 def test_never_leaves_evaluation_mode(lens, train) -> None:
     around = torch.nn.Sequential(lens).train()
     assert around.training and not any(module.training for module in lens.modules())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender import SASRec
 
 from recbole_llm.lens import LensSASRec, fit_lens
-from recbole_llm.lens.sequence import WORKING
+from recbole_llm.lens.sequence import WORKING, LastPositionSASRec
 from recbole_llm.lens.settings import build_model, lens_settings
 
 ROWS = [0, 5, 50, 200]
@@ -36,6 +41,35 @@ def test_sasrec_is_its_last_state_times_the_target(configure, train) -> None:
         )
         torch.testing.assert_close(logit[row], want)
     torch.testing.assert_close(model.predict(batch), torch.sigmoid(logit))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([1, 2, 4]),
+    activation=st.sampled_from(["relu", "gelu"]),
+)
+def test_the_last_position_alone_is_recboles_sasrec(lengths, layers, heads, activation) -> None:
+    config = defaultdict(lambda: None) | {
+        "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
+        "ITEM_LIST_LENGTH_FIELD": "length", "MAX_ITEM_LIST_LENGTH": 9, "device": "cpu", "loss_type": "CE",
+        "n_layers": layers, "n_heads": heads, "hidden_size": 8, "inner_size": 12, "hidden_act": activation,
+        "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "layer_norm_eps": 1e-12, "initializer_range": 0.5,
+    }  # fmt: skip
+    torch.manual_seed(len(lengths))
+    dataset = SimpleNamespace(num=lambda _field: 20)
+    whole, last = SASRec(config, dataset).double(), LastPositionSASRec(config, dataset).double()
+    last.load_state_dict(whole.state_dict())
+    length = torch.tensor(lengths)
+    history = torch.randint(1, 20, (len(lengths), 9)) * (torch.arange(9) < length.unsqueeze(1))
+    states = [model(history, length) for model in (whole, last)]
+    torch.testing.assert_close(states[1], states[0])
+    for state in states:
+        (state**2).sum().backward()
+    wanted = dict(whole.named_parameters())
+    for name, parameter in last.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, msg=name)
 
 
 def test_sasrec_adds_ratings_to_its_items(configure, train) -> None:
