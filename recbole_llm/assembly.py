@@ -45,7 +45,7 @@ from recbole_llm.data import (
     load_prompt_config,
     load_title_prompt_config,
 )
-from recbole_llm.files import write_atomically
+from recbole_llm.files import locked, write_atomically
 from recbole_llm.lens import Lens, fit_lens
 from recbole_llm.model.base import LLMRecommender
 from recbole_llm.registry import create_dataset, get_model
@@ -77,6 +77,7 @@ VOLATILE_KEYS = frozenset(
         "preset",
         "search",
         "trials",
+        "nproc",
         "log_wandb",
         "wandb_project",
     }
@@ -149,10 +150,11 @@ def item_vectors(config: Config, tokens: list[np.ndarray], backbone: Backbone) -
     for ids in tokens:
         digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
     path = cache_folder(config) / "item_vectors" / f"{digest.hexdigest()[:32]}.npy"
-    if path.is_file():
-        return np.load(path, allow_pickle=False)
-    vectors = mean_pooled_vectors(backbone.model, tokens)
-    write_atomically(path, lambda file: np.save(file, vectors))
+    with locked(path):
+        if path.is_file():
+            return np.load(path, allow_pickle=False)
+        vectors = mean_pooled_vectors(backbone.model, tokens)
+        write_atomically(path, lambda file: np.save(file, vectors))
     return vectors
 
 

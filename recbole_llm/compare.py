@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from recbole_llm.config import Config, given_values, parse_value
 from recbole_llm.controls import control_models
 from recbole_llm.evaluation import FinishedRun, build_comparison, load_run, write_json, write_report
 from recbole_llm.keys import KEYS
+from recbole_llm.parallel import side_by_side
 from recbole_llm.registry import get_model, is_own
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ RESULT_FILE = "result.json"
 # Of a single run only.
 _OF_THE_RUN = (
     "model", "dataset", "compare_with", "resume", "run_name", "output_dir", "checkpoint_dir", "seeds", "subject",
-    "controls", "search", "trials",
+    "controls", "search", "trials", "nproc",
 )  # fmt: skip
 # What makes the first model's adapter, where other models join a single run.
 _OF_THE_ADAPTER = (
@@ -363,17 +364,33 @@ def check_folder(plan: Plan) -> None:
                 raise ValueError(f"{run.folder} holds a run of {run} with other settings ({what}): remove it")
 
 
-def run_all(runs: Sequence[PlannedRun], run_one: Callable[[Config, Path], dict]) -> list[dict[str, Any]]:
+def run_all(
+    runs: Sequence[PlannedRun], run_one: Callable[[Config, Path], dict], nproc: int = 1
+) -> list[dict[str, Any]]:
     """Run everything that has no result yet.
 
     Args:
         runs: the runs.
         run_one: trains and tests one configuration in a given folder.
+        nproc: how many of them side by side, each in a process of its own; 1: one after another in this process.
 
     Returns:
         ``{"name", "seed", "error"}`` of the runs that failed; the others have a result.
     """
+    waiting = _unfinished(runs)
+    outcomes = one_by_one(waiting, run_one) if nproc == 1 else side_by_side(waiting, run_one, nproc)
     failed = []
+    for run, error in outcomes:
+        if error is not None:
+            logger.error("%s failed, the others go on: %s", run, error)
+            failed.append({"name": run.text, "seed": run.config["seed"], "error": error})
+        elif nproc > 1:
+            logger.info("%s: finished", run)
+    return failed
+
+
+def _unfinished(runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
+    """The runs without a result, each when it is its turn, ready to be run or to go on."""
     for number, run in enumerate(runs, 1):
         if run.finished:
             logger.info("%d of %d: %s: finished before, %s", number, len(runs), run, run.folder)
@@ -382,16 +399,21 @@ def run_all(runs: Sequence[PlannedRun], run_one: Callable[[Config, Path], dict])
         if (run.folder / "last.safetensors").is_file():
             run.config["resume"] = str(run.folder)
         logger.info("%d of %d: %s, in %s", number, len(runs), run, run.folder)
+        yield run
+
+
+def one_by_one(
+    runs: Iterable[PlannedRun], run_one: Callable[[Config, Path], dict]
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Run everything in this process; yields each run and why it failed, ``None`` if it did not."""
+    for run in runs:
+        message = None
         try:
             run_one(run.config, run.folder)
-        except (
-            Exception
-        ) as error:  # reported here and in the report; one model must not cost the others' results
-            logger.error("%s failed, the others go on: %s", run, error)
-            logger.debug("traceback of the error above", exc_info=True)
+        except Exception as error:  # reported by the caller; one model must not cost the others' results
+            logger.debug("traceback of the error below", exc_info=True)
             message = f"{type(error).__name__}: {error}"
-            failed.append({"name": run.text, "seed": run.config["seed"], "error": message})
-    return failed
+        yield run, message
 
 
 def run_comparison(plan: Plan, run_one: Callable[[Config, Path], dict], command: str = "") -> dict[str, Any]:
@@ -419,7 +441,7 @@ def run_comparison(plan: Plan, run_one: Callable[[Config, Path], dict], command:
     }
     write_json(plan.folder / PLAN_FILE, content)
     try:
-        content["failed"] = run_all(plan.runs, run_one)
+        content["failed"] = run_all(plan.runs, run_one, plan.first["nproc"])
     except KeyboardInterrupt:
         logger.warning("interrupted; finished runs are kept in %s: repeat the command to go on", plan.folder)
         raise

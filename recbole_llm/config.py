@@ -67,7 +67,7 @@ LENSES_THAT_SEE_THE_TARGET = ("DIN",)
 
 # Read by RecBole's code, but in none of its yaml files and argument lists.
 _UNLISTED_KEYS = (
-    "encoding", "eta", "ip", "local_rank", "nproc", "offset", "group_offset", "port", "tail_ratio",
+    "encoding", "eta", "ip", "local_rank", "offset", "group_offset", "port", "tail_ratio",
     "token_num_threshold", "verbose", "world_size",
 )  # fmt: skip
 _NAMES = ("model", "dataset", "config_files")
@@ -388,7 +388,9 @@ class Config(RecBoleConfig):
             internal.update(of_dataset)
         else:
             internal.update({key: of_dataset[key] for key in _DATASET_KEYS if key in of_dataset})
-        internal.update({k: v for k, v in of_preset.items() if k not in KEYS or not KEYS[k].llm or k in reads})
+        internal.update(
+            {k: v for k, v in of_preset.items() if k not in KEYS or not KEYS[k].llm or k in reads}
+        )
 
     def _task_of(self, model_class: type) -> str | None:
         """``task`` as the user gives it, else the task of our model; None for RecBole's own protocols."""
@@ -832,6 +834,15 @@ class Config(RecBoleConfig):
             final.update(state="error", show_progress=False, verbose=False)
 
     # ------------------------------------------------------------------ out
+
+    def __setstate__(self, state: dict) -> None:
+        """In another process RecBole has to be repaired, and to be told of our metrics, there, too."""
+        from recbole_llm.evaluation.metrics import register_metrics
+
+        compat.install()
+        get_model(state["model"])  # has repairs of its own
+        register_metrics()
+        self.__dict__.update(state)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:

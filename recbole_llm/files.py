@@ -1,11 +1,48 @@
-"""Writing files so that a killed process leaves the old one or the new one, never a half."""
+"""Files that several processes share: whole or not there, and made by one of them."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process at a time may make ``path``; the others wait, and look again whether it is there.
+
+    A process that ends, however it ends, gives its lock back. What is there needs no lock, and may lie in a folder that
+    cannot be written.
+
+    Raises:
+        ValueError: if the folder of ``path``, which is in a cache, cannot be written.
+    """
+    if path.exists():
+        yield
+        return
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another process is making %s, waiting for it", path)
+        lock.acquire()
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {path.parent} cannot be written ({error}): set cache_dir, or RECBOLE_LLM_CACHE, to "
+            "another"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

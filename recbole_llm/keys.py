@@ -190,6 +190,7 @@ KEYS: dict[str, Key] = {
     "compare_with": Key("further models on the same rows", ListOf(Text()), Text(), optional=True, llm=False),
     "seeds": Key("number of seeds of a comparison", Whole(1), llm=False),
     "subject": Key("the model that a comparison is about", Text(), optional=True, llm=False),
+    "nproc": Key("runs of a comparison side by side", Whole(1), llm=False),
     "controls": Key("add the control models of a comparison", Flag(), llm=False),
     "preset": Key("a set of defaults", Text(), optional=True, llm=False),
     "search": Key("a .hyper file, or a folder of them", Text(), optional=True, llm=False),

@@ -27,6 +27,7 @@ from recbole_llm.config import Config
 from recbole_llm.dry_run import decisions, describe
 from recbole_llm.evaluation import build_result, reset_peak_memory, result_table, terminal_table, write_result
 from recbole_llm.evaluation.comparison import VALID_ROWS_FILE
+from recbole_llm.evaluation.energy import start_meter
 from recbole_llm.exhibits import example_prompts, gate_table
 from recbole_llm.files import write_atomically
 from recbole_llm.lens import lens_folder
@@ -68,6 +69,11 @@ def run_recbole_llm(
         config_dict=config_dict,
         cmd_line=cmd_line,
     )
+    if config["nproc"] > 1 and not config["world_size"]:
+        raise ValueError(
+            f"nproc: {config['nproc']} spreads the runs of a comparison (--model=A,B or --seeds=N) over processes, and "
+            "this is one run"
+        )
     folder = open_run_folder(config)
     others = compare.check_models(config, folder)
     if config["resume"] and (folder / RESULT_FILE).is_file() and others:
@@ -128,6 +134,7 @@ def run_one(config: Config, folder: Path) -> dict:
     init_logger(config)
     logger.info("device: %s", config["device"])
     reset_peak_memory()
+    start_meter(None if config["resume"] or config["dry_run"] else config["device"])
     if not config.is_own:
         return classical.run(config, folder)
     if config["dry_run"]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from recbole_llm.assembly import Assembly, cache_folder, stage
 from recbole_llm.evaluation import generation_report, match_title, target_ranks
-from recbole_llm.files import write_atomically
+from recbole_llm.files import locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -191,9 +191,10 @@ def _progress(parts: Assembly, batches: list, what: str = "Zero-shot  ") -> tqdm
 def _cached(parts: Assembly, digest, compute: Callable[[], list[Tensor]]) -> np.ndarray:
     """What ``compute`` gives, kept by weights and prompts: every run on the same rows needs the same numbers."""
     path = cache_folder(parts.config) / "zero_shot" / f"{digest.hexdigest()[:32]}.npy"
-    if path.is_file():
-        logger.info("zero-shot scores from the cache: %s", path)
-        return np.load(path, allow_pickle=False)
-    values = torch.cat([part.cpu() for part in compute()]).double().numpy()
-    write_atomically(path, lambda file: np.save(file, values))
+    with locked(path):
+        if path.is_file():
+            logger.info("zero-shot scores from the cache: %s", path)
+            return np.load(path, allow_pickle=False)
+        values = torch.cat([part.cpu() for part in compute()]).double().numpy()
+        write_atomically(path, lambda file: np.save(file, values))
     return values

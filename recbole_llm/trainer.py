@@ -111,7 +111,10 @@ class LLMTrainer(Trainer):
     # ------------------------------------------------------------------ optimizer
 
     def _build_optimizer(self, **kwargs) -> torch.optim.Optimizer:
-        rates = {group: self.config[f"{group}_learning_rate"] for group in ("gate", "residual", "projector", "lens")}
+        rates = {
+            group: self.config[f"{group}_learning_rate"]
+            for group in ("gate", "residual", "projector", "lens")
+        }
         groups = []
         for name, parameters in self.model.parameter_groups().items():
             rate = rates.get(name) or self.learning_rate

@@ -233,6 +233,24 @@ def test_a_comparison_writes_its_report_and_is_continued_where_it_was_killed(set
     assert ran[6:] == ["TALLRec", "TALLRec"]
 
 
+def test_side_by_side_gives_what_one_after_another_gives(settings, tmp_path):
+    models = ["Pop", "DIN epochs=1", "RecLoRA", "GRU4Rec loss_type=XX"]
+    found = {}
+    for nproc in (1, 2):  # each with a cache of its own
+        there = {"output_dir": str(tmp_path / f"by {nproc}"), "cache_dir": str(tmp_path / f"cache {nproc}")}
+        found[nproc] = compared(models, settings, nproc=nproc, **there)
+    assert [line["metrics"] for line in found[1]["models"]] == [
+        line["metrics"] for line in found[2]["models"]
+    ]
+    assert [entry["name"] for entry in found[2]["failed"]] == ["GRU4Rec loss_type=XX"]
+    assert found[1]["failed"] == found[2]["failed"]
+
+
+def test_processes_are_for_comparisons(settings):
+    with pytest.raises(ValueError, match="nproc: 2 spreads the runs of a comparison"):
+        quick_start.run_recbole_llm("Pop", "toy", config_dict={**settings, "nproc": 2})
+
+
 def test_a_failing_model_is_reported_and_the_others_go_on(settings, capsys):
     arguments = [f"--{key}={value}" for key, value in settings.items() if key not in ("text", "lens_config")]
     arguments += [f"--text={TEXT}", "--dataset=toy", "--model=GRU4Rec loss_type=XX,Pop", "--task=ctr"]

