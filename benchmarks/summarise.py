@@ -1,8 +1,10 @@
 """Turn finished runs into the table of a results page, and into one json file that can be committed.
 
     python benchmarks/summarise.py saved/RecLoRA-ml-1m-* --json benchmarks/results/ml-1m-ctr.json
+    python benchmarks/summarise.py saved/compare-ml-100k-0123456789 --json benchmarks/results/ml-100k-quick.json
 
-Every run contributes itself, the runs below it (compare_with), and once each the lens, the popularity and the untrained
+Of a comparison of several models its ``compare.md`` is printed, and ``compare.json`` kept without what would hand the
+dataset on (prompts, users). Else every run contributes itself, the runs below it (compare_with), and once each the lens, the popularity and the untrained
 language model that it was compared with. Nothing is computed here: all numbers are those of the runs' ``result.json``.
 """
 
@@ -89,17 +91,29 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--json", type=Path, help="write the results, without paths, to this file")
     arguments = parser.parse_args()
+    if (arguments.runs[0] / "plan.json").is_file():
+        (folder,) = arguments.runs
+        print((folder / "compare.md").read_text())
+        if arguments.json:
+            compared = json.loads((folder / "compare.json").read_text())
+            kept = {key: value for key, value in compared.items() if key not in ("gates", "prompts")}
+            write(arguments.json, kept)
+        return
     folders = [folder for run in arguments.runs for folder in with_compared(run)]
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     print("\n".join(lines(results)))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         kept = [{key: result[key] for key in KEPT if key in result} for result in results]
         for run, result in zip(folders, kept, strict=True):
             if (run / "compare.json").is_file():
                 compared = json.loads((run / "compare.json").read_text())
                 result["comparison"] = {key: compared[key] for key in ("subject", "differences", "failed")}
-        arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
+        write(arguments.json, kept)
+
+
+def write(path: Path, content: dict | list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
