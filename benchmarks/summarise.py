@@ -4,8 +4,9 @@
     python benchmarks/summarise.py saved/compare-ml-100k-0123456789 --json benchmarks/results/ml-100k-quick.json
 
 Of a comparison of several models its ``compare.md`` is printed, and ``compare.json`` kept without what would hand the
-dataset on (prompts, users). Else every run contributes itself, the runs below it (compare_with), and once each the lens, the popularity and the untrained
-language model that it was compared with. Nothing is computed here: all numbers are those of the runs' ``result.json``.
+dataset on (prompts, users). Else every run contributes itself, the runs below it (compare_with), and once each the
+lens, the popularity and the untrained language model that it was compared with. Nothing is computed here: all numbers
+are those of the runs' ``result.json``.
 """
 
 from __future__ import annotations

@@ -121,6 +121,8 @@ def _work(
     with open(folder / OUTPUT_FILE, "a", buffering=1, encoding="utf-8") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C in a terminal reaches the command alone, which passes it on: once, not twice
     # Nothing may go on in a folder whose command is gone: the command repeated would run the same there.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device.type == "cuda":
