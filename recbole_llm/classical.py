@@ -79,6 +79,13 @@ def run(config: Config, run_folder: Path) -> dict:
         )
         unbounded = model.predict
         model.predict = lambda interaction: torch.sigmoid(unbounded(interaction).double())
+    if config["epochs"] and not config["eval_step"]:
+        logger.warning(
+            "%s: eval_step: 0, so nothing is validated or stopped early: all %d epochs are trained, and the last one "
+            "is tested; in a comparison, give eval_step to single models ('RecLoRA eval_step=0')",
+            config["model"],
+            config["epochs"],
+        )
     show = config["show_progress"]
     with stage(seconds, "fit"):
         _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)

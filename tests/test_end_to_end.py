@@ -354,6 +354,15 @@ def test_a_model_of_recbole_learns_from_the_few_shot_rows_alone(settings):
         Config("RecLoRA", "toy", config_dict={**settings, "train_rows": "few_shot"})
 
 
+def test_a_model_of_recbole_that_is_never_validated_says_so(settings, caplog):
+    keep = ("data_path", "show_progress", "bootstrap_samples")
+    config = {key: settings[key] for key in keep} | {"task": "ctr", "epochs": 2}
+    run_recbole_llm("DeepFM", "toy", config_dict=config)
+    assert "nothing is validated" not in caplog.text
+    run_recbole_llm("DeepFM", "toy", config_dict={**config, "eval_step": 0})
+    assert "all 2 epochs are trained, and the last one is tested" in caplog.text
+
+
 def test_context_aware_models_see_neither_rating_nor_history(settings):
     config = Config("DeepFM", "toy", config_dict={"data_path": settings["data_path"], "task": "ctr"})
     dataset = create_dataset(config)
