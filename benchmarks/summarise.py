@@ -4,15 +4,16 @@
     python benchmarks/summarise.py saved/compare-ml-100k-0123456789 --json benchmarks/results/ml-100k-quick.json
 
 Of a comparison of several models its ``compare.md`` is printed, and ``compare.json`` kept without what would hand the
-dataset on (prompts, users). Else every run contributes itself, the runs below it (compare_with), and once each the
-lens, the popularity and the untrained language model that it was compared with. Nothing is computed here: all numbers
-are those of the runs' ``result.json``.
+dataset on (prompts, users) or is of one machine. Else every run contributes itself, the runs below it (compare_with),
+and once each the lens, the popularity and the untrained language model that it was compared with. Nothing is computed
+here: all numbers are those of the runs' ``result.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 KEPT = (
@@ -98,6 +99,7 @@ def main() -> None:
         if arguments.json:
             compared = json.loads((folder / "compare.json").read_text())
             kept = {key: value for key, value in compared.items() if key not in ("gates", "prompts")}
+            kept["command"] = re.sub(r" --data_path=\S+", "", compared["command"])  # of one machine
             write(arguments.json, kept)
         return
     folders = [folder for run in arguments.runs for folder in with_compared(run)]
