@@ -18,7 +18,12 @@ def test_one_table_has_the_untrained_llm_the_lens_and_both_forms(tmp_cwd: Path, 
         "bootstrap_samples": 20,
         "show_progress": False,
         "cache_dir": str(tmp_cwd / "cache"),
-        "lens_config": {"epochs": 1, "embedding_size": 4, "mlp_hidden_size": [8], "attention_hidden_size": [4]},
+        "lens_config": {
+            "epochs": 1,
+            "embedding_size": 4,
+            "mlp_hidden_size": [8],
+            "attention_hidden_size": [4],
+        },
     }
     monkeypatch.setattr(demo, "ON_CPU", small)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -328,7 +328,23 @@ def test_models_of_recbole_run_on_ml_100k(model, tmp_path, monkeypatch):
     assert all(0 <= value <= 2 for value in result["metrics"]["test"].values())
 
 
-@pytest.mark.parametrize("model", ["DIN", "SASRec", "DeepFM", "AutoInt", "LightGCN", "BPR", "Pop"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "DIN",
+        "DIEN",
+        "SASRec",
+        "GRU4Rec",
+        "Caser",
+        "BERT4Rec",
+        "DeepFM",
+        "AutoInt",
+        "DCNV2",
+        "LightGCN",
+        "BPR",
+        "Pop",
+    ],
+)
 def test_models_of_recbole_on_labelled_rows_have_all_four_metrics(model, settings):
     keep = ("data_path", "show_progress", "bootstrap_samples")
     config = {key: settings[key] for key in keep} | {"task": "ctr", "epochs": 2, "eval_rows": 40}

@@ -317,6 +317,8 @@ class HistoryDataset(SequentialDataset):
             n_users=self.user_num,
             ties=_setting(self.config, "history_ties", "order"),
         )
+        if self.config["model"] == "DIEN":  # the one model of RecBole whose loss reads a negative history
+            self.history.draw_negatives(self.item_num, self.config["seed"])
         earlier = position - self.history.user_start[users]
         minimum = self._min_history
         rows = np.flatnonzero(earlier >= minimum)
@@ -448,8 +450,8 @@ class HistoryDataset(SequentialDataset):
 
         Adds ``item_id_list`` int64 ``[B, L]`` and, of what the data has, ``timestamp_list``, ``rating_list`` and
         ``label_list`` float32 ``[B, L]``, in time order from the left with zeros at the end, and ``item_length``
-        ``[B]``. An empty history is given length 1 (one padding item): RecBole's models read position
-        ``item_length - 1``.
+        ``[B]``. For DIEN also ``neg_item_id_list`` int64 ``[B, L]``. An empty history is given length 1 (one padding
+        item): RecBole's models read position ``item_length - 1``.
         """
         if self.user_feat is not None and self.uid_field in df:
             df.update(_take(self.user_feat, df[self.uid_field].numpy()))
@@ -469,6 +471,9 @@ class HistoryDataset(SequentialDataset):
             lists[field + suffix] = torch.from_numpy(
                 values if field == self.iid_field else values.astype(np.float32)
             )
+        if self.history.negatives is not None:
+            negatives = np.where(real, self.history.negatives[found], 0)
+            lists[self.config["NEG_PREFIX"] + self.iid_field + suffix] = torch.from_numpy(negatives)
         lists[self.item_list_length_field] = torch.from_numpy(np.maximum(real.sum(axis=1), 1))
         df.update(Interaction(lists))
         return df

@@ -32,6 +32,7 @@ class HistoryIndex:
             the row's own timestamp does.
         row_start: int64 ``[n]``, the first position each row's history may use (``history_scope: split``);
             ``None``: from the user's first interaction on.
+        negatives: for each interaction another item, int64 ``[n]``; ``None`` where no model learns from them.
     """
 
     item_ids: np.ndarray
@@ -41,6 +42,7 @@ class HistoryIndex:
     user_start: np.ndarray
     ties: str = "order"
     row_start: np.ndarray | None = None
+    negatives: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.ties not in ("order", "strict"):
@@ -89,6 +91,11 @@ class HistoryIndex:
         starts = self.user_start[:-1]
         new[starts[starts < len(self)]] = True
         return np.maximum.accumulate(np.where(new, np.arange(len(self)), 0))
+
+    def draw_negatives(self, n_items: int, seed: int) -> None:
+        """Draw :attr:`negatives` uniformly from all items but the interaction's own, as RecBole does for DIEN."""
+        drawn = np.random.default_rng(seed).integers(1, n_items - 1, len(self))
+        self.negatives = drawn + (drawn >= self.item_ids)
 
     def bounds(self, user_ids: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The slice ``[start, end)`` each row may look at, under ``ties`` and ``row_start``.
