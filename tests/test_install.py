@@ -26,7 +26,7 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Come with the packages that we require and whose versions they must match.
 COME_ALONG = {"tokenizers": "transformers", "huggingface_hub": "transformers", "accelerate": "peft"}
 # Extras: may be imported inside a function only.
-OPTIONAL = {"bitsandbytes"}
+OPTIONAL = {"bitsandbytes", "pynvml"}
 
 pytestmark = pytest.mark.skipif(
     not (REPO / "setup.cfg").is_file(), reason="the tests of the installation need the project's folder"
