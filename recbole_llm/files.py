@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, made: Path | None = None) -> Iterator[None]:
     """Only one process at a time may make ``path``; the others wait, and look again whether it is there.
 
     A process that ends, however it ends, gives its lock back. What is there needs no lock, and may lie in a folder that
-    cannot be written.
+    cannot be written. A folder that is filled file by file is there with its last one, ``made``.
 
     Raises:
         ValueError: if the folder of ``path``, which is in a cache, cannot be written.
     """
-    if path.exists():
+    if (made or path).exists():
         yield
         return
     lock = FileLock(path.with_name(f".{path.name}.lock"))

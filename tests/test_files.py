@@ -49,8 +49,28 @@ def test_one_makes_it_and_the_others_wait(tmp_path: Path):
         path.mkdir()
     thread.join(timeout=30)
     assert order == [True]
-    with locked(path), locked(path):  # nothing is left to be made
-        pass
+    with locked(path), locked(path):  # nothing is left to be made, so nobody waits
+        order.append(None)
+    assert order == [True, None]
+
+
+def test_a_folder_that_is_still_being_filled_is_waited_for(tmp_path: Path):
+    folder = tmp_path / "lens"
+    folder.mkdir()
+    done, entered = threading.Event(), []
+
+    def second() -> None:
+        with locked(folder, folder / "last.json"):
+            entered.append((folder / "last.json").exists())
+        done.set()
+
+    with locked(folder, folder / "last.json"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not done.wait(timeout=0.3)
+        (folder / "last.json").touch()
+    thread.join(timeout=30)
+    assert entered == [True]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from recbole_llm import compat
 from recbole_llm.files import locked
-from recbole_llm.lens.lens import Lens, LensError
+from recbole_llm.lens.lens import DESCRIPTION, Lens, LensError
 from recbole_llm.lens.next_item import NextItemSequence
 from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
 
@@ -82,7 +82,7 @@ def fit_lens(
 
         identity = lens_identity(settings, train, valid)
         folder = lens_folder(cache_dir, name, identity)
-        with locked(folder):
+        with locked(folder, folder / DESCRIPTION):
             if folder.exists():
                 try:
                     lens = Lens.load(folder, config, train, gate_scope=scope)
