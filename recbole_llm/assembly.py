@@ -83,6 +83,8 @@ VOLATILE_KEYS = frozenset(
     }
 )
 
+CONFIG_FILE = "config.json"
+
 
 @dataclass
 class Assembly:
@@ -134,6 +136,11 @@ def cache_folder(config: Config) -> Path:
 def lasting_configuration(config: Config) -> dict:
     """Every key that can change a result, with its value."""
     return {key: value for key, value in config.as_dict().items() if key not in VOLATILE_KEYS}
+
+
+def write_configuration(run_folder: Path, config: Config) -> None:
+    """Keep the configuration beside what a run leaves, so that it is not resumed with another one."""
+    (run_folder / CONFIG_FILE).write_text(json.dumps(config.as_dict(), indent=2), encoding="utf-8")
 
 
 def configuration_hash(config: Config) -> str:

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
+LAST_FILE = "last.safetensors"
+"""Of a run's folder: what it goes on from."""
 
 
 class CheckpointError(ValueError):

@@ -10,6 +10,7 @@ Evaluations keep their rows, and the result is written as for our models.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -22,14 +23,18 @@ from recbole.utils import EvaluatorType, InputType, init_seed
 from recbole_llm.assembly import (
     bounded,
     cache_folder,
+    configuration_hash,
     conventional_parts,
     eval_loader,
     few_shot_rows,
     item_counts,
     stage,
+    write_configuration,
 )
+from recbole_llm.checkpoint import LAST_FILE
 from recbole_llm.config import Config, keys_read_by
 from recbole_llm.data import HistoryDataset, draw_candidates
+from recbole_llm.epochs import EpochTraining
 from recbole_llm.evaluation import RowCollector, build_result, write_result
 from recbole_llm.registry import create_dataset, get_trainer
 
@@ -87,8 +92,20 @@ def run(config: Config, run_folder: Path) -> dict:
             config["epochs"],
         )
     show = config["show_progress"]
+    training = EpochTraining(
+        trainer,
+        train_data,
+        run_folder / LAST_FILE,
+        {"configuration": configuration_hash(config), "data": data_hash(train_data._dataset)},
+        how_to_go_on=f"repeat the command with --resume={run_folder}",
+    )
+    write_configuration(run_folder, config)
+    if config["resume"]:
+        training.load()
+    seconds["fit"] = training.seconds
     with stage(seconds, "fit"):
-        _, valid = trainer.fit(train_data, valid_data, saved=True, show_progress=show)
+        training.fit(valid_data, show_progress=show)
+        valid = training.valid
         if not config["epochs"]:  # validated as it is
             valid = trainer.evaluate(valid_data, load_best_model=False, show_progress=show)
     test = rows = None
@@ -120,6 +137,16 @@ def run(config: Config, run_folder: Path) -> dict:
         },
     )
     return {**result, "path": str(write_result(run_folder, result, rows))}
+
+
+def data_hash(rows) -> str:
+    """Sha256 of training rows, in their order."""
+    if isinstance(rows, HistoryDataset):
+        return rows.content_hash()
+    digest = hashlib.sha256()
+    for name, column in sorted(rows.inter_feat.interaction.items()):
+        digest.update(name.encode() + column.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDataset]) -> tuple:

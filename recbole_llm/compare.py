@@ -19,6 +19,7 @@ from typing import Any
 
 import recbole_llm
 from recbole_llm.assembly import VOLATILE_KEYS, lasting_configuration
+from recbole_llm.checkpoint import LAST_FILE
 from recbole_llm.config import Config, given_values, parse_value
 from recbole_llm.controls import control_models
 from recbole_llm.evaluation import FinishedRun, build_comparison, load_run, write_json, write_report
@@ -396,7 +397,7 @@ def _unfinished(runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
             logger.info("%d of %d: %s: finished before, %s", number, len(runs), run, run.folder)
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
-        if (run.folder / "last.safetensors").is_file():
+        if (run.folder / LAST_FILE).is_file():
             run.config["resume"] = str(run.folder)
         logger.info("%d of %d: %s, in %s", number, len(runs), run, run.folder)
         yield run

@@ -20,8 +20,15 @@ import numpy as np
 from recbole.utils import init_logger, init_seed
 
 from recbole_llm import classical, compare
-from recbole_llm.assembly import Assembly, assemble, lasting_configuration, stage
-from recbole_llm.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.assembly import (
+    CONFIG_FILE,
+    Assembly,
+    assemble,
+    lasting_configuration,
+    stage,
+    write_configuration,
+)
+from recbole_llm.checkpoint import LAST_FILE, CheckpointError, load_checkpoint
 from recbole_llm.classical import facts_of, named_rows
 from recbole_llm.config import Config
 from recbole_llm.dry_run import decisions, describe
@@ -38,7 +45,6 @@ from recbole_llm.trainer import LLMTrainer
 logger = logging.getLogger(__name__)
 
 FREE_BYTES_NEEDED = 1 << 30
-CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 
 
@@ -145,7 +151,7 @@ def run_one(config: Config, folder: Path) -> dict:
 def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     parts = assemble(config)
     trainer = LLMTrainer(config, parts.model, run_folder=run_folder, identities=parts.identities)
-    (run_folder / CONFIG_FILE).write_text(json.dumps(config.as_dict(), indent=2))
+    write_configuration(run_folder, config)
     if parts.lens is not None:
         parts.lens.save(lens_folder(run_folder, parts.lens.name, parts.lens.identity))
     if config["resume"]:
@@ -154,10 +160,9 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         logger.info("%s", line)
 
     references = reference_columns(parts) if config["read_test"] else {}
-    with stage(parts.seconds, "fit"):
-        _, valid_metrics = trainer.fit(
-            parts.train_data, parts.valid_data, saved=True, show_progress=config["show_progress"]
-        )
+    _, valid_metrics = trainer.fit(
+        parts.train_data, parts.valid_data, saved=True, show_progress=config["show_progress"]
+    )
     parts.model.reset_work()
     test_metrics = rows = None
     if config["read_test"]:
@@ -202,7 +207,7 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         if lens
         else None,
         eval_rows=config["eval_rows"],
-        seconds={**parts.seconds, "train": trainer.seconds["train"], "evaluate": trainer.seconds["evaluate"]},
+        seconds={**parts.seconds, **trainer.seconds},
         tokens_per_second=tuned / trainer.seconds["train"] if tuned else None,
         bootstrap_samples=config["bootstrap_samples"],
         n_items=parts.dataset.item_num - 1,
@@ -282,10 +287,10 @@ def find_run(root: Path, name: str, resume: str | bool) -> Path:
     """The folder named by ``resume``, or (``resume: True``) the newest unfinished run of this model and dataset."""
     if resume is not True:
         folder = Path(resume)
-        if not (folder / "last.safetensors").is_file():
-            raise CheckpointError(f"--resume={resume}: there is no last.safetensors in that folder")
+        if not (folder / LAST_FILE).is_file():
+            raise CheckpointError(f"--resume={resume}: there is no {LAST_FILE} in that folder")
         return folder
-    found = sorted(root.glob(f"{name}-*/last.safetensors"), key=lambda path: path.stat().st_mtime)
+    found = sorted(root.glob(f"{name}-*/{LAST_FILE}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise CheckpointError(f"--resume: no run of {name} with a checkpoint in {root.resolve()}")
     return found[-1].parent

@@ -152,7 +152,8 @@ def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dic
     Trials use the comparison's first seed. Interrupted, the same command goes on.
 
     Args:
-        plan: the comparison; its first configuration has ``search`` and ``trials``.
+        plan: the comparison; its first configuration has ``search``, ``trials`` and ``nproc``, of which the trials of
+            all models make use together.
         run_one: trains one configuration in a given folder.
 
     Returns:
@@ -176,9 +177,10 @@ def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dic
         settings = draw_trials(space, first["trials"], first["seed"], text)
         planned[text] = settings, trial_runs(plan, run, settings)
 
+    trials = [run for _, runs in planned.values() for run in runs]
+    failed = {f["name"]: f["error"] for f in run_all(trials, run_one, first["nproc"])}
     report, chosen = {}, {}
     for text, (settings, runs) in planned.items():
-        failed = {f["name"]: f["error"] for f in run_all(runs, run_one)}
         tried = []
         for values, run in zip(settings, runs, strict=True):
             entry = {"values": values, "folder": str(run.folder.relative_to(plan.folder))}

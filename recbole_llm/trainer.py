@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import recbole_llm
 from recbole_llm.checkpoint import (
+    LAST_FILE,
     CheckpointError,
     check_identity,
     load_checkpoint,
@@ -92,7 +93,7 @@ class LLMTrainer(Trainer):
         self.run_folder = run_folder
         self.identities = identities
         self.best_file = run_folder / "best.safetensors"
-        self.last_file = run_folder / "last.safetensors"
+        self.last_file = run_folder / LAST_FILE
         self.saved_model_file = str(self.best_file)
         self.eval_collector = RowCollector(config)
         self.checkpoint_seconds = config["checkpoint_seconds"]
@@ -101,7 +102,8 @@ class LLMTrainer(Trainer):
         half = torch.float16 in (self.autocast_dtype, model.backbone_dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half and self.device.type == "cuda")
         self.start_step = 0
-        self.seconds = {"train": 0.0, "evaluate": 0.0}
+        self.seconds = {"fit": 0.0, "train": 0.0, "evaluate": 0.0}
+        self._fit_started = time.monotonic()
         self.tokens = {"train": 0, "evaluate": 0}
         self.trained_on = {"rows": 0, "steps": 0}
         self._epoch = self._step = 0
@@ -221,8 +223,10 @@ class LLMTrainer(Trainer):
 
     def fit(self, *args, **kwargs):
         """As RecBole's; Ctrl-C keeps what was trained and says how to go on."""
+        self._fit_started = time.monotonic() - self.seconds["fit"]
         try:
             result = super().fit(*args, **kwargs)
+            self.seconds["fit"] = time.monotonic() - self._fit_started
             logger.info("trained on %(rows)d rows in %(steps)d optimizer steps", self.trained_on)
             return result
         except KeyboardInterrupt:
@@ -251,7 +255,7 @@ class LLMTrainer(Trainer):
             "cur_step": self.cur_step,
             "best_valid_score": None if math.isinf(self.best_valid_score) else float(self.best_valid_score),
             "best_valid_result": self.best_valid_result,
-            "seconds": self.seconds,
+            "seconds": {**self.seconds, "fit": time.monotonic() - self._fit_started},
             "tokens": self.tokens,
             "trained_on": self.trained_on,
         }
@@ -296,7 +300,8 @@ class LLMTrainer(Trainer):
         if meta["best_valid_score"] is not None:
             self.best_valid_score = meta["best_valid_score"]
         self.best_valid_result = meta["best_valid_result"]
-        self.seconds, self.tokens, self.trained_on = meta["seconds"], meta["tokens"], meta["trained_on"]
+        self.seconds |= meta["seconds"]
+        self.tokens, self.trained_on = meta["tokens"], meta["trained_on"]
         logger.info("resuming %s at epoch %d, step %d", path, self.start_epoch, self.start_step)
 
     def load_best(self, model_file: str | Path | None = None) -> None:

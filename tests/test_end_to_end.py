@@ -17,7 +17,7 @@ import torch
 from synthetic import TEXT, write_dataset
 
 from recbole_llm.assembly import prepare_rows
-from recbole_llm.checkpoint import CheckpointError
+from recbole_llm.checkpoint import CheckpointError, load_checkpoint
 from recbole_llm.classical import our_loaders
 from recbole_llm.config import Config
 from recbole_llm.quick_start import load_data_and_model, main, run_recbole_llm
@@ -234,7 +234,10 @@ def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, chang
     wait_for_checkpoint(process, tmp_path / "killed", step=17)
     process.kill()
     process.wait()
+    (last,) = (tmp_path / "killed").glob("*/last.safetensors")
+    earlier = load_checkpoint(last)[1]["seconds"]
     resumed = run_recbole_llm("RecLoRA", "toy", config_dict={**config, "resume": True})
+    assert resumed["seconds"]["fit"] > earlier["fit"] >= earlier["train"] > 0
     assert np.array_equal(rows_of(resumed)["model_score"], unbroken["model_score"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_llm import quick_start
+from recbole_llm import compare, quick_start
 from recbole_llm.search import Parameter, draw_trials, read_space
 
 
@@ -124,6 +124,24 @@ def test_trials_read_no_test_row_and_the_best_on_validation_rows_is_compared(set
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     quick_start.compare_models(models, "toy", config_dict=options)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+
+
+def test_trials_of_all_models_share_the_processes(settings, tmp_path, monkeypatch):
+    """That processes give what one after another gives is tested with the comparison's own runs."""
+    asked = []
+
+    def in_one_process(runs, run_one, nproc):
+        runs = list(runs)
+        asked.append(([str(run) for run in runs], nproc))
+        return compare.one_by_one(runs, run_one)
+
+    monkeypatch.setattr(compare, "side_by_side", in_one_process)
+    file = space_file(tmp_path, "learning_rate choice [0.1, 1e-9]\n")
+    options = {**settings, "search": str(file), "nproc": 2, "epochs": 1}
+    quick_start.compare_models(["DIN", "DeepFM"], "toy", config_dict={**options, "task": "ctr"})
+    (trials, nproc), (runs, _) = asked
+    assert nproc == 2 and len(runs) == 2
+    assert [name.split(",")[0] for name in trials] == ["DIN", "DIN", "DeepFM", "DeepFM"]
 
 
 def test_a_single_run_that_reads_no_test_row_says_so(settings, capsys):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,11 @@ import recbole
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader, TrainDataLoader
 from recbole.trainer import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from recbole_llm import compat
+from recbole_llm.checkpoint import CheckpointError
+from recbole_llm.epochs import EpochTraining
 from recbole_llm.files import locked
 from recbole_llm.lens.lens import DESCRIPTION, Lens, LensError
 from recbole_llm.lens.next_item import NextItemSequence
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 CODE_VERSIONS = {"ctr": {"SASRec": 2}, "next_item": {}}
 """Part of every lens's identity, by task and lens, 1 where none is given: raise it when the code changes what that lens
 computes or how it is trained."""
+
+TRAINING_SUFFIX = ".training.safetensors"
+"""Of the file beside a lens's folder, while that lens is trained."""
 
 
 def fit_lens(
@@ -93,9 +97,11 @@ def fit_lens(
                     return lens
                 except LensError as error:
                     logger.warning("lens %s is trained again: %s", name, error)
-            info = _train(settings, model, train, valid)
+            training = folder.with_name(folder.name + TRAINING_SUFFIX)
+            info = _train(settings, model, train, valid, training, identity)
             lens = Lens(model, name=name, gate_scope=scope, identity=identity, info=info)
             lens.save(folder)
+            training.unlink(missing_ok=True)
     lens.info["from_cache"] = False
     return lens
 
@@ -218,45 +224,44 @@ def _check_state(model: nn.Module, rows) -> None:
         model.represent(batch, model.gate_scopes[0])
 
 
-def _train(settings, model: nn.Module, train, valid) -> dict:
-    """Train ``model`` in place, leave the best epoch's weights in it, and say how it went."""
+def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) -> dict:
+    """Train ``model`` in place, leave the best epoch's weights in it, and say how it went.
+
+    A training that was killed goes on after the last validated epoch, which ``file`` has.
+    """
     name = settings["lens"]
     logger.info("lens %s: training on %d rows, validating on %d", name, len(train), len(valid))
     task, metric = lens_task(settings), settings["valid_metric"].lower()
     eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
-    best: dict[str, Tensor] = {}
-    curve: list[float] = []
-    best_epoch = 0
-    started = time.monotonic()
-    # The folder stays empty: the best weights are kept in memory, not pickled with the configuration.
+    # The folder stays empty: nothing is pickled with the configuration.
     with tempfile.TemporaryDirectory() as scratch, compat.no_tensorboard():
         settings["checkpoint_dir"] = scratch
-        trainer = Trainer(settings, model)
-
-        def keep_best(epoch: int, score: float) -> None:
-            nonlocal best_epoch
-            curve.append(float(score))
-            if trainer.cur_step == 0:  # RecBole has just seen an improvement, or the best score again
-                best_epoch = epoch + 1
-                best.update({key: value.detach().clone() for key, value in model.state_dict().items()})
-
-        _, metrics = trainer.fit(
+        training = EpochTraining(
+            Trainer(settings, model),
             TrainDataLoader(settings, train, None, shuffle=True),
-            eval_loader(settings, valid, None, shuffle=False),
-            saved=False,
-            show_progress=bool(settings["show_progress"]),
-            callback_fn=keep_best,
+            file,
+            {"lens": identity},
+            keep_best=True,
         )
-    model.load_state_dict(best)
-    seconds = time.monotonic() - started
-    logger.info("lens %s: %d epochs in %.0f s, valid %s", name, len(curve), seconds, dict(metrics))
+        if file.is_file():
+            try:
+                training.load()
+            except CheckpointError as error:
+                logger.warning("lens %s is trained from the start: %s", name, error)
+        training.fit(
+            eval_loader(settings, valid, None, shuffle=False), show_progress=bool(settings["show_progress"])
+        )
+    model.load_state_dict(training.best)
+    curve, metrics = training.curve, training.valid
+    told = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+    logger.info("lens %s: %d epochs in %.0f s, valid %s", name, len(curve), training.seconds, told)
     return {
         "trained": True,
         "task": task,
-        "seconds": round(seconds, 2),
+        "seconds": round(training.seconds, 2),
         "epochs": len(curve),
-        "best_epoch": best_epoch,
-        "valid": {key: float(value) for key, value in metrics.items()},
+        "best_epoch": training.best_epoch,
+        "valid": metrics,
         f"valid_{metric}_by_epoch": curve,
         "rows": {"train": len(train), "valid": len(valid)},
         "keys": settings["lens_keys"],

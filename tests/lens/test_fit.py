@@ -130,6 +130,36 @@ def test_a_damaged_cache_is_trained_again_with_a_warning(
     assert fit_lens(configure(), train, valid, cache_dir=cache).info["from_cache"]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_training_that_was_cut_off_goes_on(
+    configure, train, valid, tmp_path, monkeypatch, caplog, damaged: bool
+) -> None:
+    config = configure(lens_config={**configure()["lens_config"], "epochs": 3})
+    whole = fit_lens(config, train, valid, cache_dir=tmp_path / "whole")
+    epochs, train_epoch = [], Trainer._train_epoch
+
+    def cut_off_in_the_third(self, data, epoch, **rest):
+        epochs.append(epoch)
+        if epochs == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return train_epoch(self, data, epoch, **rest)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", cut_off_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        fit_lens(config, train, valid, cache_dir=tmp_path / "cut")
+    (kept,) = (tmp_path / "cut" / "lens").glob("*.training.safetensors")
+    if damaged:
+        kept.write_bytes(kept.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING):
+        lens = fit_lens(config, train, valid, cache_dir=tmp_path / "cut")
+    assert epochs[3:] == ([0, 1, 2] if damaged else [2])
+    assert ("trained from the start" in caplog.text) == damaged
+    assert not kept.exists()
+    for name in ("epochs", "best_epoch", "valid", "valid_auc_by_epoch"):
+        assert lens.info[name] == whole.info[name], name
+    assert torch.equal(lens.represent(train[ROWS])[0], whole.represent(train[ROWS])[0])
+
+
 def test_random_states_of_the_caller_stay(configure, train, valid, tmp_path) -> None:
     torch.manual_seed(11), np.random.seed(11), random.seed(11)
     before = random_states()
