@@ -168,6 +168,7 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     if config["read_test"]:
         with stage(parts.seconds, "test"):
             test_metrics = trainer.evaluate(parts.test_data, show_progress=config["show_progress"])
+        parts.seconds["test"] += trainer.seconds_before
         rows = {**named_rows(parts.dataset, trainer.eval_collector.rows()), **references}
         rows |= facts_of(rows, parts.test, parts.full_train)
     if config["score_valid"]:
@@ -213,7 +214,7 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         n_items=parts.dataset.item_num - 1,
         extra={
             "identities": parts.identities,
-            "prompts_shortened": parts.model.rows_shortened,
+            "prompts_shortened": parts.model.counts["prompts_shortened"],
             "tokens": sum(trainer.tokens.values()),
             "gates": gate_table(parts) if config["read_test"] else None,
             "examples": example_prompts(parts) if config["read_test"] else [],
@@ -225,7 +226,9 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
             **extra,
         },
     )
-    return finish(result, rows, run_folder)
+    result = finish(result, rows, run_folder)
+    shutil.rmtree(trainer.scores_folder, ignore_errors=True)  # all of them are in the result now
+    return result
 
 
 def save_valid_scores(parts: Assembly, trainer: LLMTrainer, run_folder: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from recbole_llm.assembly import Assembly, cache_folder, stage
 from recbole_llm.evaluation import generation_report, match_title, target_ranks
 from recbole_llm.files import locked, write_atomically
+from recbole_llm.kept_scores import KeptScores
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +73,7 @@ def untrained_scores(parts: Assembly) -> np.ndarray:
     digest = _digest(parts, str(parts.model.answer_ids))
     for interaction in batches:
         _add(digest, parts.prompts.encode(interaction).input_ids)
-    return _cached(
-        parts, digest, lambda: [parts.model.predict_untrained(batch) for batch in _progress(parts, batches)]
-    )
+    return _cached(parts, digest, batches, parts.model.predict_untrained)
 
 
 # ---------------------------------------------------------------------- ranking
@@ -102,22 +103,18 @@ def untrained_ranks(parts: Assembly) -> np.ndarray:
     digest.update(str((parts.config["eval_mode"], parts.config["two_stage"])).encode())
     digest.update((parts.candidates["test"].sha256 if parts.candidates else parts.lens.identity).encode())
 
-    def ranks() -> list[Tensor]:
-        found = []
-        size = parts.config["scoring_batch_size"]
-        for interaction, items in _progress(parts, list(_test_batches(parts, size))):
-            if items is None:
-                scores = model.full_sort_predict(interaction, adapted=False).cpu()
-            else:
-                scores = torch.full(
-                    (len(interaction), parts.dataset.item_num), -torch.inf, dtype=torch.float64
-                )
-                listed = model.score_items(interaction, items.tolist(), adapted=False)
-                scores.scatter_(1, items, torch.stack(listed).cpu())
-            found.append(target_ranks(scores, interaction[parts.dataset.iid_field]))
-        return found
+    def ranks(batch: tuple[Interaction, Tensor | None]) -> Tensor:
+        interaction, items = batch
+        if items is None:
+            scores = model.full_sort_predict(interaction, adapted=False).cpu()
+        else:
+            scores = torch.full((len(interaction), parts.dataset.item_num), -torch.inf, dtype=torch.float64)
+            listed = model.score_items(interaction, items.tolist(), adapted=False)
+            scores.scatter_(1, items, torch.stack(listed).cpu())
+        return target_ranks(scores, interaction[parts.dataset.iid_field])
 
-    return _cached(parts, digest, ranks).astype(np.int64)
+    batches = list(_test_batches(parts, parts.config["scoring_batch_size"]))
+    return _cached(parts, digest, batches, ranks).astype(np.int64)
 
 
 def _test_batches(parts: Assembly, size: int):
@@ -188,13 +185,23 @@ def _progress(parts: Assembly, batches: list, what: str = "Zero-shot  ") -> tqdm
 
 
 @torch.no_grad()
-def _cached(parts: Assembly, digest, compute: Callable[[], list[Tensor]]) -> np.ndarray:
-    """What ``compute`` gives, kept by weights and prompts: every run on the same rows needs the same numbers."""
+def _cached(parts: Assembly, digest, batches: list, score: Callable[[Any], Tensor]) -> np.ndarray:
+    """What ``score`` gives for all batches, kept by weights and prompts: every run on the same rows needs the same."""
     path = cache_folder(parts.config) / "zero_shot" / f"{digest.hexdigest()[:32]}.npy"
     with locked(path):
         if path.is_file():
             logger.info("zero-shot scores from the cache: %s", path)
             return np.load(path, allow_pickle=False)
-        values = torch.cat([part.cpu() for part in compute()]).double().numpy()
+        cut_off = path.with_suffix(".safetensors")
+        identity = f"{digest.hexdigest()}, {len(batches)} batches"
+        every = parts.config["checkpoint_seconds"]
+        with KeptScores(cut_off, identity, parts.model.counts, every) as kept:
+            found = [
+                kept(str(number), partial(score, batch))
+                for number, batch in enumerate(_progress(parts, batches))
+            ]
+        parts.seconds["zero_shot_test"] = parts.seconds.get("zero_shot_test", 0.0) + kept.seconds_before
+        values = torch.cat(found).double().numpy()
         write_atomically(path, lambda file: np.save(file, values))
+        cut_off.unlink(missing_ok=True)
     return values

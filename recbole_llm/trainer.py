@@ -37,6 +37,7 @@ from recbole_llm.checkpoint import (
     set_rng_state,
 )
 from recbole_llm.evaluation import RowCollector
+from recbole_llm.kept_scores import KeptScores, hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class LLMTrainer(Trainer):
         self.identities = identities
         self.best_file = run_folder / "best.safetensors"
         self.last_file = run_folder / LAST_FILE
+        self.scores_folder = run_folder / "scores"
         self.saved_model_file = str(self.best_file)
         self.eval_collector = RowCollector(config)
         self.checkpoint_seconds = config["checkpoint_seconds"]
@@ -102,6 +104,7 @@ class LLMTrainer(Trainer):
         half = torch.float16 in (self.autocast_dtype, model.backbone_dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half and self.device.type == "cuda")
         self.start_step = 0
+        self.seconds_before = 0.0  # what earlier processes spent on the last evaluation
         self.seconds = {"fit": 0.0, "train": 0.0, "evaluate": 0.0}
         self._fit_started = time.monotonic()
         self.tokens = {"train": 0, "evaluate": 0}
@@ -169,7 +172,7 @@ class LLMTrainer(Trainer):
         if first == 0 and epoch_idx == 0:
             self._save_last()  # so that even a run killed before its first checkpoint can be resumed
         for step in range(first, len(batches)):
-            started, tokens_before = time.monotonic(), self.model.tokens_processed
+            started, tokens_before = time.monotonic(), self.model.counts["tokens"]
             global_step = epoch_idx * len(batches) + step
             factor = self._set_learning_rate(global_step, total_steps)
             self.model.begin_step(global_step, len(batches), self.epochs)
@@ -182,7 +185,7 @@ class LLMTrainer(Trainer):
                 self.trained_on["steps"] += 1
                 self._step = step + 1
                 self._rng = rng_state()
-            seconds, tokens = time.monotonic() - started, self.model.tokens_processed - tokens_before
+            seconds, tokens = time.monotonic() - started, self.model.counts["tokens"] - tokens_before
             self.seconds["train"] += seconds
             self.tokens["train"] += tokens
             self.tensorboard.add_scalar("Loss/Step", loss, global_step)
@@ -318,6 +321,19 @@ class LLMTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
+    @contextmanager
+    def _kept(self, eval_data) -> Iterator[KeptScores]:
+        """Keep the scores of an evaluation, which goes on where it was cut off with the same parameters and rows."""
+        texts = [f"{key} {value}" for key, value in self.identities.items()]
+        identity = hash_of(self.model.trained_state(), *texts, eval_data._dataset.content_hash())
+        file = self.scores_folder / f"{identity[:32]}.safetensors"
+        with KeptScores(file, identity, self.model.counts, self.checkpoint_seconds) as kept:
+            self.model.kept_scores = kept
+            try:
+                yield kept
+            finally:
+                self.model.kept_scores = None
+
     @torch.no_grad()
     def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
         """As RecBole's, on safetensors checkpoints and under the same autocast as training.
@@ -327,9 +343,11 @@ class LLMTrainer(Trainer):
         if load_best_model:
             self.load_best(model_file)
         self.eval_collector.reset()  # an evaluation cut off by Ctrl-C or an error leaves its rows behind
-        started, tokens_before = time.monotonic(), self.model.tokens_processed
-        with self._autocast():
+        started, tokens_before = time.monotonic(), self.model.counts["tokens"]
+        with self._autocast(), self._kept(eval_data) as kept:
             result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
-        self.seconds["evaluate"] += time.monotonic() - started
-        self.tokens["evaluate"] += self.model.tokens_processed - tokens_before
+        self.seconds_before = kept.seconds_before
+        self._fit_started -= kept.seconds_before
+        self.seconds["evaluate"] += time.monotonic() - started + kept.seconds_before
+        self.tokens["evaluate"] += self.model.counts["tokens"] - tokens_before
         return result

@@ -20,8 +20,9 @@ from recbole_llm.assembly import prepare_rows
 from recbole_llm.checkpoint import CheckpointError, load_checkpoint
 from recbole_llm.classical import our_loaders
 from recbole_llm.config import Config
+from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.quick_start import load_data_and_model, main, run_recbole_llm
-from recbole_llm.registry import create_dataset
+from recbole_llm.registry import create_dataset, get_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
@@ -239,6 +240,69 @@ def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, chang
     resumed = run_recbole_llm("RecLoRA", "toy", config_dict={**config, "resume": True})
     assert resumed["seconds"]["fit"] > earlier["fit"] >= earlier["train"] > 0
     assert np.array_equal(rows_of(resumed)["model_score"], unbroken["model_score"])
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("RecLoRA", {"lens_config": LENS, "score_valid": True}),
+        (
+            "iLoRA",
+            {"lens_config": SEQUENCE_LENS, "compare_with": None, "micro_batch_size": 16, "few_shot": 32},
+        ),
+    ],
+)
+def test_an_evaluation_that_was_cut_off_goes_on(settings, tmp_path, monkeypatch, model, options):
+    config = {**settings, "eval_batch_size": 16, "scoring_batch_size": 4, **options}
+    target = get_model(model).__mro__[1]
+    scored, stop_at, score_rows = [], [], target.score_rows
+
+    def cut_off(self, interaction):
+        scored.append(interaction["row_id"].tolist())
+        if len(scored) in stop_at:
+            raise KeyboardInterrupt
+        return score_rows(self, interaction)
+
+    monkeypatch.setattr(target, "score_rows", cut_off)
+    unbroken = run_recbole_llm(model, "toy", config_dict={**config, "cache_dir": str(tmp_path / "other")})
+    batches = list(scored)
+    scored.clear()
+    stop_at.append(len(batches) - 2)  # in the test
+    config["output_dir"] = str(tmp_path / "cut off")
+    with pytest.raises(KeyboardInterrupt):
+        run_recbole_llm(model, "toy", config_dict=config)
+    (folder,) = (tmp_path / "cut off").glob("*/scores")
+    assert any(folder.iterdir())
+    resumed = run_recbole_llm(model, "toy", config_dict={**config, "resume": True})
+    scored.pop(stop_at[0] - 1)
+    assert scored == batches
+    assert not folder.exists()
+    before, after = rows_of(unbroken), rows_of(resumed)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert resumed["metrics"] == unbroken["metrics"]
+
+
+def test_the_untrained_model_is_not_scored_twice(settings, monkeypatch):
+    config = {**settings, "eval_batch_size": 16, "checkpoint_seconds": 0}
+    scored, untrained = [], AnswerCTR.predict_untrained
+
+    def cut_off(self, interaction):
+        scored.append(interaction["row_id"].tolist())
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return untrained(self, interaction)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerCTR, "predict_untrained", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_recbole_llm("RecLoRA", "toy", config_dict=config)
+        result = run_recbole_llm("RecLoRA", "toy", config_dict=config)
+    assert len(scored) == 6 and scored[3] == scored[4]
+    assert {path.suffix for path in (Path(settings["cache_dir"]) / "zero_shot").glob("[!.]*")} == {".npy"}
+    whole = run_recbole_llm(
+        "RecLoRA", "toy", config_dict={**config, "cache_dir": settings["cache_dir"] + "2"}
+    )
+    assert np.array_equal(rows_of(whole)["zero_shot_score"], rows_of(result)["zero_shot_score"])
 
 
 def test_interrupt_saves_and_says_how_to_resume(settings, tmp_path):

@@ -180,7 +180,7 @@ def build_comparison(
         "models": table,
         "differences": differences,
         "failed": [dict(entry) for entry in failed],
-        "sentences": [sentence(found) for found in differences if found["metric"] == metrics[0]],
+        "sentences": _sentences(differences, table, metrics[0], guessing(metrics[0], rows)),
         "notes": _notes(models, means, samples),
         "gates": next((r.result["gates"] for r in runs if r.name == subject and r.result.get("gates")), None),
         "prompts": _prompts(models, rows, task),
@@ -442,8 +442,49 @@ def _test(
     return f"sign changes by user, {metric.upper()}", paired_permutation(users, difference, seed=seed), None
 
 
-def sentence(difference: Mapping[str, Any]) -> str:
-    """What follows from one difference of the leading metric, in words."""
+def guessing(metric: str, rows: Mapping[str, np.ndarray]) -> float | None:
+    """What scores drawn at random have on average; ``None`` where that is not known."""
+    if metric == "auc":
+        return 0.5
+    if "candidates" not in rows:
+        return None
+    sizes, counts = np.unique(rows["candidates"], return_counts=True)
+    values = [row_rank_metric(metric, np.arange(1, size + 1)).mean() for size in sizes]
+    return float(np.average(values, weights=counts))
+
+
+def _sentences(
+    differences: Sequence[Mapping[str, Any]],
+    table: Sequence[Mapping[str, Any]],
+    metric: str,
+    chance: float | None,
+) -> list[str]:
+    """What follows from the differences of the leading metric, in words."""
+    lines = {line["name"]: line for line in table}
+
+    def guesses(name: str) -> bool:
+        found = lines[name]["metrics"][metric]
+        return None not in (chance, found["low"]) and found["low"] <= chance <= found["high"]
+
+    return [
+        sentence(
+            found,
+            once=len(lines[found["a"]]["seeds"]) == 1,
+            chance=chance if guesses(found["a"]) and guesses(found["b"]) else None,
+        )
+        for found in differences
+        if found["metric"] == metric
+    ]
+
+
+def sentence(difference: Mapping[str, Any], *, once: bool = False, chance: float | None = None) -> str:
+    """What follows from one difference of the leading metric, in words.
+
+    Args:
+        difference: one of a comparison's.
+        once: whether ``a`` was trained with one seed: what is found then holds for that training.
+        chance: what guessing has, if neither model is told from it: then no difference is worth a thing.
+    """
     a, b, metric = difference["a"], difference["b"], difference["metric"].upper()
     value, p = difference["value"], difference["p_holm"]
     if value is None:
@@ -454,7 +495,7 @@ def sentence(difference: Mapping[str, Any]) -> str:
     certain = p < ALPHA if p is not None else low > 0 or high < 0
     if certain:
         what = "better" if value > 0 else "worse"
-        start = f"{a} is {what} than {b} on these rows"
+        start = f"{a}{', trained once,' if once else ''} is {what} than {b} on these rows"
     else:
         start = f"{a} is neither better nor worse than {b} on these rows beyond chance"
     details = [f"{metric} {value:+.4f}"]
@@ -462,7 +503,12 @@ def sentence(difference: Mapping[str, Any]) -> str:
         details.append(f"95% interval [{low:+.4f}, {high:+.4f}]")
     if p is not None:
         details.append(f"p = {p:.2g} ({difference['test']}; Holm)")
-    return f"{start}: {', '.join(details)}."
+    found = f"{start}: {', '.join(details)}."
+    if certain and chance is not None:
+        found += (
+            f" But neither is told from guessing, whose {metric} is {chance:.4g}: both intervals hold it."
+        )
+    return found
 
 
 def _notes(models: Mapping[str, _Model], means: Bootstrap, samples: int) -> list[str]:
@@ -472,7 +518,10 @@ def _notes(models: Mapping[str, _Model], means: Bootstrap, samples: int) -> list
     ]
     numbers = {len(model.columns) for model in models.values() if model.kind != "reference"}
     if numbers == {1}:
-        notes.append("One seed: how much a model varies from one training to the next is not known.")
+        notes.append(
+            "One seed: how much a model varies from one training to the next is not known. Intervals and p-values are "
+            "about these trained models on further rows, not about models trained again."
+        )
     elif len(numbers) > 1:
         notes.append("Models have different numbers of seeds: not all runs ended with a result.")
     return notes

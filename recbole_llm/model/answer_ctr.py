@@ -123,11 +123,11 @@ class AnswerCTR(LLMRecommender):
         return self._cut(interaction, self.encode(interaction))
 
     def _cut(self, interaction: Interaction, encoded: EncodedPrompts) -> Iterator[MicroBatch]:
-        self.rows_shortened += encoded.n_shortened
+        self.counts["prompts_shortened"] += encoded.n_shortened
         lengths = np.array([len(ids) for ids in encoded.input_ids])
         for rows in self.pieces(lengths, self.micro_batch_size):
             input_ids, row_lengths = pad_right([encoded.input_ids[i] for i in rows], self.pad_id)
-            self.tokens_processed += int(lengths[rows].sum())
+            self.counts["tokens"] += int(lengths[rows].sum())
             yield MicroBatch(
                 rows=rows,
                 interaction=interaction[torch.from_numpy(rows)].to(self.device),
@@ -179,7 +179,7 @@ class AnswerCTR(LLMRecommender):
         return self.with_gate_penalty(F.binary_cross_entropy_with_logits(self.logits(batch), labels))
 
     @torch.no_grad()
-    def predict(self, interaction: Interaction) -> Tensor:
+    def score_rows(self, interaction: Interaction) -> Tensor:
         """Probability of "yes", ``[B]`` float64; does not depend on what else is in the batch."""
         return torch.sigmoid(self._score(interaction, self.encode(interaction), self.logits))
 

@@ -7,6 +7,7 @@ A model adds how prompts become scores (:mod:`~recbole_llm.model.answer_ctr`,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 
 from recbole_llm.adapter import AdapterConfig, attach_adapter
+from recbole_llm.data.dataset import ROW_ID
+from recbole_llm.kept_scores import KeptScores, batch_key
 
 if TYPE_CHECKING:
     from recbole_llm.backbone import Backbone
@@ -60,8 +63,9 @@ class LLMRecommender(SequentialRecommender):
         task: the value of the key ``task`` that the model is made for.
         gated: whether the adapter's update depends on the row.
         lora_given: whether A and B come from another run (``lora_from``) and are not trained.
-        tokens_processed: tokens that went through the LLM so far, padding not counted.
-        rows_shortened: prompts that lost history because they were too long.
+        counts: of ``tokens`` that went through the LLM so far, padding not counted, and of ``prompts_shortened``, which
+            lost history because they were too long.
+        kept_scores: takes the scores of every batch while an evaluation is to be kept.
     """
 
     task: str
@@ -105,8 +109,8 @@ class LLMRecommender(SequentialRecommender):
         if config["torch_compile"]:
             for layer in self.adapter.model.get_decoder().layers:
                 layer.compile()
-        self.tokens_processed = 0
-        self.rows_shortened = 0
+        self.counts: Counter[str] = Counter()
+        self.kept_scores: KeptScores | None = None
 
     # ------------------------------------------------------------------ the gate
 
@@ -183,6 +187,19 @@ class LLMRecommender(SequentialRecommender):
 
     def reset_work(self) -> None:
         """Count the cost of scoring from zero, where a model counts it."""
+
+    # ------------------------------------------------------------------ scoring
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before it was cut off."""
+        if self.kept_scores is None:
+            return self.score_rows(interaction)
+        key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
+        return self.kept_scores(key, lambda: self.score_rows(interaction)).to(self.device)
+
+    def score_rows(self, interaction: Interaction) -> Tensor:
+        """One score per row, ``[B]``, which must not depend on what else is in the batch."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------ batches
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +44,7 @@ BELOW_ALL = -1e6
 
 @dataclass
 class Work:
-    """What scoring has cost so far.
+    """What scoring has cost.
 
     Attributes:
         rows: prompts that were scored.
@@ -57,6 +57,11 @@ class Work:
     prompt_tokens: int = 0
     edges: int = 0
     tokens: int = 0
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """What is counted."""
+        return [field.name for field in fields(cls)]
 
     def as_dict(self) -> dict[str, float]:
         """For the result; ``ratio`` is ``tokens / (prompt_tokens + edges)``."""
@@ -73,9 +78,6 @@ class TitleRanker(LLMRecommender):
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
         prompts: turns rows into token ids with slots, and items into answers.
         lens: the frozen sequential recommender that gives ``z``, the slots' item vectors and the first stage.
-
-    Attributes:
-        work: what scoring has cost since :meth:`reset_work`.
 
     Raises:
         ValueError: if something needs a lens and none is given, or the gate has seen the target.
@@ -111,7 +113,6 @@ class TitleRanker(LLMRecommender):
         """Whether slots hold item vectors now; in evaluation always, unless the curriculum never shows them."""
         self._hybrid_step = self.hybrid
         self._catalogue: TitleTrie | None = None
-        self.work = Work()
         self.slots = hybrid
         if hybrid:
             vectors = lens.item_vectors().cpu()
@@ -173,14 +174,14 @@ class TitleRanker(LLMRecommender):
     def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
         """Prompts and the titles of the rows' targets; the last token of an answer is only ever predicted."""
         encoded = self.encode(interaction)
-        self.rows_shortened += encoded.n_shortened
+        self.counts["prompts_shortened"] += encoded.n_shortened
         answers = [self.prompts.answers[item] for item in interaction[self.ITEM_ID].tolist()]
         whole = [np.concatenate([p, a[:-1]]) for p, a in zip(encoded.input_ids, answers, strict=True)]
         sizes = np.array([len(ids) for ids in whole])
         for rows in self.pieces(sizes, self.micro_batch_size):
             input_ids, _ = pad_right([whole[i] for i in rows], self.pad_id)
             lengths = torch.tensor([len(encoded.input_ids[i]) for i in rows])
-            self.tokens_processed += int(sizes[rows].sum())
+            self.counts["tokens"] += int(sizes[rows].sum())
             yield MicroBatch(
                 rows=rows,
                 interaction=interaction[torch.from_numpy(rows)].to(self.device),
@@ -201,7 +202,13 @@ class TitleRanker(LLMRecommender):
 
     def reset_work(self) -> None:
         """Count the cost of scoring from zero."""
-        self.work = Work()
+        for name in Work.names():
+            self.counts[f"scored_{name}"] = 0
+
+    @property
+    def work(self) -> Work:
+        """What scoring has cost since :meth:`reset_work`."""
+        return Work(**{name: self.counts[f"scored_{name}"] for name in Work.names()})
 
     def extra_results(self) -> dict:
         """The cost of scoring under ``scoring``."""
@@ -246,11 +253,11 @@ class TitleRanker(LLMRecommender):
                     tries,
                     max_nodes=self.trie_nodes,
                 )
-            self.tokens_processed += found.tokens
-            self.work.rows += len(rows)
-            self.work.prompt_tokens += int(lengths[rows].sum())
-            self.work.edges += edges
-            self.work.tokens += found.tokens
+            self.counts["tokens"] += found.tokens
+            self.counts["scored_rows"] += len(rows)
+            self.counts["scored_prompt_tokens"] += int(lengths[rows].sum())
+            self.counts["scored_edges"] += edges
+            self.counts["scored_tokens"] += found.tokens
             for row, total, sizes in zip(rows, found.log_likelihood, found.lengths, strict=True):
                 scores[row] = total.double() / sizes.to(total.device)
         return scores
@@ -274,12 +281,12 @@ class TitleRanker(LLMRecommender):
             scores[torch.from_numpy(positions).to(self.device)] = score.float()
         return scores
 
-    def predict(self, interaction: Interaction) -> Tensor:
+    def score_rows(self, interaction: Interaction) -> Tensor:
         """Score of each (row, item), ``[B]`` float32. Rows that are candidates of one row share its prompt."""
         return self._predict(interaction, adapted=True)
 
     def predict_untrained(self, interaction: Interaction) -> Tensor:
-        """As :meth:`predict`, by the LLM before any tuning, from a prompt without slots."""
+        """As :meth:`score_rows`, by the LLM before any tuning, from a prompt without slots."""
         return self._predict(interaction, adapted=False)
 
     @torch.no_grad()
@@ -320,7 +327,7 @@ class TitleRanker(LLMRecommender):
                 stop_ids=self.prompts.stop_ids,
                 max_new_tokens=max_new_tokens,
             )
-            self.tokens_processed += int(lengths[rows].sum()) + sum(map(len, written))
+            self.counts["tokens"] += int(lengths[rows].sum()) + sum(map(len, written))
             for row, ids in zip(rows, written, strict=True):
                 texts[row] = self.prompts.decode(ids)
         return texts

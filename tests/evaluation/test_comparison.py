@@ -19,7 +19,7 @@ from recbole_llm.evaluation import (
     load_run,
     paired_permutation,
 )
-from recbole_llm.evaluation.comparison import COLD
+from recbole_llm.evaluation.comparison import COLD, guessing
 from recbole_llm.evaluation.stacking import stacked
 
 MACHINE = {"processor": "a processor", "cores": 2, "gpus": []}
@@ -76,6 +76,34 @@ def test_a_model_against_its_own_copy_differs_by_nothing():
         assert [difference[key] for key in ("value", "low", "high")] == [0, 0, 0]
     assert leading(found)["B"]["p"] == 1
     assert "neither better nor worse" in found["sentences"][0]
+
+
+def test_one_training_is_called_one_and_a_difference_of_guesses_a_difference_of_guesses():
+    rng = np.random.default_rng(8)
+    rows = rows_of(rng, "ctr")
+    noise = scores(rng, rows["label"], 0.0)
+    # The order of the rows is but a little better than the other's, everywhere: certain, and worth nothing.
+    better = expit(logit(noise) + 0.02 * rows["label"])
+    strong = scores(rng, rows["label"], 2.0)
+    found = build_comparison([run("A", rows, better), run("B", rows, noise), run("C", rows, strong)])
+    to_b, to_c = found["sentences"]
+    assert to_b.startswith("A, trained once, is better than B on these rows: AUC +0.0")
+    assert to_b.endswith("But neither is told from guessing, whose AUC is 0.5: both intervals hold it.")
+    assert to_c.startswith("A, trained once, is worse than C") and "guessing" not in to_c
+    assert any("not about models trained again" in note for note in found["notes"])
+    twice = build_comparison(
+        [run(m, rows, v, seed=s) for m, v in (("A", strong), ("B", noise)) for s in (1, 2)]
+    )
+    assert twice["sentences"][0].startswith("A is better than B")
+
+
+def test_guessing_is_the_mean_over_all_ranks():
+    rows = {"candidates": np.array([20, 20, 5])}
+    assert guessing("auc", {}) == 0.5 and guessing("hr@1", {}) is None
+    assert guessing("hr@1", rows) == pytest.approx((2 / 20 + 1 / 5) / 3)
+    assert guessing("hr@10", rows) == pytest.approx((2 * 10 / 20 + 1) / 3)
+    expected = np.mean([1 / np.log2(1 + rank) if rank <= 5 else 0 for rank in range(1, 21)])
+    assert guessing("ndcg@5", {"candidates": np.array([20])}) == pytest.approx(expected)
 
 
 def test_means_and_intervals_over_seeds_are_those_of_the_replicates():
