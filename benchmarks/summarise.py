@@ -99,7 +99,10 @@ def main() -> None:
         if arguments.json:
             compared = json.loads((folder / "compare.json").read_text())
             kept = {key: value for key, value in compared.items() if key not in ("gates", "prompts")}
-            kept["command"] = re.sub(r" --data_path=\S+", "", compared["command"])  # of one machine
+            # Of one machine are where the data lie and where the runs do.
+            kept["command"] = re.sub(r" --data_path=\S+", "", compared["command"])
+            for model in kept["models"]:
+                model["paths"] = [Path(path).name for path in model["paths"]]
             write(arguments.json, kept)
         return
     folders = [folder for run in arguments.runs for folder in with_compared(run)]
