@@ -74,8 +74,9 @@ def run(config: Config, run_folder: Path) -> dict:
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
     keeps_rows = labelled or config["task"] == "next_item"
-    if keeps_rows:
-        trainer.eval_collector = RowCollector(config)
+    trainer.eval_collector = RowCollector(
+        config
+    )  # RecBole's fails on metrics that read counts: an int has no .cpu()
     if labelled and "LABEL_FIELD" not in keys_read_by(model_class):
         logger.warning(
             "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "

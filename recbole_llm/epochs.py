@@ -80,6 +80,7 @@ class EpochTraining:
             KeyboardInterrupt: what was trained up to the last validated epoch is in ``file``.
         """
         if self._finished:
+            self.trainer.eval_collector.data_collect(self.train_data)  # what else RecBole's fit does
             return
         self._started = time.monotonic() - self.seconds
         callback = {"callback_fn": self._after_validation} if self.keep_best or self.can_be_kept else {}

@@ -134,8 +134,7 @@ def _work(
         run_one(config, folder)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        # Not swallowed: the command tells it, and its report; the traceback is in the run's log.
+    except Exception as error:  # told by the command and its report; the run's log has the traceback
         logger.exception("the run failed")
         sender.send(f"{type(error).__name__}: {error}")
         sys.exit(1)

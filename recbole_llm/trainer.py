@@ -347,7 +347,7 @@ class LLMTrainer(Trainer):
         with self._autocast(), self._kept(eval_data) as kept:
             result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
         self.seconds_before = kept.seconds_before
-        self._fit_started -= kept.seconds_before
+        self._fit_started -= kept.seconds_before  # a validation is part of the training
         self.seconds["evaluate"] += time.monotonic() - started + kept.seconds_before
         self.tokens["evaluate"] += self.model.counts["tokens"] - tokens_before
         return result

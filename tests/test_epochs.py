@@ -100,6 +100,17 @@ def test_a_training_that_had_ended_is_not_trained_further(settings, tmp_path, mo
     assert resumed["metrics"] == unbroken["metrics"]
 
 
+def test_metrics_of_a_finished_training_know_its_rows(settings):
+    """RecBole's ``fit`` also tells the evaluator about the training rows, which some metrics count."""
+    settings = (
+        settings | MODELS["RecBole's own protocol"][1] | {"metrics": ["ItemCoverage", "AveragePopularity"]}
+    )
+    settings |= {"valid_metric": "ItemCoverage@10", "topk": [10]}
+    whole = run("BPR", settings)
+    (run_folder(settings) / "result.json").unlink()
+    assert run("BPR", settings, resume=True)["metrics"] == whole["metrics"]
+
+
 def test_a_comparison_goes_on_in_the_middle_of_a_model(settings, monkeypatch):
     settings.pop("output_dir")
     models, options = ["Pop", "DIN"], {**settings, **MODELS["labelled rows"][1], "bootstrap_samples": 20}
