@@ -17,7 +17,9 @@ from collections.abc import Callable
 import torch
 from peft import LoraConfig, get_peft_model
 
-from recbole_llm.backbone import DEFAULT_BACKBONE, answer_logits, load_backbone
+from recbole_llm.backbone.answers import answer_logits
+from recbole_llm.backbone.loader import load_backbone
+from recbole_llm.backbone.store import DEFAULT_BACKBONE
 
 logger = logging.getLogger("backbone_speed")
 

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from recbole_llm.evaluation import result_table
+from recbole_llm.experiment.result import result_table
 from recbole_llm.quick_start import run_recbole_llm
 
 # Chosen by time alone: on two CPU cores all of it fits into a quarter of an hour.

@@ -19,8 +19,13 @@ from pathlib import Path
 import numpy as np
 from recbole.utils import init_logger, init_seed
 
-from recbole_llm import classical, compare
-from recbole_llm.assembly import (
+from recbole_llm.comparison import plan as compare
+from recbole_llm.comparison.analysis import VALID_ROWS_FILE
+from recbole_llm.comparison.report import terminal_table
+from recbole_llm.comparison.search import search
+from recbole_llm.config.configurator import Config
+from recbole_llm.experiment import conventional as classical
+from recbole_llm.experiment.assembly import (
     CONFIG_FILE,
     Assembly,
     assemble,
@@ -28,19 +33,16 @@ from recbole_llm.assembly import (
     stage,
     write_configuration,
 )
-from recbole_llm.checkpoint import LAST_FILE, CheckpointError, load_checkpoint
-from recbole_llm.classical import facts_of, named_rows
-from recbole_llm.config import Config
-from recbole_llm.dry_run import decisions, describe
-from recbole_llm.evaluation import build_result, reset_peak_memory, result_table, terminal_table, write_result
-from recbole_llm.evaluation.comparison import VALID_ROWS_FILE
-from recbole_llm.evaluation.energy import start_meter
-from recbole_llm.exhibits import example_prompts, gate_table
-from recbole_llm.files import write_atomically
-from recbole_llm.lens import lens_folder
-from recbole_llm.references import lens_scores, reference_columns, written_answers
-from recbole_llm.search import search
-from recbole_llm.trainer import LLMTrainer
+from recbole_llm.experiment.conventional import facts_of, named_rows
+from recbole_llm.experiment.dry_run import decisions, describe
+from recbole_llm.experiment.exhibits import example_prompts, gate_table
+from recbole_llm.experiment.references import lens_scores, reference_columns, written_answers
+from recbole_llm.experiment.result import build_result, reset_peak_memory, result_table, write_result
+from recbole_llm.lens.fit import lens_folder
+from recbole_llm.trainer.checkpoint import LAST_FILE, CheckpointError, load_checkpoint
+from recbole_llm.trainer.llm_trainer import LLMTrainer
+from recbole_llm.utils.energy import start_meter
+from recbole_llm.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def compare_models(
         dataset, config_file_list, config_dict, cmd_line: as of :func:`run_recbole_llm`, for all models.
 
     Returns:
-        The comparison (see :mod:`recbole_llm.evaluation.comparison`) with ``files``, the report's paths; for a dry run,
+        The comparison (see :mod:`recbole_llm.comparison.analysis`) with ``files``, the report's paths; for a dry run,
         what would be run, under the key ``dry_run``.
     """
     plan = compare.make_plan(models, dataset, config_file_list, config_dict, cmd_line)

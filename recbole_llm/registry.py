@@ -11,7 +11,7 @@ from pathlib import Path
 import recbole
 from recbole.utils import ModelType
 
-from recbole_llm import compat
+from recbole_llm.utils import recbole_repairs
 
 OWN_MODELS = ("RecLoRA", "TALLRec", "ReLLa", "ReLLaX", "CoLLM", "LensPrompt", "iLoRA", "LLaRA", "TALLRecNext")
 """Names of our models; the class of that name is in ``recbole_llm.model.<lower-case name>``."""
@@ -66,7 +66,7 @@ def get_model(name: str) -> type:
         ImportError: if the model needs a library that is not installed (lightgbm, xgboost, ...).
     """
     if name in OWN_MODELS or name in CONVENTIONAL_MODELS:
-        with compat.anomaly_detection_kept():
+        with recbole_repairs.anomaly_detection_kept():
             return getattr(importlib.import_module(f"recbole_llm.model.{name.lower()}"), name)
     modules = recbole_models()
     if name not in modules:
@@ -79,18 +79,18 @@ def get_model(name: str) -> type:
         raise ValueError(
             f"model {name!r} is neither one of recbole_llm nor of RecBole {recbole.__version__}: {hint}"
         )
-    with compat.anomaly_detection_kept():
+    with recbole_repairs.anomaly_detection_kept():
         module = importlib.import_module(modules[name])
-    compat.checkpoint_loading(module)
+    recbole_repairs.checkpoint_loading(module)
     if name == "Pop":
-        compat.popularity_counts(module)
+        recbole_repairs.popularity_counts(module)
     return getattr(module, name)
 
 
 def get_trainer(model_type: ModelType, model_name: str) -> type:
     """The trainer class: ours for our models, else RecBole's choice by model name and type."""
     if model_name in OWN_MODELS:
-        return importlib.import_module("recbole_llm.trainer").LLMTrainer
+        return importlib.import_module("recbole_llm.trainer.llm_trainer").LLMTrainer
     from recbole.utils import get_trainer as recbole_trainer
 
     return recbole_trainer(model_type, model_name)
@@ -99,9 +99,9 @@ def get_trainer(model_type: ModelType, model_name: str) -> type:
 def create_dataset(config):
     """The dataset of a run: ours for our tasks, else RecBole's choice."""
     if config["task"] == "next_item":
-        return importlib.import_module("recbole_llm.data").NextItemDataset(config)
+        return importlib.import_module("recbole_llm.data.next_item").NextItemDataset(config)
     if config["task"] == "ctr":
-        return importlib.import_module("recbole_llm.data").CTRDataset(config)
+        return importlib.import_module("recbole_llm.data.dataset").CTRDataset(config)
     from recbole.data import create_dataset as recbole_dataset
 
     return recbole_dataset(config)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from synthetic import TEXT, write_dataset
 
-from recbole_llm.assembly import prepare_rows
-from recbole_llm.checkpoint import CheckpointError, load_checkpoint
-from recbole_llm.classical import our_loaders
-from recbole_llm.config import Config
+from recbole_llm.config.configurator import Config
+from recbole_llm.experiment.assembly import prepare_rows
+from recbole_llm.experiment.conventional import our_loaders
 from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.quick_start import load_data_and_model, main, run_recbole_llm
 from recbole_llm.registry import create_dataset, get_model
+from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
@@ -206,7 +206,7 @@ def start(settings, *extra: str) -> subprocess.Popen:
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> None:
     """Wait until a run in ``folder`` has finished the given optimizer step."""
-    from recbole_llm.checkpoint import load_checkpoint
+    from recbole_llm.trainer.checkpoint import load_checkpoint
 
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:

@@ -171,7 +171,7 @@ def test_properties_are_found_from_another_folder_when_installed_as_a_wheel(
     unpacked: Path, tmp_path: Path
 ) -> None:
     script = (
-        "import recbole_llm, recbole_llm.config as c, importlib.metadata as m\n"
+        "import recbole_llm, recbole_llm.utils.yaml_files as c, importlib.metadata as m\n"
         "print(recbole_llm.__file__); print(c.properties_dir())\n"
         "print(recbole_llm.__version__ == m.version('recbole_llm'))"
     )
@@ -191,7 +191,7 @@ def test_properties_are_found_from_another_folder_when_installed_editable(tmp_pa
     installed = metadata.distributions(name="recbole_llm")
     if not any('"editable": true' in (found.read_text("direct_url.json") or "") for found in installed):
         pytest.skip("recbole_llm is not installed in editable mode: pip install -e .")
-    script = "import recbole_llm.config as c; print(c.properties_dir())"
+    script = "import recbole_llm.config.configurator as c; print(c.properties_dir())"
     found = Path(run(sys.executable, "-c", script, cwd=tmp_path, env={"PYTHONPATH": ""}).stdout.strip())
     assert (found / "overall.yaml").is_file()
 

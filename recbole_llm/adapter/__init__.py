@@ -3,8 +3,3 @@
 ``config`` says what M(z) is, ``gate`` computes the weights from z, ``mixer`` applies them in rank space,
 ``layer`` plugs both into PEFT, ``personalized`` is what callers hold. This package knows torch and PEFT only.
 """
-
-from recbole_llm.adapter.config import AdapterConfig
-from recbole_llm.adapter.personalized import PersonalizedAdapter, attach_adapter
-
-__all__ = ["AdapterConfig", "PersonalizedAdapter", "attach_adapter"]

@@ -32,7 +32,7 @@ from recbole_llm.backbone.store import (
     weights_sha256,
 )
 from recbole_llm.backbone.tiny import tiny_backbone
-from recbole_llm.files import locked
+from recbole_llm.utils.files import locked
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from recbole_llm.files import locked
+from recbole_llm.utils.files import locked
 
 logger = logging.getLogger(__name__)
 

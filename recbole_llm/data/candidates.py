@@ -30,7 +30,7 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_llm.data.dataset import HISTORY_END, ROW_ID
-from recbole_llm.files import write_atomically
+from recbole_llm.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from recbole_llm.data.dataset import HistoryDataset

@@ -26,8 +26,8 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
 from recbole_llm.data.history import HistoryIndex
+from recbole_llm.data.item_text import ItemText, TextSettings, read_atomic, read_header
 from recbole_llm.data.retriever import RecentRetriever, Retriever
-from recbole_llm.data.text import ItemText, TextSettings, read_atomic, read_header
 
 try:
     import resource

@@ -34,7 +34,7 @@ from recbole_llm.evaluation.metrics import (
     user_codes,
 )
 from recbole_llm.evaluation.ranking import RANK_METRICS, row_rank_metric
-from recbole_llm.evaluation.statistics import bca_interval
+from recbole_llm.evaluation.significance import bca_interval
 
 METRICS = ("auc", "logloss", "acc", "gauc")
 METHODS = ("percentile", "bca")

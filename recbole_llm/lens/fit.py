@@ -15,13 +15,13 @@ from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoa
 from recbole.trainer import Trainer
 from torch import nn
 
-from recbole_llm import compat
-from recbole_llm.checkpoint import CheckpointError
-from recbole_llm.epochs import EpochTraining
-from recbole_llm.files import locked
 from recbole_llm.lens.lens import DESCRIPTION, Lens, LensError
 from recbole_llm.lens.next_item import NextItemSequence
 from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
+from recbole_llm.trainer.checkpoint import CheckpointError
+from recbole_llm.trainer.conventional_trainer import EpochTraining
+from recbole_llm.utils import recbole_repairs
+from recbole_llm.utils.files import locked
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) 
     task, metric = lens_task(settings), settings["valid_metric"].lower()
     eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
     # The folder stays empty: nothing is pickled with the configuration.
-    with tempfile.TemporaryDirectory() as scratch, compat.no_tensorboard():
+    with tempfile.TemporaryDirectory() as scratch, recbole_repairs.no_tensorboard():
         settings["checkpoint_dir"] = scratch
         training = EpochTraining(
             Trainer(settings, model),

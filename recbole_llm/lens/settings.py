@@ -13,12 +13,12 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import EvaluatorType, InputType, ModelType
 from torch import nn
 
-from recbole_llm.config import RECBOLE_PROPERTIES, load_yaml, properties_dir
-from recbole_llm.keys import check_values
+from recbole_llm.config.keys import check_values
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.lens.next_item import NEXT_ITEM_WORKING, next_item
 from recbole_llm.lens.sequence import WORKING, LensSASRec, labelled
 from recbole_llm.registry import get_model, nearest
+from recbole_llm.utils.yaml_files import RECBOLE_PROPERTIES, load_yaml, properties_dir
 
 _NO_SAMPLING = {
     "distribution": "none",

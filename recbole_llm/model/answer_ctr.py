@@ -30,14 +30,15 @@ import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
-from recbole_llm.backbone import answer_logits, answer_token_ids, pad_right
+from recbole_llm.backbone.answers import answer_logits, answer_token_ids, pad_right
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.slots import build_projector, fill_slots
 
 if TYPE_CHECKING:
-    from recbole_llm.backbone import Backbone
-    from recbole_llm.data import EncodedPrompts, PromptBuilder
-    from recbole_llm.lens import Lens
+    from recbole_llm.backbone.loader import Backbone
+    from recbole_llm.data.prompts.ctr import PromptBuilder
+    from recbole_llm.data.prompts.lines import EncodedPrompts
+    from recbole_llm.lens.lens import Lens
 
 ANSWER_SCALE = 0.1
 """Where ``b`` of ``lens_residual`` starts."""

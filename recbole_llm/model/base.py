@@ -19,14 +19,15 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_llm.adapter import AdapterConfig, attach_adapter
+from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.adapter.personalized import attach_adapter
 from recbole_llm.data.dataset import ROW_ID
-from recbole_llm.kept_scores import KeptScores, batch_key
+from recbole_llm.trainer.score_cache import KeptScores, batch_key
 
 if TYPE_CHECKING:
-    from recbole_llm.backbone import Backbone
-    from recbole_llm.data import EncodedPrompts
-    from recbole_llm.lens import Lens
+    from recbole_llm.backbone.loader import Backbone
+    from recbole_llm.data.prompts.lines import EncodedPrompts
+    from recbole_llm.lens.lens import Lens
 
 
 @dataclass

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from recbole_llm.keys import Key
+from recbole_llm.config.keys import Key
 
 
 class Conventional:
     """A model of RecBole's kind that RecBole does not have; to be inherited beside RecBole's own class.
 
     RecBole's Trainer trains it on all training rows, by the path of RecBole's models
-    (:mod:`recbole_llm.classical`). Its defaults are ``properties/model/<Name>.yaml``.
+    (:mod:`recbole_llm.experiment.conventional`). Its defaults are ``properties/model/<Name>.yaml``.
 
     Attributes:
         tasks: the tasks it has, the default first.
-        reads: keys of :data:`recbole_llm.keys.KEYS` that are otherwise the LLM recommenders' alone. Any other of
+        reads: keys of :data:`recbole_llm.config.keys.KEYS` that are otherwise the LLM recommenders' alone. Any other of
             them is refused.
         keys: what each key of its own may hold.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from recbole.model.sequential_recommender.sasrec import SASRec
 
-from recbole_llm.keys import Choice, Key, Whole
+from recbole_llm.config.keys import Choice, Key, Whole
 from recbole_llm.lens.sequence import LensSASRec
 from recbole_llm.model.conventional import Conventional
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_llm.keys import Choice, Key, Whole
+from recbole_llm.config.keys import Choice, Key, Whole
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.model.conventional import Conventional
 from recbole_llm.model.title_embedding import TitleEmbedding

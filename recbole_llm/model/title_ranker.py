@@ -25,16 +25,18 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
-from recbole_llm.backbone import TitleTrie, answer_log_likelihood, generate_titles, pad_right, score_titles
+from recbole_llm.backbone.answers import pad_right
+from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
 from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.curriculum import is_hybrid
 from recbole_llm.model.slots import build_projector, fill_slots, mean_embedding
 
 if TYPE_CHECKING:
-    from recbole_llm.backbone import Backbone
-    from recbole_llm.data import EncodedPrompts, TitlePromptBuilder
-    from recbole_llm.lens import Lens
+    from recbole_llm.backbone.loader import Backbone
+    from recbole_llm.data.prompts.lines import EncodedPrompts
+    from recbole_llm.data.prompts.next_item import TitlePromptBuilder
+    from recbole_llm.lens.lens import Lens
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_llm.keys import Flag, Key
+from recbole_llm.config.keys import Flag, Key
 from recbole_llm.model.conventional import Conventional
 
 

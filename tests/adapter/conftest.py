@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recbole_llm.adapter import AdapterConfig, attach_adapter
+from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.adapter.personalized import attach_adapter
 
 VOCABULARY = 40
 INSTANCE_SIZE = 6

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recbole_llm.adapter import AdapterConfig
+from recbole_llm.adapter.config import AdapterConfig
 
 
 @pytest.mark.parametrize(

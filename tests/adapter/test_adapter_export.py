@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from recbole_llm.adapter import PersonalizedAdapter
 from recbole_llm.adapter.export import CONFIG_FILE, TENSOR_FILE
+from recbole_llm.adapter.personalized import PersonalizedAdapter
 
 ALL = ["identity", "expert", "factor", "output", "dense"]
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
 
-from recbole_llm.adapter import AdapterConfig, PersonalizedAdapter
-from recbole_llm.adapter.config import GATES
+from recbole_llm.adapter.config import GATES, AdapterConfig
 from recbole_llm.adapter.gate import DenseGate, SoftmaxGate, build_gate
+from recbole_llm.adapter.personalized import PersonalizedAdapter
 
 WIDTH, EXPERTS = 6, 4
 LEARNED = ["mlp60", "linear", "mlp", "cnn", "cnn_groupnorm", "token"]

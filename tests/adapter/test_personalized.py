@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-from recbole_llm.adapter import AdapterConfig, attach_adapter
+from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.adapter.personalized import attach_adapter
 
 GATED = ["expert", "factor", "output", "dense"]
 SLICED = ["expert", "factor", "output"]

@@ -21,13 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recbole_llm.backbone import (
-    answer_logits,
-    answer_token_ids,
-    load_backbone,
-    mean_pooled_vectors,
-    pad_right,
-)
+from recbole_llm.backbone.answers import answer_logits, answer_token_ids, mean_pooled_vectors, pad_right
+from recbole_llm.backbone.loader import load_backbone
 from recbole_llm.backbone.tiny import tiny_backbone
 
 WORDS = (" Yes", " No")

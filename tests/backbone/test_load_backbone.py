@@ -7,7 +7,9 @@ import hashlib
 import pytest
 import torch
 
-from recbole_llm.backbone import answer_logits, load_backbone, loader, resolve_dtype, store
+from recbole_llm.backbone import loader, store
+from recbole_llm.backbone.answers import answer_logits
+from recbole_llm.backbone.loader import load_backbone, resolve_dtype
 from recbole_llm.backbone.tiny import tiny_backbone
 
 

@@ -7,15 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from recbole_llm.backbone import (
-    answer_logits,
-    answer_token_ids,
-    default_cache_dir,
-    load_backbone,
-    loader,
-    pad_right,
-    store,
-)
+from recbole_llm.backbone import loader, store
+from recbole_llm.backbone.answers import answer_logits, answer_token_ids, pad_right
+from recbole_llm.backbone.loader import load_backbone
+from recbole_llm.backbone.store import default_cache_dir
 
 pytestmark = pytest.mark.smollm2
 

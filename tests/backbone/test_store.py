@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recbole_llm.backbone import default_cache_dir, store
+from recbole_llm.backbone import store
+from recbole_llm.backbone.store import default_cache_dir
 from recbole_llm.backbone.tiny import tiny_backbone
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64

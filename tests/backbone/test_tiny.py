@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from recbole_llm.backbone import answer_token_ids
+from recbole_llm.backbone.answers import answer_token_ids
 from recbole_llm.backbone.tiny import tiny_backbone
 
 TITLES = [

@@ -24,16 +24,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from recbole_llm.adapter import AdapterConfig, attach_adapter
-from recbole_llm.backbone import (
-    TitleTrie,
-    answer_log_likelihood,
-    generate_titles,
-    load_backbone,
-    score_titles,
-    titles,
-)
+from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.adapter.personalized import attach_adapter
+from recbole_llm.backbone import titles
+from recbole_llm.backbone.loader import load_backbone
 from recbole_llm.backbone.tiny import tiny_backbone
+from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
 
 END = 10  # any token can be the terminator
 # Common beginnings, titles that are the beginning of others (with and without the terminator), equal ones.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from atomic_files import INTER_HEADER, random_interactions, write_atomic
 
-from recbole_llm.config import Config
-from recbole_llm.data import CTRDataset
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.dataset import CTRDataset
 
 
 @pytest.fixture

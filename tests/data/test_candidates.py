@@ -16,10 +16,13 @@ from recbole.model.sequential_recommender import GRU4Rec, SASRec
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
-from recbole_llm.config import Config
-from recbole_llm.data import HistoryIndex, NextItemDataset, SemanticRetriever, candidates
+from recbole_llm.config.configurator import Config
+from recbole_llm.data import candidates
 from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
 from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.history import HistoryIndex
+from recbole_llm.data.next_item import NextItemDataset
+from recbole_llm.data.retriever import SemanticRetriever
 
 
 class Rows:

@@ -15,8 +15,9 @@ from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
 from recbole.data.dataset import SequentialDataset
 from recbole.utils import FeatureType, init_seed
 
-from recbole_llm.config import Config
-from recbole_llm.data import CTRDataset, RecentRetriever, SemanticRetriever, draw_rows
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.dataset import CTRDataset, draw_rows
+from recbole_llm.data.retriever import RecentRetriever, SemanticRetriever
 from recbole_llm.registry import get_model, get_trainer
 
 
@@ -281,8 +282,8 @@ def test_ml100k_rows_and_split_in_global_time_order(ml100k, ml100k_splits):
 
 ML_1M = """
 import json, resource, sys
-from recbole_llm.config import Config
-from recbole_llm.data import CTRDataset
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.dataset import CTRDataset
 import numpy as np, torch
 torch.set_num_threads(2)
 keys = {"task": "ctr", "train_neg_sample_args": None, "data_path": sys.argv.pop(), "id_history_length": 60}

@@ -17,8 +17,8 @@ from recbole.data.dataloader import FullSortEvalDataLoader, TrainDataLoader
 from recbole.data.dataset import SequentialDataset
 from recbole.utils import init_seed
 
-from recbole_llm.config import Config
-from recbole_llm.data import NextItemDataset
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.next_item import NextItemDataset
 from recbole_llm.registry import get_model, get_trainer
 
 PLAIN_HEADER = "user_id:token item_id:token timestamp:float"

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from recbole_llm.data import (
+from recbole_llm.data import retriever
+from recbole_llm.data.history import HistoryIndex
+from recbole_llm.data.retriever import (
     CategoryRetriever,
-    HistoryIndex,
     MixedRetriever,
     RecentRetriever,
     SemanticRetriever,
     ShuffledRetriever,
-    retriever,
 )
 
 N_USERS, N_ITEMS = 4, 6

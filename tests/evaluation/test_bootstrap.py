@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from recbole_llm.evaluation import accuracy, auc, bootstrap, bootstrap_ranks, gauc, logloss, rank_metrics
-from recbole_llm.evaluation.metrics import user_codes
+from recbole_llm.evaluation.bootstrap import bootstrap, bootstrap_ranks
+from recbole_llm.evaluation.metrics import accuracy, auc, gauc, logloss, user_codes
+from recbole_llm.evaluation.ranking import rank_metrics
 
 module = import_module("recbole_llm.evaluation.bootstrap")  # the package has the function under this name
 

@@ -12,9 +12,10 @@ from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector, Evaluator
 from recbole.trainer import Trainer
 
-from recbole_llm.config import Config
-from recbole_llm.evaluation import RowCollector, auc, rank_metrics, register_metrics
-from recbole_llm.evaluation.metrics import gauc
+from recbole_llm.config.configurator import Config
+from recbole_llm.evaluation.collector import RowCollector
+from recbole_llm.evaluation.metrics import auc, gauc, register_metrics
+from recbole_llm.evaluation.ranking import rank_metrics
 
 FIELDS = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LABEL_FIELD": "label"}
 

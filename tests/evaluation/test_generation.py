@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_llm.evaluation import generation_report, match_title
-from recbole_llm.evaluation.generation import normalise_title
+from recbole_llm.evaluation.generation import generation_report, match_title, normalise_title
 
 FILMS = ["Alien", "Alien 3", "The Godfather (1972)", "Seven", "Schindler's List", "Amélie", "Se7en"]
 

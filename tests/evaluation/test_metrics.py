@@ -16,8 +16,16 @@ from recbole.evaluator.register import Register
 from recbole.utils import EvaluatorType
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from recbole_llm.evaluation import accuracy, auc, gauc, labeled_metrics, logloss, register_metrics
-from recbole_llm.evaluation.metrics import UndefinedMetric, user_auc
+from recbole_llm.evaluation.metrics import (
+    UndefinedMetric,
+    accuracy,
+    auc,
+    gauc,
+    labeled_metrics,
+    logloss,
+    register_metrics,
+    user_auc,
+)
 
 
 @pytest.fixture(autouse=True)

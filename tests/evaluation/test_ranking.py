@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recbole.evaluator import Collector, Evaluator
 
-from recbole_llm import compat
-from recbole_llm.evaluation import UndefinedMetric, rank_metrics, target_ranks
-from recbole_llm.evaluation.ranking import parse_rank_metric, row_rank_metric
+from recbole_llm.evaluation.metrics import UndefinedMetric
+from recbole_llm.evaluation.ranking import parse_rank_metric, rank_metrics, row_rank_metric, target_ranks
+from recbole_llm.utils import recbole_repairs
 
 LEVELS = st.sampled_from([-math.inf, -2.0, 0.0, 0.5, 1e30, math.inf])
 
@@ -69,7 +69,7 @@ def test_bad_scores_and_targets_are_named():
 
 
 def test_metrics_equal_recbole_where_there_are_no_ties():
-    compat.install()  # RecBole's NDCG asks NumPy for np.float
+    recbole_repairs.install()  # RecBole's NDCG asks NumPy for np.float
     config = {
         "metrics": ["Hit", "NDCG", "MRR", "Recall"],
         "metric_decimal_place": 12,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recbole_llm.config import Config
-from recbole_llm.data import CTRDataset
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.dataset import CTRDataset
 
 
 def _synthetic():

@@ -8,8 +8,7 @@ from recbole.data.interaction import Interaction
 from recbole.model.layers import SequenceAttLayer
 from torch import Tensor
 
-from recbole_llm.lens import LensDIN
-from recbole_llm.lens.din import TargetAttention
+from recbole_llm.lens.din import LensDIN, TargetAttention
 from recbole_llm.lens.embedding import MAX_RATING_LEVELS, RatingLevels, choose_fields
 from recbole_llm.lens.settings import build_model, lens_settings
 

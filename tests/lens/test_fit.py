@@ -12,11 +12,12 @@ import torch
 from recbole.trainer import Trainer
 from sklearn.metrics import roc_auc_score
 
-from recbole_llm.config import Config
-from recbole_llm.data import CTRDataset, SemanticRetriever
-from recbole_llm.lens import Lens, LensError, fit_lens
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.dataset import CTRDataset
+from recbole_llm.data.retriever import SemanticRetriever
 from recbole_llm.lens import fit as fit_module
-from recbole_llm.lens.fit import lens_identity, resolve_scope, without_rows
+from recbole_llm.lens.fit import fit_lens, lens_identity, resolve_scope, without_rows
+from recbole_llm.lens.lens import Lens, LensError
 from recbole_llm.lens.settings import lens_settings
 
 ROWS = [0, 5, 50, 200]

@@ -16,14 +16,15 @@ from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender import SASRec
 from recbole.trainer import Trainer
 
-from recbole_llm import compat
-from recbole_llm.config import Config
-from recbole_llm.data import NextItemDataset, SemanticRetriever
-from recbole_llm.lens import Lens, LensError, fit_lens
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.next_item import NextItemDataset
+from recbole_llm.data.retriever import SemanticRetriever
 from recbole_llm.lens import fit as fit_module
-from recbole_llm.lens.fit import lens_identity, without_rows
+from recbole_llm.lens.fit import fit_lens, lens_identity, without_rows
+from recbole_llm.lens.lens import Lens, LensError
 from recbole_llm.lens.next_item import NEXT_ITEM_WORKING
 from recbole_llm.lens.settings import build_model, lens_keys, lens_settings, random_state_kept
+from recbole_llm.utils import recbole_repairs
 
 ROWS = [0, 5, 50, 200]
 SASREC = {"hidden_size": 8, "inner_size": 16, "n_layers": 2, "n_heads": 2}
@@ -86,7 +87,7 @@ def test_it_is_recboles_model_trained_by_recboles_trainer(lens, next_item, rows,
     train, valid, _ = rows
     settings = lens_settings(next_item(), train)
     settings["checkpoint_dir"] = str(tmp_cwd)
-    with random_state_kept(3), compat.no_tensorboard():
+    with random_state_kept(3), recbole_repairs.no_tensorboard():
         model = SASRec(settings, train)
         trainer = Trainer(settings, model)
         trainer.fit(

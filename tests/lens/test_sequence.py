@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender import SASRec
 
-from recbole_llm.lens import LensSASRec, fit_lens
-from recbole_llm.lens.sequence import WORKING, LastPositionSASRec
+from recbole_llm.lens.fit import fit_lens
+from recbole_llm.lens.sequence import WORKING, LastPositionSASRec, LensSASRec
 from recbole_llm.lens.settings import build_model, lens_settings
 
 ROWS = [0, 5, 50, 200]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from synthetic import TEXT
 
-from recbole_llm.assembly import assemble
-from recbole_llm.config import Config
+from recbole_llm.config.configurator import Config
+from recbole_llm.experiment.assembly import assemble
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.trainer import LLMTrainer
+from recbole_llm.trainer.llm_trainer import LLMTrainer
 
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_llm.checkpoint import load_checkpoint
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
-from recbole_llm.trainer import LLMTrainer, learning_rate_factor
+from recbole_llm.trainer.checkpoint import load_checkpoint
+from recbole_llm.trainer.llm_trainer import LLMTrainer, learning_rate_factor
 
 STEPS = 6  # 48 rows in batches of 8
 ROWS = {"few_shot": 48, "weight_decay": 0.1}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from synthetic import write_dataset
 
-from recbole_llm.config import load_yaml, properties_dir
-from recbole_llm.data import check_prompt_config
+from recbole_llm.data.prompts.ctr import check_prompt_config
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
+from recbole_llm.utils.yaml_files import load_yaml, properties_dir
 
 SAID = re.compile(r"likes it with probability (\d\.\d\d)\.\nWill the viewer")
 

@@ -12,7 +12,7 @@ import torch
 from recbole.model.sequential_recommender.sasrec import SASRec
 from synthetic import TEXT
 
-from recbole_llm.config import Config
+from recbole_llm.config.configurator import Config
 from recbole_llm.model.morec import LabelledMoRec, MoRec
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
 from recbole_llm.quick_start import main, run_recbole_llm

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_llm.data import RecentRetriever
+from recbole_llm.data.retriever import RecentRetriever
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
-from recbole_llm.trainer import LLMTrainer
+from recbole_llm.trainer.llm_trainer import LLMTrainer
 
 
 def both_prompts(parts, rows) -> tuple[list[bytes], list[bytes]]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recbole_llm.checkpoint import CheckpointError, load_checkpoint
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
-from recbole_llm.trainer import LLMTrainer
+from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.trainer.llm_trainer import LLMTrainer
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(given, ctr, broken_and_resumed, r
 
 
 def test_a_run_whose_source_has_changed_is_not_resumed(ctr, broken_and_resumed, source, monkeypatch):
-    from recbole_llm import warm_start
+    from recbole_llm.trainer import warm_start
 
     digests = iter(["one", "two"])
     monkeypatch.setattr(warm_start.PlainLora, "sha256", property(lambda lora: next(digests)))

@@ -10,11 +10,14 @@ import pytest
 import torch
 from synthetic import TEXT
 
-from recbole_llm.assembly import conventional_parts
-from recbole_llm.backbone import load_backbone, mean_pooled_vectors
-from recbole_llm.config import Config
-from recbole_llm.data import CTRDataset, RecentRetriever, item_token_ids
-from recbole_llm.lens import LensDIN
+from recbole_llm.backbone.answers import mean_pooled_vectors
+from recbole_llm.backbone.loader import load_backbone
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.dataset import CTRDataset
+from recbole_llm.data.prompts.lines import item_token_ids
+from recbole_llm.data.retriever import RecentRetriever
+from recbole_llm.experiment.assembly import conventional_parts
+from recbole_llm.lens.din import LensDIN
 from recbole_llm.model.sim import SIM
 from recbole_llm.quick_start import main, run_recbole_llm
 
@@ -130,7 +133,9 @@ def model_config(settings: dict) -> Config:
 @pytest.mark.parametrize("how", ["semantic", "category", "recent"])
 def test_run_as_a_baseline(settings, how, monkeypatch):
     if how != "semantic":  # needs no language model
-        monkeypatch.setattr("recbole_llm.assembly.load_backbone", lambda *a, **k: pytest.fail("loaded"))
+        monkeypatch.setattr(
+            "recbole_llm.experiment.assembly.load_backbone", lambda *a, **k: pytest.fail("loaded")
+        )
     options = {**settings, **NETWORK, "id_retrieval": how, "epochs": 2, "train_batch_size": 128}
     result = run_recbole_llm("SIM", "toy", config_dict=options)
     saved = json.loads(Path(result["path"]).read_text())

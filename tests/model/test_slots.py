@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic import write_dataset
 
-from recbole_llm.backbone import answer_logits
+from recbole_llm.backbone.answers import answer_logits
 
 TEMPLATES = {"tallrec_vectors": "CoLLM", "movie_ctr_vectors": "ReLLaX"}
 

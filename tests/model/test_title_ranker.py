@@ -10,11 +10,11 @@ import pytest
 import torch
 from synthetic import write_dataset
 
-from recbole_llm.assembly import assemble
-from recbole_llm.config import Config
+from recbole_llm.config.configurator import Config
+from recbole_llm.experiment.assembly import assemble
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 from recbole_llm.quick_start import report as printed
-from recbole_llm.trainer import LLMTrainer
+from recbole_llm.trainer.llm_trainer import LLMTrainer
 
 TEXT = {"title": "movie_title", "year": "release_year"}
 LENS = {"epochs": 2, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from synthetic import TEXT
 
-from recbole_llm.assembly import conventional_parts
-from recbole_llm.config import Config
+from recbole_llm.config.configurator import Config
+from recbole_llm.experiment.assembly import conventional_parts
 from recbole_llm.model.titleknn import TitleKNN
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.registry import create_dataset
@@ -103,7 +103,9 @@ def test_vectors_are_computed_once_for_weights_and_texts(settings, monkeypatch):
     dataset = create_dataset(config)
     dataset.build()
     first = conventional_parts(config, dataset)[0]["item_vectors"]
-    monkeypatch.setattr("recbole_llm.assembly.mean_pooled_vectors", lambda *a, **k: pytest.fail("again"))
+    monkeypatch.setattr(
+        "recbole_llm.experiment.assembly.mean_pooled_vectors", lambda *a, **k: pytest.fail("again")
+    )
     np.testing.assert_array_equal(conventional_parts(config, dataset)[0]["item_vectors"], first)
     assert first.shape[0] == dataset.item_num and np.isfinite(first).all()
 

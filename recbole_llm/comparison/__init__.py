@@ -1,0 +1,1 @@
+"""Many runs on the same samples: plan, workers, controls, search, analysis and report."""

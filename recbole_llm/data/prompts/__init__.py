@@ -1,0 +1,1 @@
+"""Prompts: what both tasks share, and the prompts of each task."""

@@ -1,0 +1,336 @@
+"""From rows to token ids.
+
+A prompt is a sequence of *lines* made from the templates of ``properties/prompt/<name>.yaml``::
+
+    instruction                        the same for all rows
+    profile                            one per user
+    user_slot                          the same for all rows; a slot follows it
+    history_header                     the same for all rows
+    history_item                       one per (item, stars), oldest first
+    ...
+    target                             one per item
+    lens_score                         one per probability in per cent; only where a template wants it
+    question                           the same for all rows; ends where the answer word follows
+
+In a hybrid prompt a *slot* follows some lines: one input embedding that the model makes from a vector of the lens.
+Among the token ids the slot of item ``i`` is ``-i``, behind its title, and that of the row's user ``-n_items``.
+
+How lines become token ids, and why that is exact: :mod:`~recbole_llm.data.prompts.lines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recbole.data.interaction import Interaction
+from transformers import PreTrainedTokenizerBase
+
+from recbole_llm.data.dataset import HISTORY_END, RECENT_TEXT, CTRDataset
+from recbole_llm.data.item_text import UserText
+from recbole_llm.data.prompts.lines import (
+    ITEM_PLACEHOLDERS,
+    EncodedPrompts,
+    Line,
+    LinePrompts,
+    TemplateKind,
+)
+from recbole_llm.data.retriever import RecentRetriever, Retriever
+
+_BOOL = (True, False)
+_SHOW = (True, False, "history", "target")
+_KIND = TemplateKind(
+    task="ctr",
+    defaults={
+        "history": "timeline",
+        "history_header": "",
+        "liked_header": "",
+        "disliked_header": "",
+        "history_empty": "",
+        "profile": "",
+        "user_slot": "",
+        "lens_score": "",
+        "instruction": "",
+        "stars_format": "{stars} ",
+        "year_format": " ({year})",
+        "genre_format": " [{genre}]",
+        "show_profile": True,
+        "show_stars": True,
+        "show_year": False,
+        "show_genre": False,
+        "item_slots": False,
+        "obfuscate_titles": False,
+        "chat_template": False,
+    },
+    required=("history_item", "target", "question", "answers"),
+    placeholders={
+        "instruction": {"threshold", "max_rating"},
+        "profile": {"profile"},
+        "history_header": set(),
+        "liked_header": set(),
+        "disliked_header": set(),
+        "history_empty": set(),
+        "history_item": ITEM_PLACEHOLDERS,
+        "target": ITEM_PLACEHOLDERS - {"stars"},
+        "user_slot": set(),
+        "lens_score": {"lens_score"},
+        "question": set(),
+        "stars_format": {"stars"},
+        "year_format": {"year"},
+        "genre_format": {"genre"},
+    },
+    titled=("history_item", "target"),
+    choices={
+        "show_year": _SHOW,
+        "show_genre": _SHOW,
+        "show_profile": _BOOL,
+        "show_stars": _BOOL,
+        "item_slots": (*_BOOL, "target"),
+        "obfuscate_titles": _BOOL,
+        "chat_template": _BOOL,
+        "history": ("timeline", "by_label"),
+    },
+)
+
+
+def load_prompt_config(name: str | Path) -> dict[str, Any]:
+    """The template of that name in ``properties/prompt``, or in a yaml file.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if a key is unknown, missing, or holds something else than it may.
+    """
+    return check_prompt_config(*_KIND.load(name))
+
+
+def check_prompt_config(config: Mapping[str, Any], where: str = "prompt") -> dict[str, Any]:
+    """A complete template: defaults filled in, everything checked.
+
+    Raises:
+        ValueError: naming the key and ``where`` it stands.
+    """
+    full = _KIND.check(config, where)
+    if full["lens_score"] and "{lens_score}" not in full["lens_score"]:
+        raise ValueError(f"{where}: lens_score must hold {{lens_score}}, or be empty")
+    answers = full["answers"]
+    pair = (
+        isinstance(answers, (list, tuple)) and len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    )
+    if not pair or not all(a.strip() for a in answers) or answers[0] == answers[1]:
+        raise ValueError(
+            f"{where}: answers must be two different words, yes first, e.g. [' Yes', ' No'], not {answers!r}"
+        )
+    return full
+
+
+class PromptBuilder(LinePrompts):
+    """Turns rows into prompts.
+
+    Args:
+        dataset: a built dataset; rows of any of its splits can be encoded.
+        tokenizer: the LLM's.
+        prompt_config: a template, see :func:`load_prompt_config`.
+        max_prompt_tokens: longer prompts lose their oldest history.
+        retriever: which earlier interactions are shown. May be replaced later.
+        lens_scores: ``lens_scores(rows) -> probabilities [B]``, what the line ``lens_score`` says of rows of the
+            dataset. May be given later, but before the first prompt.
+
+    Attributes:
+        assembled: whether prompts are put together from lines tokenised once; otherwise whole strings are
+            tokenised.
+        item_slots: which titles a slot follows in hybrid prompts: none (``False``), all (``True``) or ``target``.
+        user_slot: whether hybrid prompts have a slot of the row's user.
+
+    Raises:
+        ValueError: for an impossible template, or a chat template that the tokenizer does not have.
+    """
+
+    def __init__(
+        self,
+        dataset: CTRDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_config: Mapping[str, Any],
+        *,
+        max_prompt_tokens: int,
+        retriever: Retriever,
+        lens_scores: Callable[[Interaction], np.ndarray] | None = None,
+    ):
+        super().__init__(
+            dataset,
+            tokenizer,
+            check_prompt_config(prompt_config),
+            max_prompt_tokens=max_prompt_tokens,
+            retriever=retriever,
+        )
+        self.lens_scores = lens_scores
+        self._profiles = (
+            UserText(dataset).profiles if self.config["show_profile"] and self.config["profile"] else None
+        )
+        self.item_slots: bool | str = self.config["item_slots"]
+        self.user_slot = bool(self.config["user_slot"])
+        self._choose_assembly(self._sample(slots) for slots in {False, self.has_slots})
+
+    @property
+    def answer_words(self) -> tuple[str, str]:
+        """(yes, no)"""
+        return tuple(self.config["answers"])
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether this template has hybrid prompts."""
+        return self.user_slot or bool(self.item_slots)
+
+    @property
+    def tells_lens(self) -> bool:
+        """Whether prompts say the lens's score."""
+        return bool(self.config["lens_score"])
+
+    def _sample(self, slots: bool = False) -> list[Line]:
+        """One prompt with many histories and targets."""
+        items, positions = self._history.item_ids, self._sample_positions()
+        user = int(np.searchsorted(self._history.user_start, 0, side="right")) - 1
+        *lines, question = self._lines(user, int(items[0]), positions, slots=slots)
+        scores = [("lens_score", f"{cent / 100:.2f}") for cent in range(101)] if self.tells_lens else []
+        targets = [line for item in items[positions].tolist() for line in self._target(item, slots)]
+        return [*lines, *targets, *scores, question]
+
+    # ------------------------------------------------------------------ lines
+
+    def _lines(
+        self,
+        user: int,
+        item: int,
+        positions: np.ndarray,
+        score: str | None = None,
+        *,
+        slots: bool = False,
+        cut: bool = False,
+    ) -> list[Line]:
+        """The lines of one prompt.
+
+        Args:
+            user: internal user id.
+            item: internal id of the target.
+            positions: the history to show, ascending in time.
+            score: the lens's, as the prompt says it; ``None``: no such line.
+            slots: whether the prompt is a hybrid one.
+            cut: whether there is more history than that; if so, an empty one is not called empty.
+        """
+        lines: list[Line] = [("instruction",)] if self.config["instruction"] else []
+        if self._profiles is not None and self._profiles[user]:
+            lines.append(("profile", user))
+        if slots and self.user_slot:
+            lines += self._with_slot(("user_slot",), self._dataset.item_num)
+        behind_history = slots and self.item_slots is True
+        if not len(positions):
+            lines += [("history_empty",)] if self.config["history_empty"] and not cut else []
+        elif self.config["history"] == "timeline":
+            lines += self._block("history_header", positions, behind_history)
+        else:
+            liked = self._history.labels[positions] > 0
+            lines += self._block("liked_header", positions[liked], behind_history)
+            lines += self._block("disliked_header", positions[~liked], behind_history)
+        lens = [] if score is None else [("lens_score", score)]
+        return [*lines, *self._target(item, slots), *lens, ("question",)]
+
+    def _target(self, item: int, slots: bool) -> list[Line]:
+        line = ("target", item)
+        return self._with_slot(line, item) if slots and self.item_slots else [line]
+
+    def _block(self, header: str, positions: np.ndarray, slots: bool) -> list[Line]:
+        if not len(positions):
+            return []
+        lines = self._history_lines(positions)
+        if slots:
+            lines = [part for line in lines for part in self._with_slot(line, line[1])]
+        return [(header,), *lines] if self.config[header] else lines
+
+    def _template_text(self, line: Line) -> str:
+        kind, *about = line
+        template = self.config[kind]
+        if kind == "instruction":
+            threshold = self._dataset.config["threshold"]
+            values = {
+                "threshold": f"{next(iter(threshold.values())):g}" if threshold else "1",
+                "max_rating": self._star_texts[-1] if self._shows_stars else f"{self._largest_rating():g}",
+            }
+            text = template.format(**values)
+        elif kind == "profile":
+            text = template.format(profile=self._profiles[about[0]])
+        elif kind == "lens_score":
+            text = template.format(lens_score=about[0])
+        elif kind in ("history_item", "target"):
+            text = self._item_text(template, kind.removesuffix("_item"), *about)
+        else:
+            text = template.format()
+        return text if kind == "question" else text + "\n"
+
+    def _largest_rating(self) -> float:
+        ratings = self._history.ratings
+        return 1 if ratings is None else float(ratings.max())
+
+    # ------------------------------------------------------------------ prompts
+
+    def encode(self, interaction: Interaction, *, slots: bool = False) -> EncodedPrompts:
+        """Token ids of each row's prompt, at most ``max_prompt_tokens`` long.
+
+        Args:
+            interaction: rows of the dataset, with ``user_id``, ``item_id`` and ``history_end``; where there is
+                ``recent_text`` (:meth:`HistoryDataset.mixed`), it says whose history is the recent one.
+            slots: hybrid prompts, where the template has them.
+
+        Raises:
+            ValueError: if a prompt is too long even without any history, or is to say a score that nobody gives.
+        """
+        prompts = [self._fit_row(*row, slots=slots) for row in self._rows(interaction)]
+        return EncodedPrompts([ids for ids, _, _ in prompts], sum(shortened for _, _, shortened in prompts))
+
+    def text(self, interaction: Interaction, i: int, *, slots: bool = True) -> str:
+        """The prompt of row ``i``, in full, as the LLM gets it (with the turns of a chat template).
+
+        Slots, where the template has them, are shown as ``[item vector]`` and ``[user vector]``.
+        """
+        _, lines, _ = self._fit_row(*self._rows(interaction[i : i + 1])[0], slots=slots)
+        return self._full_text(lines)
+
+    def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray, str | None]]:
+        """User, target, positions of the history to show, and the lens's score in words of each row."""
+        users, items, ends = (
+            interaction[field].cpu().numpy()
+            for field in (self._dataset.uid_field, self._dataset.iid_field, HISTORY_END)
+        )
+        found = self.retriever.positions(users, items, ends)
+        if RECENT_TEXT in interaction:
+            latest = RecentRetriever(self._history, self.retriever.k).positions(users, items, ends)
+            found = np.where(interaction[RECENT_TEXT].cpu().numpy()[:, None] > 0, latest, found)
+        return [
+            (user, item, row[row >= 0], score)
+            for user, item, row, score in zip(
+                users.tolist(), items.tolist(), found, self._scores(interaction), strict=True
+            )
+        ]
+
+    def _scores(self, interaction: Interaction) -> list[str | None]:
+        """The lens's probability of each row to two decimals, as the prompt says it; ``None`` where it does not."""
+        if not self.tells_lens:
+            return [None] * len(interaction)
+        if self.lens_scores is None:
+            raise ValueError(
+                "the prompt's line lens_score says the score of a lens, and there is none: set lens: DIN"
+            )
+        return [f"{score:.2f}" for score in np.asarray(self.lens_scores(interaction)).tolist()]
+
+    def _fit_row(
+        self, user: int, item: int, positions: np.ndarray, score: str | None, *, slots: bool
+    ) -> tuple[np.ndarray, list[Line], bool]:
+        """Token ids and lines of one prompt, and whether history had to be dropped."""
+        return self._fit(
+            positions,
+            lambda left, cut: self._lines(user, item, left, score, slots=slots, cut=cut),
+            lambda: (
+                f"user {self._name(self._dataset.uid_field, user)} and item "
+                f"{self._name(self._dataset.iid_field, item)}"
+            ),
+        )

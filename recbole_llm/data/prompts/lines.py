@@ -1,0 +1,358 @@
+"""What every prompt is made of: a checked template, and lines that are tokenised once.
+
+Each line of a prompt is tokenised once, and prompts are assembled from the integers. This gives the tokens of
+the whole string wherever a line break separates what tokenisers never join; byte-level BPE (GPT-2, Llama 3,
+Qwen, SmolLM2) does, since their pre-tokenisers never let a word begin inside one line and end in the next.
+Whether it holds is checked with the tokenizer at hand; if not (SentencePiece with a prefix space), whole
+strings are tokenised.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from recbole_llm.data.retriever import Retriever
+from recbole_llm.utils.yaml_files import load_yaml, properties_dir
+
+if TYPE_CHECKING:
+    from recbole_llm.data.dataset import HistoryDataset
+    from recbole_llm.data.item_text import ItemText
+
+logger = logging.getLogger(__name__)
+
+Line = tuple[Any, ...]
+"""What identifies a line: its kind, and the user, the item or (item, number of stars) it is about."""
+
+SLOT = "slot"
+"""Kind of the lines ``(SLOT, item)``, which are no text: their one entry ``-item`` stands for a vector."""
+_OPEN, _BREAK = "open", "break"  # lines ("open", *line), which lack their line break, and ("break",)
+
+SLOT_TEXT, USER_SLOT_TEXT = "[item vector]", "[user vector]"
+"""How the text of a prompt shows a slot."""
+
+ITEM_PLACEHOLDERS = frozenset({"title", "stars", "year", "genre"})
+STABILITY_SAMPLE = 512
+
+
+# ---------------------------------------------------------------------------------------------- templates
+
+
+@dataclass(frozen=True)
+class TemplateKind:
+    """Which keys the templates of one task have.
+
+    Attributes:
+        task: the task's name.
+        defaults: keys that may be left out, and their values.
+        required: keys that must be given.
+        placeholders: for each key that holds text, the placeholders it may hold.
+        titled: keys that must hold ``{title}``.
+        choices: for each key that is not text, what it may be.
+    """
+
+    task: str
+    defaults: Mapping[str, Any]
+    required: tuple[str, ...]
+    placeholders: Mapping[str, frozenset[str] | set[str]]
+    titled: tuple[str, ...]
+    choices: Mapping[str, tuple[bool | str, ...]]
+
+    def load(self, name: str | Path) -> tuple[dict[str, Any], str]:
+        """The template of that name in ``properties/prompt``, or in a yaml file: unchecked, and where it is.
+
+        Raises:
+            FileNotFoundError: if there is neither, naming the packaged templates of this kind.
+        """
+        folder = properties_dir() / "prompt"
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml"):
+            path = folder / f"{name}.yaml"
+        if not path.is_file():
+            known = [p.stem for p in sorted(folder.glob("*.yaml")) if set(self.required) <= set(load_yaml(p))]
+            raise FileNotFoundError(f"prompt: {name!r} is neither a yaml file nor one of {known}")
+        return load_yaml(path), str(path)
+
+    def check(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A complete template: defaults filled in, everything checked.
+
+        Raises:
+            ValueError: naming the key and ``where`` it stands.
+        """
+        known = sorted({*self.defaults, *self.required})
+        for key in config:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                raise ValueError(
+                    f"{where}: unknown key {key!r}; "
+                    + (f"did you mean {near[0]}?" if near else f"known: {known}")
+                    + f" (read as a template of the {self.task} task)"
+                )
+        missing = [key for key in self.required if not config.get(key)]
+        if missing:
+            raise ValueError(f"{where}: {missing} must be given and not be empty")
+        full = {**self.defaults, **config}
+        for key, allowed in self.placeholders.items():
+            if not isinstance(full[key], str):
+                raise ValueError(f"{where}: {key} must be text, not {full[key]!r}")
+            try:
+                names = {name for _, name, _, _ in Formatter().parse(full[key]) if name is not None}
+            except ValueError as error:
+                raise ValueError(f"{where}: {key}: {error}; write {{{{ and }}}} for braces") from error
+            if not names <= allowed:
+                unknown = sorted(names - allowed)
+                raise ValueError(
+                    f"{where}: {key} has no value for {unknown}; it may hold {sorted(allowed) or 'no braces'}"
+                )
+        for key in self.titled:
+            if "{title}" not in full[key]:
+                raise ValueError(f"{where}: {key} must hold {{title}}")
+        for key, allowed in self.choices.items():
+            if not any(type(full[key]) is type(choice) and full[key] == choice for choice in allowed):
+                *others, last = (str(c).lower() if isinstance(c, bool) else c for c in allowed)
+                raise ValueError(f"{where}: {key} must be {', '.join(others)} or {last}, not {full[key]!r}")
+        return full
+
+
+# ----------------------------------------------------------------------------------------------- token ids
+
+
+def tokenize_inert(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each text as plain text: nothing is added, and special tokens in it are spelled out.
+
+    Raises:
+        ValueError: if the tokenizer still finds a special token in a text.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+    )
+    ids = [np.asarray(row, dtype=np.int64) for row in encoded["input_ids"]]
+    special = np.array([i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id], dtype=np.int64)
+    for row, text in zip(ids, texts, strict=True):
+        if np.isin(row, special).any():
+            raise ValueError(f"this tokenizer reads a special token in the text {text!r}; change the text")
+    return ids
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The token that begins every text, where the tokenizer itself puts one; else nothing."""
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return np.array([bos] if adds_bos else [], dtype=np.int64)
+
+
+def item_token_ids(items: ItemText, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
+    texts, bos = ["\n", *items.descriptions()[1:]], bos_ids(tokenizer)
+    return [np.concatenate([bos, ids]) for ids in tokenize_inert(tokenizer, texts)]
+
+
+@dataclass
+class EncodedPrompts:
+    """Prompts of a batch.
+
+    Attributes:
+        input_ids: int64 arrays, one per row; a negative entry ``-i`` is the slot of item ``i``, and ``-n_items``, one
+            past the last item, that of the row's user.
+        n_shortened: how many of them lost history to fit into ``max_prompt_tokens``.
+    """
+
+    input_ids: list[np.ndarray]
+    n_shortened: int
+
+
+class LinePrompts:
+    """Prompts assembled from lines. A subclass says which lines a row has, and how each of them reads.
+
+    Args:
+        dataset: a built dataset; rows of any of its splits can be encoded.
+        tokenizer: the LLM's.
+        config: a checked template.
+        max_prompt_tokens: longer prompts lose their oldest history.
+        retriever: which earlier interactions are shown. May be replaced later.
+
+    Attributes:
+        assembled: whether prompts are put together from lines tokenised once; otherwise whole strings are
+            tokenised.
+
+    Raises:
+        ValueError: if the dataset is not built, or for a chat template that the tokenizer does not have.
+    """
+
+    assembled: bool
+
+    def __init__(
+        self,
+        dataset: HistoryDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        config: dict[str, Any],
+        *,
+        max_prompt_tokens: int,
+        retriever: Retriever,
+    ):
+        if dataset.history is None:
+            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
+        self.config = config
+        self.retriever = retriever
+        self.max_prompt_tokens = max_prompt_tokens
+        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
+        self._items = dataset.item_text(obfuscate=config["obfuscate_titles"])
+        self._number_stars()
+        self._bos = bos_ids(tokenizer)
+        self._before, self._after = self._frame()
+        self._pieces: dict[Line, np.ndarray] = {}
+
+    # ------------------------------------------------------------------ once
+
+    def _number_stars(self) -> None:
+        """Number the rating values, so that a history line is identified by (item, number)."""
+        ratings = self._history.ratings
+        self._shows_stars = self.config["show_stars"] and ratings is not None
+        if self.config["show_stars"] and ratings is None:
+            logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
+        if self._shows_stars:
+            values, self._star = np.unique(ratings, return_inverse=True)
+            self._star_texts = [f"{value:g}" for value in values]
+
+    def _frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids before and after the text: BOS if the tokenizer itself adds it, or the chat turns."""
+        tokenizer = self._tokenizer
+        if not self.config["chat_template"]:
+            return self._bos, np.array([], dtype=np.int64)
+        if tokenizer.chat_template is None:
+            raise ValueError("chat_template: True, but the tokenizer has no chat template; set it to False")
+        mark = "@@prompt@@"
+        turn = [{"role": "user", "content": mark}]
+        before, _, after = tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True
+        ).partition(mark)
+        frame = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        return tuple(np.asarray(ids, dtype=np.int64) for ids in frame)
+
+    def _choose_assembly(self, samples: Iterable[list[Line]]) -> None:
+        """Set ``assembled``: whether line by line gives the tokens of the whole string, on these prompts."""
+        self.assembled = all(
+            np.array_equal(np.concatenate(self._line_ids(lines)), self._whole_ids(lines)) for lines in samples
+        )
+        if not self.assembled:
+            logger.info(
+                "this tokenizer joins text across line breaks: whole prompts are tokenised, which is slower"
+            )
+
+    def _sample_positions(self) -> np.ndarray:
+        """Positions of the history, evenly spread, whose items make a sample for :meth:`_choose_assembly`."""
+        n = len(self._history.item_ids)
+        return np.arange(0, n, max(1, n // STABILITY_SAMPLE))
+
+    # ------------------------------------------------------------------ lines
+
+    def _template_text(self, line: Line) -> str:
+        """The text of a line that a template makes, with its line break."""
+        raise NotImplementedError
+
+    def _line_text(self, line: Line) -> str:
+        kind = line[0]
+        if kind == _OPEN:
+            return self._template_text(line[1:]).removesuffix("\n")
+        if kind == SLOT:
+            return USER_SLOT_TEXT if line[1] == self._dataset.item_num else SLOT_TEXT
+        return "\n" if kind == _BREAK else self._template_text(line)
+
+    @staticmethod
+    def _with_slot(line: Line, item: int) -> list[Line]:
+        """A line of text and, before its line break, the slot of an item (``n_items``: of the user)."""
+        return [(_OPEN, *line), (SLOT, item), (_BREAK,)]
+
+    def _history_lines(self, positions: np.ndarray) -> list[Line]:
+        items = self._history.item_ids[positions].tolist()
+        stars = self._star[positions].tolist() if self._shows_stars else [None] * len(items)
+        return [("history_item", *pair) for pair in zip(items, stars, strict=True)]
+
+    def _item_text(self, template: str, where: str, item: int, star: int | None = None) -> str:
+        parts = {"title": self._items.titles[item], "stars": "", "year": "", "genre": ""}
+        if star is not None:
+            parts["stars"] = self.config["stars_format"].format(stars=self._star_texts[star])
+        for name, values in (("year", self._items.years), ("genre", self._items.genres)):
+            if values[item] and self.config[f"show_{name}"] in (True, where):
+                parts[name] = self.config[f"{name}_format"].format(**{name: values[item]})
+        return template.format(**parts)
+
+    def _line_ids(self, lines: Iterable[Line]) -> list[np.ndarray]:
+        """Token ids of each line, tokenised alone when first met."""
+        lines = list(lines)
+        new = list(dict.fromkeys(line for line in lines if line not in self._pieces))
+        slots, texts = ([line for line in new if (line[0] == SLOT) == slot] for slot in (True, False))
+        self._pieces.update({line: np.array([-line[1]], dtype=np.int64) for line in slots})
+        if texts:
+            ids = tokenize_inert(self._tokenizer, list(map(self._line_text, texts)))
+            self._pieces.update(zip(texts, ids, strict=True))
+        return [self._pieces[line] for line in lines]
+
+    def _whole_ids(self, lines: Iterable[Line]) -> np.ndarray:
+        """Token ids of all lines as one string, which only slots interrupt."""
+        groups = [
+            (is_slot, list(group)) for is_slot, group in groupby(lines, key=lambda line: line[0] == SLOT)
+        ]
+        texts = ["".join(map(self._line_text, group)) for is_slot, group in groups if not is_slot]
+        ids = iter(tokenize_inert(self._tokenizer, texts))
+        return np.concatenate(
+            [
+                part
+                for is_slot, group in groups
+                for part in (self._line_ids(group) if is_slot else [next(ids)])
+            ]
+        )
+
+    # ------------------------------------------------------------------ prompts
+
+    def item_token_ids(self) -> list[np.ndarray]:
+        """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
+        return item_token_ids(self._items, self._tokenizer)
+
+    def _fit(
+        self,
+        positions: np.ndarray,
+        lines_of: Callable[[np.ndarray, bool], list[Line]],
+        what: Callable[[], str],
+    ) -> tuple[np.ndarray, list[Line], bool]:
+        """Token ids and lines of one prompt, and whether history had to be dropped.
+
+        Args:
+            positions: the history to show, ascending in time.
+            lines_of: the lines for the positions that are left; its second argument is whether some are not.
+            what: whose prompt it is, for the error.
+
+        Raises:
+            ValueError: if the prompt is too long even without any history.
+        """
+        for dropped in range(len(positions) + 1):
+            lines = lines_of(positions[dropped:], dropped > 0)
+            body = self._line_ids(lines) if self.assembled else [self._whole_ids(lines)]
+            ids = np.concatenate([self._before, *body, self._after])
+            if len(ids) <= self.max_prompt_tokens:
+                return ids, lines, dropped > 0
+        raise ValueError(
+            f"max_prompt_tokens: {self.max_prompt_tokens} is too small: the prompt for {what()} needs "
+            f"{len(ids)} tokens without any history"
+        )
+
+    def _full_text(self, lines: Iterable[Line]) -> str:
+        """The text of these lines as the LLM gets it, with the turns of a chat template."""
+        body = "".join(map(self._line_text, lines))
+        if self.config["chat_template"]:
+            return self._tokenizer.decode(self._before) + body + self._tokenizer.decode(self._after)
+        return body
+
+    def _name(self, field: str, internal_id: int) -> str:
+        return str(self._dataset.id2token(field, internal_id))

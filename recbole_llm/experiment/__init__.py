@@ -1,0 +1,1 @@
+"""One run: assembly, training, evaluation and result, for LLM recommenders and conventional models alike."""

@@ -1,0 +1,208 @@
+"""What a model's result is compared with, on the very rows that it was tested on: lens, popularity, untrained LLM.
+
+Every function returns columns for ``test_rows.npz``, in the order of the test rows: ``NAME_score`` in the ctr task,
+``NAME_rank`` in the next-item task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.utils import set_color
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_llm.evaluation.generation import generation_report, match_title
+from recbole_llm.evaluation.ranking import target_ranks
+from recbole_llm.experiment.assembly import Assembly, cache_folder, stage
+from recbole_llm.trainer.score_cache import KeptScores
+from recbole_llm.utils.files import locked, write_atomically
+
+logger = logging.getLogger(__name__)
+
+BATCH = 64
+
+
+def reference_columns(parts: Assembly) -> dict[str, np.ndarray]:
+    """The columns of every reference that this run has; what each cost is added to ``parts.seconds``."""
+    if parts.config["task"] == "ctr":
+        references = {"lens_score": lens_scores, "zero_shot_score": untrained_scores}
+    elif parts.config["eval_mode"] in ("candidates", "full"):
+        references = {
+            "popularity_rank": popularity_ranks,
+            "lens_rank": lens_ranks,
+            "zero_shot_rank": untrained_ranks,
+        }
+    else:
+        logger.info(
+            "eval_mode: %s draws other negatives at every evaluation, so nothing can be compared on the same ones",
+            parts.config["eval_mode"],
+        )
+        return {}
+    columns = {}
+    for name, compute in references.items():
+        if (name.startswith("lens") and parts.lens is None) or (
+            name.startswith("zero_shot") and not parts.config["zero_shot"]
+        ):
+            continue
+        with stage(parts.seconds, name.rpartition("_")[0] + "_test"):
+            columns[name] = compute(parts)
+    return columns
+
+
+# ---------------------------------------------------------------------- labelled rows
+
+
+def lens_scores(parts: Assembly, split: str = "test") -> np.ndarray:
+    """Probability of "yes" by the lens alone for every row of a split, ``[n]``."""
+    scores = []
+    for interaction, *_ in getattr(parts, f"{split}_data"):
+        scores.append(parts.lens.probability(interaction).cpu())
+    return torch.cat(scores).numpy()
+
+
+def untrained_scores(parts: Assembly) -> np.ndarray:
+    """Probability of "yes" by the language model before any tuning for every test row, ``[n]``."""
+    batches = [batch[0] for batch in parts.test_data]
+    digest = _digest(parts, str(parts.model.answer_ids))
+    for interaction in batches:
+        _add(digest, parts.prompts.encode(interaction).input_ids)
+    return _cached(parts, digest, batches, parts.model.predict_untrained)
+
+
+# ---------------------------------------------------------------------- ranking
+
+
+def popularity_ranks(parts: Assembly) -> np.ndarray:
+    """Rank of every test row's target when items are ranked by how many training rows have them, int64 ``[n]``."""
+    counts = torch.from_numpy(parts.item_counts).double()
+    counts[0] = -torch.inf
+    return _ranks(parts, lambda interaction: counts.expand(len(interaction), -1))
+
+
+@torch.no_grad()
+def lens_ranks(parts: Assembly) -> np.ndarray:
+    """Rank of every test row's target by the lens alone, int64 ``[n]``."""
+    return _ranks(parts, lambda interaction: parts.lens.score_items(interaction).double().cpu())
+
+
+def untrained_ranks(parts: Assembly) -> np.ndarray:
+    """Rank of every test row's target by the language model before any tuning, int64 ``[n]``."""
+    model = parts.model
+    digest = _digest(parts, "ranks")
+    batches = [interaction for interaction, _ in _test_batches(parts, BATCH)]
+    for interaction in batches:
+        _add(digest, parts.prompts.encode(interaction, slots=False).input_ids)
+    _add(digest, parts.prompts.answers)
+    digest.update(str((parts.config["eval_mode"], parts.config["two_stage"])).encode())
+    digest.update((parts.candidates["test"].sha256 if parts.candidates else parts.lens.identity).encode())
+
+    def ranks(batch: tuple[Interaction, Tensor | None]) -> Tensor:
+        interaction, items = batch
+        if items is None:
+            scores = model.full_sort_predict(interaction, adapted=False).cpu()
+        else:
+            scores = torch.full((len(interaction), parts.dataset.item_num), -torch.inf, dtype=torch.float64)
+            listed = model.score_items(interaction, items.tolist(), adapted=False)
+            scores.scatter_(1, items, torch.stack(listed).cpu())
+        return target_ranks(scores, interaction[parts.dataset.iid_field])
+
+    batches = list(_test_batches(parts, parts.config["scoring_batch_size"]))
+    return _cached(parts, digest, batches, ranks).astype(np.int64)
+
+
+def _test_batches(parts: Assembly, size: int):
+    """The test rows in pieces of ``size``, each with its stored candidates ``[b, C]`` or ``None`` (all items)."""
+    candidates = parts.candidates["test"] if parts.candidates else None
+    for start in range(0, len(parts.test), size):
+        interaction = parts.test[np.arange(start, min(start + size, len(parts.test)))]
+        items = None
+        if candidates is not None:
+            items = torch.from_numpy(candidates.of(interaction["row_id"].numpy()))
+        yield interaction, items
+
+
+def _ranks(parts: Assembly, score: Callable[[Interaction], Tensor]) -> np.ndarray:
+    """Ranks of the targets among the candidates by ``score(interaction)``, ``[b, n_items]``."""
+    ranks = []
+    for interaction, items in _test_batches(parts, BATCH):
+        scores = score(interaction)
+        if items is not None:
+            listed = torch.full_like(scores, -torch.inf)
+            scores = listed.scatter(1, items, scores.gather(1, items))
+        ranks.append(target_ranks(scores, interaction[parts.dataset.iid_field]))
+    return torch.cat(ranks).numpy()
+
+
+def written_answers(parts: Assembly) -> tuple[np.ndarray, dict]:
+    """What the tuned model writes for every test row, and how much of it is a candidate's title.
+
+    Returns:
+        The texts ``[n]``, and the report of :func:`recbole_llm.evaluation.generation_report`.
+    """
+    texts, matches, targets, users = [], [], [], []
+    size = parts.config["micro_batch_size"]
+    for interaction, items in _progress(parts, list(_test_batches(parts, size)), "Generate   "):
+        found = parts.model.generate(interaction, parts.config["max_new_tokens"])
+        for text, candidates in zip(found, items.tolist(), strict=True):
+            index = match_title(text, [parts.prompts.answer_text(item).strip() for item in candidates])
+            matches.append(-1 if index is None else candidates[index])
+        texts += found
+        targets.append(interaction[parts.dataset.iid_field].numpy())
+        users.append(interaction[parts.dataset.uid_field].numpy())
+    report = generation_report(
+        np.array(matches),
+        np.concatenate(targets),
+        np.concatenate(users),
+        n=parts.config["bootstrap_samples"],
+        seed=parts.config["seed"],
+    )
+    return np.array(texts), report
+
+
+# ---------------------------------------------------------------------- the untrained model's cache
+
+
+def _digest(parts: Assembly, what: str):
+    return hashlib.sha256(f"{parts.backbone.sha256} {parts.backbone.dtype} {what}".encode())
+
+
+def _add(digest, rows: list[np.ndarray]) -> None:
+    for ids in rows:
+        digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
+
+
+def _progress(parts: Assembly, batches: list, what: str = "Zero-shot  ") -> tqdm:
+    parts.model.eval()
+    show = parts.config["show_progress"]
+    return tqdm(batches, ncols=100, desc=set_color(what, "pink"), disable=not show)
+
+
+@torch.no_grad()
+def _cached(parts: Assembly, digest, batches: list, score: Callable[[Any], Tensor]) -> np.ndarray:
+    """What ``score`` gives for all batches, kept by weights and prompts: every run on the same rows needs the same."""
+    path = cache_folder(parts.config) / "zero_shot" / f"{digest.hexdigest()[:32]}.npy"
+    with locked(path):
+        if path.is_file():
+            logger.info("zero-shot scores from the cache: %s", path)
+            return np.load(path, allow_pickle=False)
+        cut_off = path.with_suffix(".safetensors")
+        identity = f"{digest.hexdigest()}, {len(batches)} batches"
+        every = parts.config["checkpoint_seconds"]
+        with KeptScores(cut_off, identity, parts.model.counts, every) as kept:
+            found = [
+                kept(str(number), partial(score, batch))
+                for number, batch in enumerate(_progress(parts, batches))
+            ]
+        parts.seconds["zero_shot_test"] = parts.seconds.get("zero_shot_test", 0.0) + kept.seconds_before
+        values = torch.cat(found).double().numpy()
+        write_atomically(path, lambda file: np.save(file, values))
+        cut_off.unlink(missing_ok=True)
+    return values

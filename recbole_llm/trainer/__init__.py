@@ -1,0 +1,1 @@
+"""Training: LLM trainer, conventional trainer, checkpoints, score cache, warm start."""

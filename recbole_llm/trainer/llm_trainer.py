@@ -1,0 +1,353 @@
+"""RecBole's Trainer, extended where tuning a language model needs it.
+
+What RecBole already does is inherited: the loop over epochs, validation, early stopping, selection of the best model,
+TensorBoard, the evaluator. What is added: micro-batches with accumulation, parameter groups, a learning-rate schedule,
+clipping under a gradient scaler, a choice of autocast dtype, and checkpoints from which a run that was killed in the
+middle of an epoch ends with the same numbers as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from recbole.trainer import Trainer
+from recbole.utils import set_color
+from torch import Tensor
+from torch.nn.utils.clip_grad import clip_grad_norm_
+from tqdm import tqdm
+
+import recbole_llm
+from recbole_llm.evaluation.collector import RowCollector
+from recbole_llm.trainer.checkpoint import (
+    LAST_FILE,
+    CheckpointError,
+    check_identity,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from recbole_llm.trainer.score_cache import KeptScores, hash_of
+
+logger = logging.getLogger(__name__)
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
+    """Share of the peak learning rate at optimizer step ``step`` (0-based).
+
+    Linear warm-up from ``1 / warmup_steps`` to 1, then ``linear`` or ``cosine`` decay towards 0 at ``total_steps``,
+    or ``constant``.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done, so that it cannot leave half-updated parameters behind."""
+    in_main = threading.current_thread() is threading.main_thread()  # only there are signals handled
+    if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
+
+
+class LLMTrainer(Trainer):
+    """Trains an :class:`~recbole_llm.model.base.LLMRecommender`.
+
+    Args:
+        config: the run's configuration.
+        model: the model.
+        run_folder: an existing, writable folder; ``best.safetensors`` and ``last.safetensors`` are kept in it.
+        identities: what a checkpoint of this run belongs to (backbone, lens, data, configuration), by name.
+    """
+
+    def __init__(self, config, model, *, run_folder: Path, identities: dict[str, str]) -> None:
+        # Read by _build_optimizer, which RecBole's constructor calls.
+        self._names = {
+            id(p): f"{group}.{name}"
+            for group, params in model.parameter_groups().items()
+            for name, p in params.items()
+        }
+        super().__init__(config, model)
+        self.run_folder = run_folder
+        self.identities = identities
+        self.best_file = run_folder / "best.safetensors"
+        self.last_file = run_folder / LAST_FILE
+        self.scores_folder = run_folder / "scores"
+        self.saved_model_file = str(self.best_file)
+        self.eval_collector = RowCollector(config)
+        self.checkpoint_seconds = config["checkpoint_seconds"]
+        self._saved_at = time.monotonic()
+        self.autocast_dtype = getattr(torch, config["autocast_dtype"]) if config["autocast_dtype"] else None
+        half = torch.float16 in (self.autocast_dtype, model.backbone_dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half and self.device.type == "cuda")
+        self.start_step = 0
+        self.seconds_before = 0.0  # what earlier processes spent on the last evaluation
+        self.seconds = {"fit": 0.0, "train": 0.0, "evaluate": 0.0}
+        self._fit_started = time.monotonic()
+        self.tokens = {"train": 0, "evaluate": 0}
+        self.trained_on = {"rows": 0, "steps": 0}
+        self._epoch = self._step = 0
+        self._loss_sum = 0.0
+        self._rng = rng_state()
+
+    # ------------------------------------------------------------------ optimizer
+
+    def _build_optimizer(self, **kwargs) -> torch.optim.Optimizer:
+        rates = {
+            group: self.config[f"{group}_learning_rate"]
+            for group in ("gate", "residual", "projector", "lens")
+        }
+        groups = []
+        for name, parameters in self.model.parameter_groups().items():
+            rate = rates.get(name) or self.learning_rate
+            groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate, "name": name})
+        if not groups:
+            raise ValueError("the model has nothing to train")
+        return super()._build_optimizer(params=groups, **kwargs)
+
+    def _set_learning_rate(self, step: int, total_steps: int) -> float:
+        first, end = self.model.schedule_span(step, total_steps)
+        step, total_steps = step - first, end - first
+        warmup_steps = round(self.config["warmup_ratio"] * total_steps)
+        factor = learning_rate_factor(step, total_steps, warmup_steps, self.config["lr_schedule"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return factor
+
+    def _autocast(self):
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    # ------------------------------------------------------------------ training
+
+    def _train_epoch(self, train_data, epoch_idx, loss_func=None, show_progress=False) -> float:
+        """One pass over the rows; returns the mean loss per row.
+
+        The order of the rows depends on ``(seed, epoch)`` alone, so that a resumed epoch continues with the batch
+        after the checkpoint's.
+        """
+        n_rows = len(train_data._dataset)
+        batch_size = self.config["train_batch_size"]
+        order = torch.randperm(
+            n_rows, generator=torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + epoch_idx)
+        )
+        batches = order.split(batch_size)
+        total_steps = len(batches) * self.epochs
+        first, self.start_step = self.start_step, 0
+        self._epoch, self._step = epoch_idx, first
+        if first == 0:
+            self._loss_sum = 0.0
+        self.model.train()
+        progress = tqdm(
+            total=len(batches),
+            initial=first,
+            ncols=100,
+            desc=set_color(f"Train {epoch_idx:>5}", "pink"),
+            disable=not show_progress,
+        )
+        if first == 0 and epoch_idx == 0:
+            self._save_last()  # so that even a run killed before its first checkpoint can be resumed
+        for step in range(first, len(batches)):
+            started, tokens_before = time.monotonic(), self.model.counts["tokens"]
+            global_step = epoch_idx * len(batches) + step
+            factor = self._set_learning_rate(global_step, total_steps)
+            self.model.begin_step(global_step, len(batches), self.epochs)
+            self._rng = rng_state()
+            loss = self._backward(train_data.collate_fn(batches[step].tolist()), step)
+            with deferred_interrupt():
+                self._update()
+                self._loss_sum += loss * len(batches[step])
+                self.trained_on["rows"] += len(batches[step])
+                self.trained_on["steps"] += 1
+                self._step = step + 1
+                self._rng = rng_state()
+            seconds, tokens = time.monotonic() - started, self.model.counts["tokens"] - tokens_before
+            self.seconds["train"] += seconds
+            self.tokens["train"] += tokens
+            self.tensorboard.add_scalar("Loss/Step", loss, global_step)
+            self.tensorboard.add_scalar("LearningRate", factor * self.learning_rate, global_step)
+            progress.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
+            progress.update()
+            if time.monotonic() - self._saved_at >= self.checkpoint_seconds:
+                self._save_last()
+        progress.close()
+        self._save_last()
+        return self._loss_sum / n_rows
+
+    def _backward(self, interaction, step: int) -> float:
+        """Accumulate the gradient of a batch over its micro-batches; returns the batch's mean loss."""
+        self.optimizer.zero_grad()
+        n_rows, total = len(interaction), 0.0
+        for batch in self.model.micro_batches(interaction):
+            with self._autocast():
+                loss = self.model.loss(batch) * (len(batch.rows) / n_rows)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the training loss is {loss.item()} in epoch {self._epoch}, batch {step} "
+                    f"(users {batch.interaction[self.model.USER_ID].tolist()}, "
+                    f"items {batch.interaction[self.model.ITEM_ID].tolist()}, internal ids). The last good state is "
+                    f"kept in {self.last_file}. Lower learning_rate (now {self.learning_rate}) or use dtype: float32."
+                )
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+        return total
+
+    def _update(self) -> None:
+        if self.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            clip_grad_norm_(parameters, **self.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def fit(self, *args, **kwargs):
+        """As RecBole's; Ctrl-C keeps what was trained and says how to go on."""
+        self._fit_started = time.monotonic() - self.seconds["fit"]
+        try:
+            result = super().fit(*args, **kwargs)
+            self.seconds["fit"] = time.monotonic() - self._fit_started
+            logger.info("trained on %(rows)d rows in %(steps)d optimizer steps", self.trained_on)
+            return result
+        except KeyboardInterrupt:
+            # An update cannot be interrupted, so the parameters are those of the last finished step and `_rng` is the
+            # state after it: only the unfinished step is lost.
+            with deferred_interrupt():
+                self._save_last()
+            logger.warning(
+                "interrupted in epoch %d after step %d; saved %s. Repeat the command with --resume=%s to go on.",
+                self._epoch,
+                self._step,
+                self.last_file,
+                self.run_folder,
+            )
+            raise
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _meta(self, epoch: int) -> dict:
+        return {
+            "version": recbole_llm.__version__,
+            "identities": self.identities,
+            "epoch": epoch,
+            "step": self._step,
+            "loss_sum": self._loss_sum,
+            "cur_step": self.cur_step,
+            "best_valid_score": None if math.isinf(self.best_valid_score) else float(self.best_valid_score),
+            "best_valid_result": self.best_valid_result,
+            "seconds": {**self.seconds, "fit": time.monotonic() - self._fit_started},
+            "tokens": self.tokens,
+            "trained_on": self.trained_on,
+        }
+
+    def _save_checkpoint(self, epoch, verbose=True, **kwargs) -> None:
+        """The best model so far: what was trained, without the optimizer (RecBole calls this on improvement)."""
+        save_checkpoint(self.best_file, self.model.trained_state(), self._meta(epoch))
+        if verbose:
+            logger.info(set_color("Saving current", "blue") + f": {self.best_file}")
+
+    def _save_last(self) -> None:
+        """Everything needed to go on from the last finished optimizer step."""
+        tensors: dict[str, Tensor] = {f"model/{n}": t for n, t in self.model.trained_state().items()}
+        tensors |= {f"rng/{n}": t for n, t in self._rng.items()}
+        tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors(self.optimizer, self._names).items()}
+        meta = self._meta(self._epoch) | {"scaler": self.scaler.state_dict()}
+        save_checkpoint(self.last_file, tensors, meta)
+        self._saved_at = time.monotonic()
+
+    def resume_checkpoint(self, resume_file: str | Path) -> None:
+        """Continue from ``last.safetensors`` (a file, or the run folder that holds it).
+
+        Raises:
+            CheckpointError: if it is damaged, or belongs to another backbone, lens, dataset or configuration.
+        """
+        path = Path(resume_file)
+        path = path / self.last_file.name if path.is_dir() else path
+        tensors, meta = load_checkpoint(path)
+        check_identity(meta["identities"], self.identities, path)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "rng": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, rest = name.split("/", 1)
+            parts[part][rest] = tensor
+        self.model.load_trained_state(parts["model"])
+        load_optimizer_tensors(self.optimizer, parts["optimizer"], self._names)
+        self.scaler.load_state_dict(meta["scaler"])
+        set_rng_state(parts["rng"])
+        self._rng = parts["rng"]
+        self.start_epoch, self.start_step = meta["epoch"], meta["step"]
+        self._epoch, self._step, self._loss_sum = meta["epoch"], meta["step"], meta["loss_sum"]
+        self.cur_step = meta["cur_step"]
+        if meta["best_valid_score"] is not None:
+            self.best_valid_score = meta["best_valid_score"]
+        self.best_valid_result = meta["best_valid_result"]
+        self.seconds |= meta["seconds"]
+        self.tokens, self.trained_on = meta["tokens"], meta["trained_on"]
+        logger.info("resuming %s at epoch %d, step %d", path, self.start_epoch, self.start_step)
+
+    def load_best(self, model_file: str | Path | None = None) -> None:
+        """Put the parameters of the best validated epoch (or of ``model_file``) into the model."""
+        path = Path(model_file or self.best_file)
+        tensors, meta = load_checkpoint(path)
+        check_identity(meta["identities"], self.identities, path)
+        if any(name.startswith("optimizer/") or name.startswith("rng/") for name in tensors):
+            raise CheckpointError(
+                f"{path} is a checkpoint to resume from; evaluate {self.best_file.name} instead"
+            )
+        self.model.load_trained_state(tensors)
+        logger.info("Loading model structure and parameters from %s", path)
+
+    # ------------------------------------------------------------------ evaluation
+
+    @contextmanager
+    def _kept(self, eval_data) -> Iterator[KeptScores]:
+        """Keep the scores of an evaluation, which goes on where it was cut off with the same parameters and rows."""
+        texts = [f"{key} {value}" for key, value in self.identities.items()]
+        identity = hash_of(self.model.trained_state(), *texts, eval_data._dataset.content_hash())
+        file = self.scores_folder / f"{identity[:32]}.safetensors"
+        with KeptScores(file, identity, self.model.counts, self.checkpoint_seconds) as kept:
+            self.model.kept_scores = kept
+            try:
+                yield kept
+            finally:
+                self.model.kept_scores = None
+
+    @torch.no_grad()
+    def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
+        """As RecBole's, on safetensors checkpoints and under the same autocast as training.
+
+        The per-row scores of the last evaluation are in ``self.eval_collector.rows()``.
+        """
+        if load_best_model:
+            self.load_best(model_file)
+        self.eval_collector.reset()  # an evaluation cut off by Ctrl-C or an error leaves its rows behind
+        started, tokens_before = time.monotonic(), self.model.counts["tokens"]
+        with self._autocast(), self._kept(eval_data) as kept:
+            result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+        self.seconds_before = kept.seconds_before
+        self._fit_started -= kept.seconds_before  # a validation is part of the training
+        self.seconds["evaluate"] += time.monotonic() - started + kept.seconds_before
+        self.tokens["evaluate"] += self.model.counts["tokens"] - tokens_before
+        return result

@@ -1,0 +1,106 @@
+"""Starting from the plain LoRA of a finished run: ``lora_from``.
+
+Models that put something on top of a tuned LoRA (a matrix between A and B, soft tokens in the prompt) load its A and B
+and train the rest alone. What is loaded becomes part of the new run's own checkpoints, so the folder it came from is
+needed only while that run is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_SAME = ("lora_r", "lora_alpha", "target_modules")
+
+
+@dataclass
+class PlainLora:
+    """The A and B of a finished run.
+
+    Attributes:
+        folder: of the run.
+        tensors: by name, as in :meth:`recbole_llm.adapter.PersonalizedAdapter.state_dict`.
+        identities: hashes of what the run was made with.
+        eval_args: how its rows were split.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    identities: dict[str, str]
+    eval_args: dict
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tensors, with their names."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            digest.update(name.encode() + self.tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check(self, identities: dict[str, str], config) -> None:
+        """Refuse another backbone; warn where this run's test rows may have tuned the LoRA.
+
+        Raises:
+            CheckpointError: naming both hashes.
+        """
+        there, here = self.identities["backbone"], identities["backbone"]
+        if there != here:
+            raise CheckpointError(
+                f"lora_from: {self.folder} was tuned on another backbone: sha256 {there[:16]} there, {here[:16]} here"
+            )
+        split = {key: self.eval_args.get(key) for key in ("split", "order", "group_by")}
+        if self.identities["data"] != identities["data"] or split != {
+            key: config["eval_args"].get(key) for key in split
+        }:
+            logger.warning(
+                "lora_from: %s was tuned on other data or another split; rows that are tested here may be among the "
+                "rows it was tuned on",
+                self.folder,
+            )
+
+
+def read_plain_lora(config) -> PlainLora | None:
+    """What ``lora_from`` names, ``None`` if it names nothing.
+
+    Raises:
+        CheckpointError: if the run is not finished, is no plain LoRA, or has another rank, scale or other modules.
+    """
+    if not config["lora_from"]:
+        return None
+    folder = Path(config["lora_from"])
+    for name in ("config.json", "result.json", "best.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"lora_from: {folder} is no finished run of recbole_llm: it has no {name}")
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if saved.get("mixer") != "identity":
+        raise CheckpointError(
+            f"lora_from: {folder} is a {saved['model']} with mixer={saved.get('mixer')}; a plain LoRA (mixer: "
+            "identity) is needed, e.g. a run of ReLLa or TALLRec"
+        )
+    different = [
+        f"{key}: {saved[key]!r} there, {config[key]!r} here"
+        for key in _SAME
+        if (
+            sorted(saved[key]) != sorted(config[key])
+            if key == "target_modules"
+            else saved[key] != config[key]
+        )
+    ]
+    if different:
+        raise CheckpointError(f"lora_from: the LoRA of {folder} does not fit:\n  " + "\n  ".join(different))
+    tensors, meta = load_checkpoint(folder / "best.safetensors")
+    lora = {
+        name.removeprefix("adapter."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("adapter.") and name.endswith((".lora_A", ".lora_B"))
+    }
+    return PlainLora(folder, lora, meta["identities"], saved["eval_args"])

@@ -1,0 +1,566 @@
+"""The report of a comparison: its files say what the comparison holds, whatever the names in it are."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recbole_llm.comparison.charts import Scale
+from recbole_llm.comparison.report import (
+    terminal_table,
+    to_csv,
+    to_html,
+    to_latex,
+    to_markdown,
+    write_report,
+)
+from recbole_llm.comparison.tables import checked, clean
+
+VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
+EVIL = (
+    "</title></script><script>alert(1)</script> & 100%_|x\n\"q\" 'r' `c` \\ $x$ {y} #1 ~ ^ *b* [z](http://u)"
+)
+
+
+def estimate(mean: float | None, **more: Any) -> dict[str, Any]:
+    bounds = (
+        {"low": mean - 0.0213, "high": mean + 0.0187} if mean is not None else {"low": None, "high": None}
+    )
+    bca = {f"{key}_bca": None if value is None else value + 0.0011 for key, value in bounds.items()}
+    values = [] if mean is None else [mean - 0.003, mean + 0.003]
+    sd = None if mean is None else 0.0042426
+    return {"mean": mean, "sd": sd, **bounds, **bca, "values": values, "reason": None, **more}
+
+
+def model(name: str, auc: float | None, kind: str = "llm", **more: Any) -> dict[str, Any]:
+    groups = [
+        {"name": "5-12", "rows": 1200, "value": 0.71, "reason": None},
+        {"name": "13-40", "rows": 1, "value": None, "reason": "one label only"},
+    ]
+    return {
+        "name": name,
+        "kind": kind,
+        "seeds": [2020, 2021],
+        "metrics": {
+            "auc": estimate(auc),
+            "logloss": estimate(None if auc is None else 1.2345678901234 - auc),
+        },
+        "cost": {"train_seconds": 1234.5, "test_seconds": 6.25, "tokens": 1000000, "energy_joules": None},
+        "calibration": {"predicted": [0.1, 0.9], "observed": [0.2, 0.8], "counts": [30, 50], "ece": 0.1},
+        "groups": {"history length": groups, "user activity": [], "item popularity": groups},
+        "changes": {"gate": "uniform"},
+        "paths": ["saved/run"],
+        **more,
+    }
+
+
+def comparison(models: list[dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
+    models = (
+        [model("RecLoRA", 0.7351234567890123), model("DIN", 0.77, "classical")] if models is None else models
+    )
+    differences = [
+        {
+            "a": models[0]["name"], "b": other["name"], "metric": "auc", "value": -0.04071234567, "low": -0.0551,
+            "high": -0.0273, "low_bca": None, "high_bca": None, "p": 3e-7, "p_holm": 0.0124,
+            "test": "DeLong by user, AUC",
+            "reason": None,
+        }
+        for other in models[1:]
+    ]  # fmt: skip
+    return {
+        "format": 1,
+        "task": "ctr",
+        "dataset": "ml-1m",
+        "created": "2026-01-01T12:00:00+00:00",
+        "versions": {"torch": "2.13.0", "peft": None},
+        "machine": "two cores",
+        "device": "cpu",
+        "command": "python run.py --models=\"['RecLoRA']\"",
+        "metrics": ["auc", "logloss"],
+        "leading": "auc",
+        "smaller_is_better": ["logloss"],
+        "rows": {"train": 776007, "few_shot": 1024, "valid": 2000, "test": 2000, "test_available": 97000, "users": 657},
+        "seeds": [2020, 2021],
+        "models": models,
+        "differences": differences,
+        "failed": [{"name": "iLoRA", "seed": 2021, "error": "out of memory"}],
+        "sentences": ["DIN is better than RecLoRA."],
+        "notes": ["Taken beside other work."],
+        "gates": {
+            "model": "RecLoRA",
+            "experts": 3,
+            "users": ["7", "8"],
+            "values": [[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]],
+            "coordinates": [[0.0, 1.0], [2.0, -1.0]],
+            "profile_field": "gender",
+            "profile": ["F", "M"],
+        },
+        "prompts": [
+            {
+                "model": "RecLoRA", "user": "7", "item": "Heat", "text": "Will they\nlike it?", "label": 1,
+                "scores": {"RecLoRA": 0.61, "DIN": None},
+            }
+        ],
+        **more,
+    }  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Balance of tags, texts, attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        assert len(dict(attributes)) == len(attributes), f"an attribute twice in {tag}: {attributes}"
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+        if any(tag in ("td", "th") for tag in self.open):
+            self.cells[-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def columns(markdown: str) -> list[list[int]]:
+    """Of each table the number of cells in each line."""
+    tables: list[list[int]] = [[]]
+    for line in markdown.splitlines():
+        if line.startswith("| "):
+            tables[-1].append(len(re.split(r"(?<!\\)\|", line)) - 2)
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
+def records(text: str, record: str) -> list[dict[str, str]]:
+    return [line for line in csv.DictReader(io.StringIO(text)) if line["record"] == record]
+
+
+# The files
+
+
+def test_all_files_are_written_and_json_is_the_comparison(tmp_path):
+    found = comparison()
+    paths = write_report(tmp_path / "new", found)
+    assert [path.name for path in paths] == [f"compare.{end}" for end in ("json", "csv", "md", "tex", "html")]
+    assert sorted((tmp_path / "new").iterdir()) == sorted(paths)
+    assert json.loads(paths[0].read_text(encoding="utf-8")) == found
+    texts = [to_csv(found), to_markdown(found), to_latex(found), to_html(found)]
+    assert [path.read_text(encoding="utf-8") for path in paths[1:]] == texts
+
+
+def test_nothing_is_written_for_a_comparison_that_is_not_complete(tmp_path):
+    found = comparison()
+    del found["models"][1]["metrics"]["auc"]["mean"]
+    with pytest.raises(ValueError, match=r"\[models\[1\]\.metrics\.auc\.mean\]"):
+        write_report(tmp_path, found)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numpy_and_paths_become_plain(tmp_path):
+    found = comparison()
+    found["models"][0]["metrics"]["auc"]["mean"] = np.float32(0.5)
+    found["gates"]["values"] = np.array(found["gates"]["values"])
+    found["models"][0]["paths"] = [Path("a/b")]
+    read = json.loads(write_report(tmp_path, found)[0].read_text())
+    assert read["models"][0]["metrics"]["auc"]["mean"] == 0.5
+    assert read["gates"]["values"][1] == [0.9, 0.05, 0.05]
+    assert read["models"][0]["paths"] == ["a/b"]
+
+
+# What a comparison must hold
+
+
+@pytest.mark.parametrize("key", sorted(set(comparison()) - {"sentences", "notes", "gates", "prompts"}))
+@pytest.mark.parametrize("write", [terminal_table, to_csv, to_markdown, to_latex, to_html])
+def test_a_missing_key_is_named(key, write):
+    found = comparison()
+    del found[key]
+    with pytest.raises(ValueError, match=rf"lacks the key \[{key}\]"):
+        write(found)
+
+
+def test_what_may_be_missing_may_be_missing(tmp_path):
+    found = comparison()
+    for key in ("sentences", "notes", "gates", "prompts"):
+        del found[key]
+    for key in ("cost", "calibration", "groups", "changes", "paths"):
+        del found["models"][0][key]
+        found["models"][1][key] = None
+    found["models"][0]["metrics"]["auc"] = {"mean": 0.7}
+    del found["models"][1]["metrics"]["logloss"]
+    found["rows"] = {"train": 1, "valid": 1, "test": 1}
+    found["differences"] = [{"a": "RecLoRA", "b": "DIN", "metric": "auc", "value": None}]
+    assert len(write_report(tmp_path, found)) == 5
+    assert "0.7000" in terminal_table(found)
+    text = Page(to_html(found)).text
+    for why in (
+        "has both a value and its seconds",
+        "has calibration data",
+        "has values by group",
+        "has gates",
+    ):
+        assert why in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format=2), r"\[format\] is 2"),
+        (lambda c: c.update(leading="mrr@5"), r"\[leading\]"),
+        (lambda c: c.update(models={}), r"\[models\] must be a list"),
+        (lambda c: c["models"][0].pop("kind"), r"\[models\[0\]\.kind\]"),
+        (lambda c: c["models"][0]["metrics"]["auc"].update(mean="x"), r"\[models\[0\]\.metrics\.auc\.mean\]"),
+        (lambda c: c["models"][0]["metrics"]["auc"].update(sd=float("nan")), r"\[models\[0\]\.metrics\.auc\.sd\] is n"),
+        (lambda c: c["differences"][0].update(p=float("inf")), r"\[differences\[0\]\.p\] is inf"),
+        (lambda c: c["differences"][0].pop("b"), r"\[differences\[0\]\.b\]"),
+        (lambda c: c["failed"][0].pop("error"), r"\[failed\[0\]\.error\]"),
+        (lambda c: c["rows"].pop("test"), r"\[rows\.test\]"),
+        (lambda c: c["gates"]["values"].pop(), r"\[gates\.values\] has 1 entries for 2 users"),
+        (lambda c: c["gates"]["values"][0].pop(), r"\[gates\.values\[0\]\] has 2 numbers instead of 3"),
+        (lambda c: c["models"][0]["calibration"]["counts"].pop(), r"1 counts for 2 predicted"),
+        (lambda c: c["prompts"][0].update(scores={"a": "b"}), r"\[prompts\[0\]\.scores\.a\]"),
+        (lambda c: c.update(notes=[object()]), r"\[notes\[0\]\] is a object"),
+        (lambda c: c["models"][0]["groups"]["history length"][0].pop("rows"), r"groups\.history length\[0\]\.rows\]"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(change, message):
+    found = comparison()
+    change(found)
+    with pytest.raises(ValueError, match=message):
+        checked(found)
+
+
+# csv
+
+
+def test_csv_numbers_are_those_of_the_comparison():
+    found = comparison()
+    text = to_csv(found)
+    lines = records(text, "metric")
+    assert [(line["model"], line["metric"]) for line in lines] == [
+        (m["name"], metric) for m in found["models"] for metric in found["metrics"]
+    ]
+    for line in lines:
+        known = next(m for m in found["models"] if m["name"] == line["model"])["metrics"][line["metric"]]
+        assert float(line["value"]) == known["mean"]
+        for key in ("sd", "low", "high", "low_bca", "high_bca"):
+            assert float(line[key]) == known[key]
+    of_seeds = {(s["model"], s["metric"], int(s["seed"])): float(s["value"]) for s in records(text, "seed")}
+    assert of_seeds["RecLoRA", "auc", 2021] == found["models"][0]["metrics"]["auc"]["values"][1]
+    assert len(of_seeds) == 8
+    (difference,) = records(text, "difference")
+    assert (difference["model"], difference["against"]) == ("RecLoRA", "DIN")
+    assert float(difference["value"]) == -0.04071234567 and float(difference["p"]) == 3e-7
+    assert difference["low_bca"] == ""
+    costs = {line["metric"]: float(line["value"]) for line in records(text, "cost") if line["model"] == "DIN"}
+    assert costs == {"train_seconds": 1234.5, "test_seconds": 6.25, "tokens": 1000000}
+    groups = records(text, "group")
+    assert [(g["group"], g["value"], g["reason"]) for g in groups[:2]] == [
+        ("history length: 5-12", "0.71", ""),
+        ("history length: 13-40", "", "one label only"),
+    ]
+    assert [(f["model"], f["seed"], f["reason"]) for f in records(text, "failed")] == [
+        ("iLoRA", "2021", "out of memory")
+    ]
+
+
+# Plain text
+
+
+def test_the_terminal_table_says_all():
+    lines = terminal_table(comparison()).splitlines()
+    assert re.split(r"\s{2,}", lines[0]) == ["model", "seeds", "AUC [95% interval]", "LogLoss ↓"]
+    assert re.split(r"\s{2,}", lines[2]) == [
+        "RecLoRA",
+        "2",
+        "0.7351 ± 0.0042 [0.7138, 0.7538]",
+        "0.4994 ± 0.0042",
+    ]
+    assert "DIN is better than RecLoRA." in lines and "iLoRA, seed 2021: out of memory" in lines
+    starts = {line.index("2") for line in (lines[2].replace("0.", "x."), lines[3].replace("0.", "x."))}
+    assert len(starts) == 1, "the columns stand below one another"
+
+
+def test_the_terminal_has_the_differences_where_nothing_is_said_in_words():
+    lines = terminal_table({**comparison(), "sentences": []}).splitlines()
+    assert "RecLoRA - DIN, AUC: -0.0407 [-0.0551, -0.0273] p 0.0124 (DeLong by user, AUC)" in lines
+
+
+def test_one_seed_has_no_spread():
+    assert "±" in terminal_table(comparison())
+    one = [model("A", 0.7, seeds=[1]), model("B", 0.6, seeds=[1])]
+    for write in (terminal_table, to_markdown):
+        assert "±" not in write(comparison(one, seeds=[1]))
+
+
+def test_a_terminal_is_not_steered():
+    text = terminal_table(comparison([model("a\x1b[31mred\u202e", 0.7)]))
+    assert "\x1b" not in text and "\u202e" not in text and "red" in text
+
+
+@pytest.mark.parametrize(
+    ("leading", "best"),
+    [(["logloss"], {"AUC": "DIN", "LogLoss": "DIN"}), ([], {"AUC": "DIN", "LogLoss": "RecLoRA"})],
+)
+def test_the_best_of_a_column_is_marked(leading, best):
+    lines = [line.split(" | ") for line in to_markdown(comparison(smaller_is_better=leading)).splitlines()]
+    table = [line for line in lines if line[0] in ("| RecLoRA", "| DIN")][:2]
+    for column, name in zip((2, 3), best.values(), strict=True):
+        assert [line[0][2:] for line in table if "**" in line[column]] == [name]
+
+
+def test_equal_as_printed_is_equally_best():
+    text = to_markdown(
+        comparison([model("A", 0.70001), model("B", 0.70002), model("C", 0.69)], metrics=["auc"])
+    )
+    assert text.count("**0.7000") == 2
+    assert "**" not in to_markdown(comparison([model("A", 0.7)]))
+
+
+def test_a_reason_stands_beside_its_dash():
+    why = "no row has <both> labels"
+    found = comparison([model("A", 0.7), model("B", 0.6)])
+    found["models"][1]["metrics"]["auc"] = {"mean": None, "reason": why}
+    assert "- (1)" in terminal_table(found) and f"(1) {why}" in terminal_table(found)
+    assert "–[^1]" in to_markdown(found) and "[^1]: no row has &lt;both&gt; labels" in to_markdown(found)
+    assert r"\textendash{}$^{1}$" in to_latex(found)
+    page = Page(to_html(found))
+    assert {"title": why} in page.all("span") and why in page.texts
+    assert [line["reason"] for line in records(to_csv(found), "metric") if line["model"] == "B"] == [why, ""]
+
+
+# Markdown, LaTeX
+
+
+def test_markdown_tables_have_equal_columns():
+    tables = columns(to_markdown(comparison([model(EVIL, 0.7), model("x||y\\|z\\", 0.6)])))
+    assert len(tables) == 3
+    assert all(len(set(table)) == 1 for table in tables)
+
+
+def test_markdown_is_inert():
+    text = to_markdown(
+        comparison([model(EVIL, 0.7)], dataset=EVIL, notes=[EVIL], sentences=[EVIL], command="a\n````\n# b")
+    )
+    assert "<script>" not in text and "&lt;script&gt;" in text
+    assert "[z](" not in text.replace(r"\[z\](", "")
+    assert "`````\na\n````\n# b\n`````" in text, "the fence is longer than any in the command"
+
+
+def test_latex_is_inert_and_has_booktabs():
+    text = to_latex(
+        comparison([model(r"a_b & 50% #1 {x} \input{y} $z$ ~ ^ --lens [q]", 0.7), model("[DIN]", 0.6)])
+    )
+    assert r"a\_b \& 50\% \#1 \{x\} \textbackslash{}input\{y\} \$z\$" in text
+    assert r"\textasciitilde{} \textasciicircum{} -{}-lens {[}q{]} &" in text
+    assert "\n  {[}DIN{]} & " in text, r"a row that begins with [ would be an argument of \\"
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}", r"\end{tabular}"):
+        assert text.count(rule) == 3
+    assert "$-$0.0407" in text and r"$\pm$" in text
+
+
+def test_latex_rows_have_the_columns_of_their_head():
+    for table in to_latex(comparison([model(EVIL, 0.7), model("a&b", 0.6)])).split(r"\begin{tabular}{")[1:]:
+        width = table.index("}")
+        rows = [line for line in table.splitlines() if line.endswith(r" \\")]
+        assert len(rows) > 1
+        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {width}
+
+
+# HTML
+
+
+def test_html_is_whole_and_needs_no_network():
+    text = to_html(
+        comparison([model(EVIL, 0.7), model("DIN", 0.6)], dataset=EVIL, notes=[EVIL], command=EVIL)
+    )
+    page = Page(text)
+    assert not re.search(r"(?:src|href|srcset|action|data)\s*=\s*[\"']?(?:https?:)?//", text)
+    assert "@import" not in text and "url(" not in text
+    assert not {"link", "img", "iframe", "object", "form", "base"} & {tag for tag, _ in page.tags}
+    assert len(page.all("script")) == 1, "no script but the page's own"
+    for attributes in (a for _, a in page.tags):
+        assert not [key for key in attributes if key.startswith("on")]
+
+
+def test_the_policy_allows_the_script_of_the_page():
+    text = to_html(comparison())
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policies = [
+        a["content"] for a in Page(text).all("meta") if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert len(policies) == 1 and "default-src 'none'" in policies[0] and f"'sha256-{digest}'" in policies[0]
+
+
+def test_html_names_every_model_and_is_accessible():
+    names = ["RecLoRA gate=uniform lens_residual=True", "<b>&amp;", "DIN"]
+    page = Page(to_html(comparison([model(name, 0.7 - i / 50) for i, name in enumerate(names)])))
+    for name in names:
+        assert any(cell.startswith(name) for cell in page.cells)
+    assert all(a.get("scope") in ("row", "col") for a in page.all("th")) and page.all("th")
+    charts = [a for a in page.all("svg") if a.get("role") == "img"]
+    assert len(charts) == 1 + 1 + 3 + 2 + 2  # intervals, cost, reliability, groups that exist, gates
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert all(set(a["aria-labelledby"].split()) <= set(ids) for _, a in page.tags if "aria-labelledby" in a)
+    assert all(a.get("aria-hidden") for a in page.all("svg") if a.get("role") != "img")
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_html_shows_the_numbers():
+    page = Page(to_html(comparison()))
+    numbers = [float(a["data-v"]) for a in page.all("td") if "data-v" in a]
+    assert 0.7351234567890123 in numbers and -0.04071234567 in numbers and 1234.5 in numbers
+    for text in ("0.7351 ± 0.0042[0.7138, 0.7538]", "−0.0407", "[−0.0551, −0.0273]", "<0.0001", "0.0124"):
+        assert text in page.cells, text
+    for text in (
+        "DIN is better than RecLoRA.",
+        "Taken beside other work.",
+        "iLoRA, seed 2021: out of memory",
+    ):
+        assert text in page.texts
+    assert (
+        "Will they\nlike it?" in page.texts and "776,007; 1,024 of them for the language models" in page.texts
+    )
+
+
+def test_a_whisker_ends_where_the_interval_ends():
+    """Positions are a linear map of the numbers: read back from the axis' labels."""
+    found = comparison([model("A", 0.7), model("B", 0.6)])
+    chart = re.search(r'<svg[^>]*aria-labelledby="intervals-svg.*?</svg>', to_html(found), re.DOTALL)[0]
+    ticks = re.findall(r'<path class="grid" d="M([\d.]+) [^>]*/><text [^>]*>([\d.]+)</text>', chart)
+    (x0, v0), (x1, v1) = ((float(x), float(v)) for x, v in (ticks[0], ticks[-1]))
+    whiskers = re.findall(r'class="whisker" d="M([\d.]+) .*?H([\d.]+)M', chart)
+    ends = [tuple(v0 + (float(x) - x0) / (x1 - x0) * (v1 - v0) for x in ends) for ends in whiskers]
+    wanted = [(m["metrics"]["auc"]["low"], m["metrics"]["auc"]["high"]) for m in found["models"]]
+    assert np.allclose(ends, wanted, atol=5e-4)
+
+
+def test_a_chart_without_data_says_why():
+    nothing = {key: {"mean": None, "reason": "broke off"} for key in ("auc", "logloss")}
+    empty = {"cost": None, "calibration": None, "groups": {}}
+    page = Page(to_html(comparison([model("A", None, metrics=nothing, **empty)], gates=None, prompts=[])))
+    assert not [a for a in page.all("svg") if a.get("role") == "img"]
+    assert len([a for a in page.all("p") if a.get("class") == "absent"]) == 7
+    assert "No plot: no model has a value of AUC." in page.texts
+    none = Page(to_html(comparison([], differences=[])))
+    assert "No model finished." in none.texts
+    assert "no model finished" in terminal_table(comparison([], differences=[]))
+
+
+def test_next_item_has_no_reliability():
+    assert "Reliability" not in Page(to_html(comparison(task="next_item"))).text
+
+
+def test_many_models_and_users():
+    many = [
+        model(f"model {i} with a long name gate=uniform lens_residual=True", 0.5 + i / 99) for i in range(15)
+    ]
+    users = [str(i) for i in range(400)]
+    gates = {
+        "model": "m",
+        "experts": 2,
+        "users": users,
+        "values": [[i / 400, 1 - i / 400] for i in range(400)],
+    }
+    page = Page(to_html(comparison(many, gates=gates)))
+    assert "The first 300 of 400 users." in page.text and "The best 6 of 15 models are drawn." in page.text
+    assert "No map of users: no coordinates were kept." in page.texts
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        ([0.7], False),
+        ([0.7, 0.7], False),
+        ([0.0], False),
+        ([-3.0, 5.0], False),
+        ([1.0], True),
+        ([0.02, 90000.0], True),
+    ],
+)
+def test_scales_hold_their_values_and_have_true_ticks(values, log):
+    scale = Scale(values, 10, 110, log)
+    assert all(10 < scale(value) < 110 for value in values)
+    ticks = scale.ticks()
+    assert 1 < len(ticks) <= 9
+    for x, text in ticks:
+        assert scale(float(text.replace(",", "").replace("−", "-"))) == pytest.approx(x, abs=1e-6)
+
+
+# Whatever the names and numbers
+
+
+NAMES = st.text(max_size=60) | st.text(alphabet="<>&|\\`_*[]{}$%#^~\"'-\n\r\t= a\x00\x1b\u202e", max_size=40)
+NUMBERS = st.none() | st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(names=st.lists(NAMES, min_size=1, max_size=4), numbers=st.lists(NUMBERS, min_size=8, max_size=8))
+def test_any_names_and_numbers(names, numbers):
+    models = [model(name, 0.5 + i / 10) for i, name in enumerate(names)]
+    models[0]["metrics"]["auc"] = {
+        "mean": numbers[0],
+        "sd": numbers[1],
+        "low": numbers[2],
+        "high": numbers[3],
+    }
+    models[0]["cost"] = {"train_seconds": numbers[4], "test_seconds": numbers[5]}
+    models[0]["groups"] = {names[-1]: [{"name": names[0], "rows": 3, "value": numbers[6]}]}
+    found = comparison(models, dataset=names[0], command=names[-1], notes=names, sentences=names)
+    found["gates"]["values"] = [[number or 0.0 for number in numbers[:3]]] * 2
+    found["gates"]["profile"] = [names[0], names[-1]]
+    found["prompts"][0].update(text=names[0], item=names[-1], scores={names[0]: numbers[7]})
+
+    page = Page(to_html(found))
+    assert len(page.all("script")) == 1
+    for name in names:
+        assert any(cell.startswith(clean(name)) for cell in page.cells)
+    assert all(len(set(table)) == 1 for table in columns(to_markdown(found)))
+    head, _, *lines = terminal_table(found).splitlines()
+    assert len([line for line in lines[: len(names)] if line]) == len(names), "one line for each model"
+    kept = [line["model"] for line in records(to_csv(found), "metric")][::2]
+    assert kept == [clean(name.encode("utf-8", "replace").decode(), lines=True) for name in names]
+    body = to_latex(found)
+    assert re.sub(r"\\[{}]", "", body).count("{") == re.sub(r"\\[{}]", "", body).count("}")
+    json.dumps(checked(found), allow_nan=False, ensure_ascii=False).encode()
