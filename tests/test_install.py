@@ -156,7 +156,7 @@ def test_the_metadata_names_python_licence_and_command(
     assert "MIT" in (wheel_metadata["License-Expression"] or wheel_metadata["License"])
     assert list(unpacked.glob("*.dist-info/**/LICENSE"))
     (commands,) = unpacked.glob("*.dist-info/entry_points.txt")
-    assert "recbole-llm = recbole_llm.quick_start:main" in commands.read_text(encoding="utf-8")
+    assert "recbole-llm = recbole_llm.cli:main" in commands.read_text(encoding="utf-8")
 
 
 def test_the_metadata_requires_neither_ray_nor_the_package_that_pins_it(

@@ -33,8 +33,7 @@ from recbole_llm.comparison.tables import (
     p_text,
     value_text,
 )
-from recbole_llm.experiment.result import write_json
-from recbole_llm.utils.files import write_atomically
+from recbole_llm.utils.files import write_atomically, write_json
 
 __all__ = ["terminal_table", "to_csv", "to_html", "to_latex", "to_markdown", "write_report"]
 

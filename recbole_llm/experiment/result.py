@@ -41,14 +41,12 @@ the target.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,7 +58,7 @@ import recbole_llm
 from recbole_llm.evaluation.bootstrap import Bootstrap, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.ranking import RANK_METRICS, parse_rank_metric
 from recbole_llm.utils.energy import energy_joules
-from recbole_llm.utils.files import write_atomically
+from recbole_llm.utils.files import write_atomically, write_json
 
 try:
     import resource
@@ -327,16 +325,6 @@ def write_result(
     return path
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path` atomically; what JSON cannot hold becomes plain, numbers that are not finite null."""
-    dropped: list[str] = []
-    plain = _plain(content, "", dropped)
-    if dropped:
-        logger.warning("%s: not a finite number, written as null: %s", path.name, ", ".join(dropped))
-    text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def environment() -> dict[str, dict[str, Any]]:
     """What the numbers were made with.
 
@@ -514,29 +502,3 @@ def _column(name: str, values: Any) -> np.ndarray:
     if name == "label" and np.isin(array, (0, 1)).all():
         array = array.astype(np.int8)
     return array
-
-
-def _plain(value: Any, where: str, dropped: list[str]) -> Any:
-    """`value` as JSON; what has no JSON form becomes its `str`, as no setting may cost the result."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    elif isinstance(value, torch.Tensor):
-        value = value.detach().cpu().tolist()
-    if isinstance(value, Enum):
-        return value.name
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        dropped.append(where)
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}".lstrip("."), dropped) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value, key=str)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]", dropped) for i, item in enumerate(value)]
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    return str(value)

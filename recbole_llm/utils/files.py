@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
@@ -61,3 +66,39 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` atomically; what JSON cannot hold becomes plain, numbers that are not finite null."""
+    dropped: list[str] = []
+    plain = _plain(content, "", dropped)
+    if dropped:
+        logger.warning("%s: not a finite number, written as null: %s", path.name, ", ".join(dropped))
+    text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _plain(value: Any, where: str, dropped: list[str]) -> Any:
+    """`value` as JSON; what has no JSON form becomes its `str`, as no setting may cost the result."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    elif isinstance(value, torch.Tensor):
+        value = value.detach().cpu().tolist()
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        dropped.append(where)
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}".lstrip("."), dropped) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{i}]", dropped) for i, item in enumerate(value)]
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import TEXT
 
-from recbole_llm import quick_start
+from recbole_llm import cli, quick_start
 from recbole_llm.comparison import plan as compare
 from recbole_llm.comparison.controls import control_models
 from recbole_llm.comparison.plan import make_plan, split_models
@@ -255,7 +255,7 @@ def test_processes_are_for_comparisons(settings):
 def test_a_failing_model_is_reported_and_the_others_go_on(settings, capsys):
     arguments = [f"--{key}={value}" for key, value in settings.items() if key not in ("text", "lens_config")]
     arguments += [f"--text={TEXT}", "--dataset=toy", "--model=GRU4Rec loss_type=XX,Pop", "--task=ctr"]
-    assert quick_start.main(arguments) == 1
+    assert cli.main(arguments) == 1
     told = capsys.readouterr().out
     assert "failed:" in told and "loss_type" in told and "Pop" in told
 
@@ -292,9 +292,7 @@ def test_models_of_the_next_item_task_share_candidates(settings):
 
 def test_dry_run_of_a_comparison_lists_its_runs(settings, capsys):
     arguments = [f"--{key}={value}" for key, value in settings.items() if key not in ("text", "lens_config")]
-    assert (
-        quick_start.main([*arguments, "--dataset=toy", "--model=Pop,RecLoRA", "--seeds=2", "--dry_run"]) == 0
-    )
+    assert cli.main([*arguments, "--dataset=toy", "--model=Pop,RecLoRA", "--seeds=2", "--dry_run"]) == 0
     told = capsys.readouterr().out
     assert "4 runs on toy" in told and "RecLoRA, seed 2021" in told
     assert not Path("saved").exists()

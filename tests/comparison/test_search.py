@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_llm import quick_start
+from recbole_llm import cli, quick_start
 from recbole_llm.comparison import plan as compare
 from recbole_llm.comparison.search import Parameter, draw_trials, read_space
 
@@ -149,7 +149,7 @@ def test_a_single_run_that_reads_no_test_row_says_so(settings, capsys):
     given = {k: v for k, v in settings.items() if k in ("data_path", "cache_dir", "show_progress")}
     arguments = [f"--{key}={value}" for key, value in given.items()]
     arguments += ["--model=DIN", "--dataset=toy", "--task=ctr", "--epochs=1", "--read_test=False"]
-    assert quick_start.main(arguments) == 0
+    assert cli.main(arguments) == 0
     told = capsys.readouterr().out
     assert "test rows were not read" in told and "auc 0." in told
     assert not list(Path("saved").glob("*/test_rows.npz"))

@@ -12,10 +12,11 @@ import torch
 from recbole.model.sequential_recommender.sasrec import SASRec
 from synthetic import TEXT
 
+from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
 from recbole_llm.model.morec import LabelledMoRec, MoRec
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
-from recbole_llm.quick_start import main, run_recbole_llm
+from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.registry import create_dataset
 
 NETWORK = {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 1}

@@ -12,6 +12,7 @@ from synthetic import TEXT
 
 from recbole_llm.backbone.answers import mean_pooled_vectors
 from recbole_llm.backbone.loader import load_backbone
+from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.dataset import CTRDataset
 from recbole_llm.data.prompts.lines import item_token_ids
@@ -19,7 +20,7 @@ from recbole_llm.data.retriever import RecentRetriever
 from recbole_llm.experiment.assembly import conventional_parts
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.model.sim import SIM
-from recbole_llm.quick_start import main, run_recbole_llm
+from recbole_llm.quick_start import run_recbole_llm
 
 K = 4
 NETWORK = {"embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}

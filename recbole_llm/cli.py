@@ -1,0 +1,88 @@
+"""The command line: arguments and printing."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from recbole_llm.comparison import plan as compare
+from recbole_llm.comparison.report import terminal_table
+from recbole_llm.experiment.result import result_table
+from recbole_llm.quick_start import compare_models, run_recbole_llm
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: ``--model --dataset --config_files`` and any ``--key=value``, as RecBole's."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="run_recbole_llm.py",
+        description="Train and evaluate one recommender, LLM or classical, with RecBole's data and evaluator.",
+        epilog="Every other --key=value is a configuration key; see properties/overall.yaml.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", "-m", default="RecLoRA", help="name of the model (default: RecLoRA)")
+    parser.add_argument("--dataset", "-d", default="ml-100k", help="name of the dataset (default: ml-100k)")
+    parser.add_argument("--config_files", default="", help="yaml files, separated by spaces; later ones win")
+    parser.add_argument(
+        "--report", metavar="FOLDER", help="run nothing: work out the report of a comparison's folder anew"
+    )
+    known, rest = parser.parse_known_args(argv)
+    models, files = compare.split_models(known.model), known.config_files.split() or None
+    try:
+        if known.report:
+            result = compare.report(Path(known.report))
+        elif len(models) > 1 or compare.is_comparison(files, rest):
+            result = compare_models(models, known.dataset, files, cmd_line=rest)
+        else:
+            result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # what was kept has been logged where it was kept
+        return 130
+    except (ValueError, OSError) as error:
+        logger.debug("traceback of the error below", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(result["dry_run"] if "dry_run" in result else report(result))
+    return 1 if result.get("failed") else 0
+
+
+def report(result: dict) -> str:
+    """The end of a run's output: the table, and where the result is."""
+    if "files" in result:
+        return "\n".join([terminal_table(result), *(f"report: {path}" for path in result["files"])])
+    results = result.get("compared", [result])
+    if not result["metrics"]["test"]:
+        valid = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"]["valid"].items())
+        return f"test rows were not read (read_test: False); validation: {valid or 'none'}\nresult: {result['path']}"
+    lines = [result_table(results)]
+    if "comparison" in result:
+        lines += [
+            *result["comparison"]["sentences"],
+            *(f"report: {path}" for path in result["comparison"]["files"]),
+        ]
+    for found in results:
+        if work := found.get("scoring"):
+            lines.append(
+                f"{found['name']}: {work['tokens']:,} tokens computed for {work['rows']:,} rows, {work['ratio']:.2f} x "
+                f"(prompt tokens {work['prompt_tokens']:,} + edges of the title trees {work['edges']:,})"
+            )
+        if written := found.get("generated"):
+            ratios = [("ValidRatio", "valid_ratio"), ("HitRatio@1 of all rows", "hit_ratio_all")]
+            ratios.append(("HitRatio@1 of valid answers", "hit_ratio_valid"))
+            lines.append(
+                f"{found['name']}, written answers of {written['n']:,} rows: "
+                + ", ".join(f"{title} {_ratio(written['intervals'][key])}" for title, key in ratios)
+            )
+    return "\n".join([*lines, *(f"result: {found['path']}" for found in results)])
+
+
+def _ratio(interval: dict) -> str:
+    """``0.5263 [0.4211, 0.6211]``, or as much of it as there is."""
+    if interval["value"] is None:
+        return "undefined"
+    bounds = "" if interval["low"] is None else f" [{interval['low']:.4f}, {interval['high']:.4f}]"
+    return f"{interval['value']:.4f}{bounds}"
