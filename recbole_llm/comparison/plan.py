@@ -25,6 +25,7 @@ from recbole_llm.comparison.workers import side_by_side
 from recbole_llm.config.configurator import Config, given_values, parse_value
 from recbole_llm.config.keys import KEYS
 from recbole_llm.experiment.assembly import VOLATILE_KEYS, lasting_configuration
+from recbole_llm.utils.run_files import RESULT_FILE
 from recbole_llm.registry import get_model, is_own
 from recbole_llm.trainer.checkpoint import LAST_FILE
 from recbole_llm.utils.files import write_json
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 FOLDER = "compare"
-RESULT_FILE = "result.json"
 
 # Of a single run only.
 _OF_THE_RUN = (

@@ -185,7 +185,7 @@ def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dic
         for values, run in zip(settings, runs, strict=True):
             entry = {"values": values, "folder": str(run.folder.relative_to(plan.folder))}
             if run.finished:
-                result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
+                result = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
                 entry["valid"] = result["metrics"]["valid"][first["valid_metric"].lower()]
             else:
                 entry["error"] = failed.get(run.text, "has no result")
