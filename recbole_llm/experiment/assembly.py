@@ -29,7 +29,9 @@ from recbole_llm.backbone.answers import mean_pooled_vectors
 from recbole_llm.backbone.loader import Backbone, load_backbone
 from recbole_llm.backbone.store import default_cache_dir
 from recbole_llm.config.configurator import Config
+from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
+from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HistoryDataset, draw_rows
 from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
 from recbole_llm.data.prompts.lines import item_token_ids
@@ -45,7 +47,7 @@ from recbole_llm.data.retriever import (
 from recbole_llm.lens.fit import fit_lens
 from recbole_llm.lens.lens import Lens
 from recbole_llm.model.base import LLMRecommender
-from recbole_llm.registry import create_dataset, get_model
+from recbole_llm.registry import get_model
 from recbole_llm.trainer.warm_start import read_plain_lora
 from recbole_llm.utils.files import locked, write_atomically
 
@@ -175,7 +177,7 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
     Raises:
         ValueError: if vectors of titles are wanted, and the data has no titles.
     """
-    model_class, identity = config.model_class, {}
+    spec, identity = spec_of(config.model_class), {}
 
     @functools.cache
     def vectors() -> np.ndarray:
@@ -201,10 +203,9 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
         )
         return item_vectors(config, item_token_ids(dataset.item_text(), backbone.tokenizer), backbone)
 
-    if "id_retrieval" in getattr(model_class, "reads", ()):
+    if "id_retrieval" in spec.reads:
         set_id_retrieval(config, dataset, vectors)
-    wanted = getattr(model_class, "wants_item_vectors", None)
-    arguments = {"item_vectors": vectors()} if wanted is not None and wanted(config) else {}
+    arguments = {"item_vectors": vectors()} if spec.wants_item_vectors(config) else {}
     return arguments, identity or None
 
 
