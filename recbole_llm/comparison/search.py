@@ -28,8 +28,9 @@ import numpy as np
 
 from recbole_llm.comparison.plan import Plan, PlannedRun, config_for, parse_model, run_all, slug
 from recbole_llm.config.configurator import Config, parse_value
-from recbole_llm.registry import nearest
 from recbole_llm.utils.files import write_json
+from recbole_llm.utils.names import nearest
+from recbole_llm.utils.run_files import RESULT_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -129,7 +129,7 @@ def backbone_of(config: Config, texts: list[str]) -> Backbone:
         device=config["device"],
         dtype=config["dtype"],
         quantization=config["quantization"],
-        gradient_checkpointing=config["gradient_checkpointing"] if config.is_own else False,
+        gradient_checkpointing=config["gradient_checkpointing"] if config.spec.is_llm else False,
         cache_dir=cache_folder(config),
         texts=texts,
         seed=config["seed"],

@@ -19,9 +19,12 @@ from recbole.data import create_samplers, data_preparation
 from recbole.data.dataset import Dataset
 from recbole.data.utils import get_dataloader
 from recbole.model.abstract_recommender import AbstractRecommender
-from recbole.utils import EvaluatorType, InputType, init_seed
+from recbole.utils import EvaluatorType, InputType, get_trainer, init_seed
 
-from recbole_llm.config.configurator import Config, keys_read_by
+from recbole_llm.config.configurator import Config
+from recbole_llm.config.model_spec import class_for, spec_of
+from recbole_llm.data.candidates import CandidateSet
+from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.data.prompts.lines import item_token_ids
 from recbole_llm.evaluation.collector import RowCollector
@@ -42,7 +45,6 @@ from recbole_llm.experiment.splits import (
     set_id_retrieval,
     split,
 )
-from recbole_llm.registry import create_dataset, get_trainer
 from recbole_llm.trainer.checkpoint import check_origin, load_checkpoint
 from recbole_llm.trainer.conventional_trainer import EpochTraining
 from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
@@ -136,18 +138,18 @@ class ConventionalExperiment(Experiment):
         sizes["few_shot"] = len(train) if config["train_rows"] == "few_shot" else None
         with stage(seconds, "item_vectors"):
             arguments, backbone = llm_arguments(config, dataset)
-        model_class = config.model_class
-        if hasattr(model_class, "for_task"):
-            model_class = model_class.for_task(config["task"])
+        model_class = class_for(config.model_class, config["task"])
+        spec = spec_of(model_class)
         init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
         model = model_class(config, train, **arguments).to(config["device"])
         logger.info(model)
-        if is_labelled(config) and "LABEL_FIELD" not in keys_read_by(model_class):
-            logger.warning(
-                "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
-                "ACC are defined; compare it by AUC and GAUC",
-                config["model"],
-            )
+        if is_labelled(config) and not spec.probability:
+            if spec.learns_from != "labels":
+                logger.warning(
+                    "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss "
+                    "and ACC are defined; compare it by AUC and GAUC",
+                    config["model"],
+                )
             give_probabilities(model)
         return Assembly(
             config=config,
@@ -194,7 +196,7 @@ def data_hash(samples: Dataset) -> str:
     return digest.hexdigest()
 
 
-def stored_candidates(config: Config, splits: Splits):
+def stored_candidates(config: Config, splits: Splits) -> dict[str, CandidateSet] | None:
     """The candidates of validation and test samples, those of the LLM recommenders; ``None`` without any.
 
     Raises:
@@ -208,7 +210,7 @@ def stored_candidates(config: Config, splits: Splits):
     return draw_candidate_sets(config, {"valid": splits.full_valid, "test": splits.test}, splits.full_train)
 
 
-def our_loaders(config: Config, splits: Splits, candidates) -> tuple:
+def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateSet] | None) -> tuple:
     """Train, validation and test loaders on the samples, and with the candidates, of the LLM recommenders.
 
     Validation is on all validation samples, as it is cheap here; testing is on those that ``eval_rows`` leaves.
@@ -235,7 +237,7 @@ def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, np.ndarra
     Raises:
         ValueError: if vectors of titles are wanted, and the data has no titles.
     """
-    model_class, described_backbone = config.model_class, {}
+    spec, found = spec_of(config.model_class), {}
 
     @functools.cache
     def vectors() -> np.ndarray:
@@ -245,12 +247,11 @@ def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, np.ndarra
                 "them; name it in text.title"
             )
         backbone = backbone_of(config, dataset.item_texts())
-        described_backbone.update(described(backbone))
+        found.update(described(backbone))
         tokens = item_token_ids(dataset.item_text(), backbone.tokenizer)
         return item_vectors(backbone, tokens, cache_folder(config))
 
-    if "id_retrieval" in getattr(model_class, "reads", ()):
+    if "id_retrieval" in spec.reads:
         set_id_retrieval(config, dataset, vectors)
-    wanted = getattr(model_class, "wants_item_vectors", None)
-    arguments = {"item_vectors": vectors()} if wanted is not None and wanted(config) else {}
-    return arguments, described_backbone or None
+    arguments = {"item_vectors": vectors()} if spec.wants_item_vectors(config) else {}
+    return arguments, found or None

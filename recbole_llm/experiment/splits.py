@@ -14,10 +14,10 @@ from torch import Tensor
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
+from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HistoryDataset, draw_rows
 from recbole_llm.data.retriever import CategoryRetriever, SemanticRetriever
 from recbole_llm.experiment.assembly import cache_folder, is_default_count
-from recbole_llm.registry import create_dataset
 
 logger = logging.getLogger(__name__)
 
