@@ -366,7 +366,7 @@ def _groups(model: _Model, rows: Mapping[str, np.ndarray], metric: str) -> dict[
         result[title] = [
             {
                 "name": name,
-                "rows": by_seed[0][name].rows,
+                "rows": by_seed[0][name].samples,
                 "value": None if found.reason else float(np.mean([seed[name].value for seed in by_seed])),
                 "reason": found.reason,
             }

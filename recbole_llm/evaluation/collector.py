@@ -1,4 +1,4 @@
-"""RecBole's Collector, which also keeps the rows it has evaluated.
+"""RecBole's Collector, which also keeps the samples it has evaluated.
 
 The stock Collector joins a tensor per batch onto all earlier ones (quadratic in the number of batches), sends
 labels to the accelerator to fetch them back, and knows no users. Here batches are listed and joined once, on
@@ -18,18 +18,18 @@ from recbole_llm.utils.run_files import ROW_ID
 
 
 class RowCollector(Collector):
-    """Collects what the metrics need, and the rows: user, item, row_id, and label and score or the rank.
+    """Collects what the metrics need, and the samples: user, item, row_id, and label and score or the rank.
 
-    It takes the place of RecBole's collector for any model, ours or RecBole's:
+    It replaces RecBole's collector for any model, built-in or RecBole's:
 
         trainer.eval_collector = RowCollector(config)
         trainer.evaluate(test_data)
         rows = trainer.eval_collector.rows()
 
     Metrics may ask for 'data.user' beside RecBole's resources. What metrics get in ranking evaluations is
-    RecBole's own. Their rows are kept where each ranking has one target (leave-one-out, and every evaluation
+    RecBole's own. Their samples are kept where each ranking has one target (leave-one-out, and every evaluation
     of a sequential model), whether all items are ranked or drawn candidates. A ranking with several targets,
-    as general models have with ratio splits, has no rank to speak of and leaves no rows.
+    as general models have with ratio splits, has no single rank and leaves no samples.
     """
 
     def __init__(self, config) -> None:
@@ -37,11 +37,11 @@ class RowCollector(Collector):
         self.data_struct = _ListStruct()
         self._row_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._rows: dict[str, np.ndarray] | None = None
-        self._rankings: str | None = None  # why those of this evaluation leave no rows
+        self._rankings: str | None = None  # why those of this evaluation leave no samples
         self._no_rows: str | None = "no evaluation has been finished"
 
     def reset(self) -> None:
-        """Forgets an evaluation that an error or Ctrl-C cut off; a finished one is forgotten by itself."""
+        """Discards an evaluation interrupted by an error or Ctrl-C; a finished one is discarded by itself."""
         self.data_struct.reset()
         self._row_parts.clear()
         self._rankings = None
@@ -50,14 +50,14 @@ class RowCollector(Collector):
         """Takes one batch, as RecBole's Trainer hands it over.
 
         Args:
-            scores_tensor: labelled: [B] (or [B, 1]), one score per row. Ranking: [B, n_items], -inf for what
+            scores_tensor: labelled: [B] (or [B, 1]), one score per sample. Ranking: [B, n_items], -inf for what
                 is no candidate.
-            interaction: [B] rows, or [B x C] where candidates were drawn: the C candidates of each ranking in
+            interaction: [B] samples, or [B x C] where candidates were drawn: the C candidates of each ranking in
                 turn.
-            positive_u, positive_i: [P] row and item of every target, None in labelled evaluation.
+            positive_u, positive_i: [P] sample and item of every target, None in labelled evaluation.
 
         Raises:
-            ValueError: labelled: if the scores are not one per row, or the label field is missing. Ranking:
+            ValueError: labelled: if the scores are not one per sample, or the label field is missing. Ranking:
                 if a score is NaN, or a target has the score -inf.
         """
         if not self.register.need("rec.score"):  # ranking; RecBole allows only one kind of metrics in a run
@@ -68,7 +68,7 @@ class RowCollector(Collector):
         if len(scores) != len(interaction):
             raise ValueError(
                 f"the model's predict gave scores of the shape {tuple(scores_tensor.shape)} "
-                f"for {len(interaction)} rows; it must give one per row"
+                f"for {len(interaction)} samples; it must give one per sample"
             )
         label_field = self.config["LABEL_FIELD"]
         if self.register.need("data.label") and label_field not in interaction:
@@ -90,7 +90,7 @@ class RowCollector(Collector):
             self._row_parts[name].append(value.detach().clone())
 
     def eval_collect(self, eval_pred: torch.Tensor, data_label: torch.Tensor) -> None:
-        """Takes a whole evaluation at once (RecBole's tree models); its rows have only label and score."""
+        """Takes a whole evaluation at once (RecBole's tree models); its samples have only label and score."""
         if self.register.need("rec.score"):
             self._row_parts["score"].append(eval_pred.reshape(-1).detach().clone())
         if self.register.need("data.label"):
@@ -114,8 +114,8 @@ class RowCollector(Collector):
             missing = torch.isnan(rows["score"])
             if missing.any():
                 raise ValueError(
-                    f"the model's predict gave NaN for {int(missing.sum())} of {len(missing)} rows, "
-                    f"the first being row {int(missing.int().argmax())} of the evaluation"
+                    f"the model's predict gave NaN for {int(missing.sum())} of {len(missing)} samples, "
+                    f"the first being sample {int(missing.int().argmax())} of the evaluation"
                 )
             struct.set("rec.score", rows["score"])
             for name in ("label", "user"):
@@ -141,7 +141,7 @@ class RowCollector(Collector):
             ValueError: if there was none, or the last evaluation's rankings had several targets each.
         """
         if self._rows is None:
-            raise ValueError(f"there are no rows: {self._no_rows}")
+            raise ValueError(f"there are no samples: {self._no_rows}")
         return dict(self._rows)
 
     def _collect_ranks(self, scores: torch.Tensor, interaction, positive_u, positive_i) -> None:
@@ -153,13 +153,13 @@ class RowCollector(Collector):
             self._row_parts.clear()
             return
         user_field = self.config["USER_ID_FIELD"]
-        # Candidates of one ranking lie side by side, so that each C-th row speaks for its ranking.
+        # Candidates of one ranking are adjacent, so that each C-th entry represents its ranking.
         each, rest = divmod(len(interaction), n)
         user = interaction[user_field]
         if rest or not torch.equal(user, user[::each].repeat_interleave(each)):
             raise ValueError(
-                f"{len(interaction)} rows were scored for {n} rankings, but they are not the same number of "
-                f"rows of one [{user_field}] for each ranking in turn, as candidates of a ranking must be"
+                f"{len(interaction)} pairs were scored for {n} rankings, but they are not the same number of "
+                f"pairs of one [{user_field}] for each ranking in turn, as candidates of a ranking must be"
             )
         part = {
             "user": user[::each],

@@ -1,9 +1,9 @@
-"""Judging free answers: which candidate a generated text names, and how often it names one at all.
+"""Evaluation of generated answers: which candidate a text names, and how often it names one at all.
 
-A language model that answers in its own words may misquote a title, name two, or talk of something else.
-Every test row stays in the denominator of `hit_ratio_all`; an answer that names no candidate is a miss. The
+A language model that writes its answer may misquote a title, name two, or name none. Every test sample stays in the
+denominator of `hit_ratio_all`; an answer that names no candidate is a miss. The
 share of usable answers is reported beside it, and so is the accuracy among those alone, which by itself
-rewards a model for answering only where it is sure.
+rewards a model for answering only the easy ones.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def generation_report(
     """How many generated answers name a candidate, and how many the right one.
 
         valid_ratio      valid / n
-        hit_ratio_all    hits / n            every row counts; comparable with HR@1 of scored candidates
+        hit_ratio_all    hits / n            every sample counts; comparable with HR@1 of scored candidates
         hit_ratio_valid  hits / valid        None without a valid answer
 
     Args:
         matches: [n] the item (or position) that each answer names, -1 for an invalid answer.
         targets: [n] the right one, in the same numbering.
-        users: [n] the user of each row, for the bootstrap.
+        users: [n] the user of each sample, for the bootstrap.
         n: bootstrap samples, 0 for no intervals; seed, level: of the bootstrap.
 
     Returns:
@@ -103,7 +103,7 @@ def generation_report(
         intervals: {unit, samples, seed, level, each ratio: {value, low, high[, reason]}}}.
 
     Raises:
-        ValueError: if the lengths differ, there are no rows, or a target is negative.
+        ValueError: if the lengths differ, there are no samples, or a target is negative.
     """
     matches, targets = np.asarray(matches), np.asarray(targets)
     if matches.ndim != 1 or matches.shape != targets.shape or not matches.size:

@@ -1,7 +1,7 @@
 """The metrics of labelled (CTR) evaluation: plain NumPy functions, and the two of them that RecBole lacks.
 
-RecBole 1.2.1 has AUC and LogLoss for labelled rows, but no accuracy, and its GAUC only ranks candidates:
-asked for together with labelled rows it fails. `register_metrics` adds `ACC` and `LabeledGAUC` to RecBole's
+RecBole 1.2.1 has AUC and LogLoss for labelled samples, but no accuracy, and its GAUC only ranks candidates: requested
+together with labelled samples it fails. `register_metrics` adds `ACC` and `LabeledGAUC` to RecBole's
 own evaluator registry, so that `metrics: [AUC, LogLoss, ACC, LabeledGAUC]` works for every model that RecBole
 can evaluate.
 
@@ -9,7 +9,7 @@ All arithmetic is float64. AUCs are sums of integers (twice the number of ordere
 they are exact for any number of ties. One rule holds for what cannot be computed:
 
 * the functions raise `UndefinedMetric` (a ValueError) when a metric has no value on good data (one class
-  only, no rows, scores that are no probabilities), and a plain ValueError on bad data (NaN scores, labels
+  only, no samples, scores that are no probabilities), and a plain ValueError on bad data (NaN scores, labels
   other than 0 and 1);
 * the two RecBole metrics turn `UndefinedMetric` into NaN and a logged warning, as RecBole's AUC does;
 * `bootstrap` and the report turn it into None with the reason beside it.
@@ -33,7 +33,7 @@ LOG_EPS = 1e-15
 
 
 class UndefinedMetric(ValueError):
-    """The metric has no value on these rows, though the rows themselves are fine."""
+    """The metric has no value on these samples, though the samples themselves are valid."""
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -57,20 +57,19 @@ def logloss(p: np.ndarray, labels: np.ndarray) -> float:
 
     Note:
         `p` is clipped to [1e-15, 1 - 1e-15], as in RecBole. A float32 sigmoid is exactly 1 from a logit of
-        about 17 on, and one such row that is wrong costs 34.5: hand over float64 probabilities where they can
-        be had.
+        about 17 on, and one such sample that is wrong costs 34.5: pass float64 probabilities where possible.
 
     Raises:
-        UndefinedMetric: if `p` leaves [0, 1] or there are no rows.
+        UndefinedMetric: if `p` leaves [0, 1] or there are no samples.
     """
     return float(row_logloss(p, labels).mean())
 
 
 def accuracy(p: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:
-    """Share of rows where `p > threshold` agrees with the label (a probability of exactly 0.5 predicts 0).
+    """Share of samples where `p > threshold` agrees with the label (a probability of exactly 0.5 predicts 0).
 
     Raises:
-        UndefinedMetric: if `p` leaves [0, 1] or there are no rows.
+        UndefinedMetric: if `p` leaves [0, 1] or there are no samples.
     """
     return float(row_accuracy(p, labels, threshold).mean())
 
@@ -81,11 +80,11 @@ def gauc(users: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> float:
         GAUC = sum_u P_u AUC_u / sum_u P_u        over users with at least one positive and one negative
 
     That is RecBole's definition, so the figures compare with its ranking GAUC. (The DIN paper, arXiv
-    1706.06978, weights by impressions, that is by the user's rows.) Users with one class have no AUC; they
+    1706.06978, weights by impressions, that is by the user's samples.) Users with one class have no AUC; they
     are left out, and their number is logged.
 
     Args:
-        users: [n] one id per row, any dtype NumPy can sort.
+        users: [n] one id per sample, any dtype NumPy can sort.
         scores: [n]; labels: [n] 0 or 1.
 
     Raises:
@@ -97,7 +96,7 @@ def gauc(users: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> float:
     if left_out.any():
         n_rows = per_user.positives + per_user.negatives
         logger.info(
-            "GAUC: %d of %d users (%d of %d rows) have only one class and are left out",
+            "GAUC: %d of %d users (%d of %d samples) have only one class and are left out",
             left_out.sum(),
             left_out.size,
             n_rows[left_out].sum(),
@@ -163,16 +162,16 @@ def mean_user_auc(per_user: UserAUC) -> float:
 
 
 class PairOrder:
-    """Where each positive stands among the negatives: all an AUC needs, for any weights of the rows.
+    """Where each positive stands among the negatives: all an AUC needs, for any weights of the samples.
 
-    With row weights w and C the running sum of the negatives' weights in the order of their scores (C[0] =
+    With sample weights w and C the running sum of the negatives' weights in the order of their scores (C[0] =
     0),
 
         AUC = sum_i w_i (C[below_i] + C[not_above_i]) / (2 W_pos W_neg)        i over the positives
 
     Attributes:
-        positives: [P] row numbers of the positives, in ascending order of score.
-        negatives: [N] row numbers of the negatives, in ascending order of score.
+        positives: [P] indices of the positives, in ascending order of score.
+        negatives: [N] indices of the negatives, in ascending order of score.
         below: [P] how many negatives score strictly lower than this positive.
         not_above: [P] how many negatives score at most as high as this positive.
     """
@@ -186,23 +185,23 @@ class PairOrder:
 
 
 def row_logloss(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """[n] float64 log loss of each row; see `logloss`."""
+    """[n] float64 log loss of each sample; see `logloss`."""
     p, labels = _check_probabilities(p, labels, "LogLoss")
     p = np.clip(p, LOG_EPS, 1 - LOG_EPS)
     return -np.log(np.where(labels, p, 1 - p))
 
 
 def row_accuracy(p: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """[n] bool, whether each row is classified rightly; see `accuracy`."""
+    """[n] bool, whether each sample is classified correctly; see `accuracy`."""
     p, labels = _check_probabilities(p, labels, "ACC")
     return (p > threshold) == labels
 
 
 def user_codes(users: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct users, sorted, and each row's place among them."""
+    """The distinct users, sorted, and each sample's index among them."""
     users = np.asarray(users)
     if users.shape != (n_rows,):
-        raise ValueError(f"users has the shape {users.shape}, but there are {n_rows} rows")
+        raise ValueError(f"users has the shape {users.shape}, but there are {n_rows} samples")
     if users.dtype == object:  # RecBole's tokens
         users = users.astype(str)
     return np.unique(users, return_inverse=True)
@@ -216,11 +215,11 @@ def _check(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
             f"scores and labels must be two vectors of one length, not {scores.shape} and {labels.shape}"
         )
     if not scores.size:
-        raise UndefinedMetric("there are no rows to evaluate")
+        raise UndefinedMetric("there are no samples to evaluate")
     if np.isnan(scores).any():
         missing = np.isnan(scores)
         raise ValueError(
-            f"{missing.sum()} of {missing.size} scores are NaN, the first at row {missing.argmax()}"
+            f"{missing.sum()} of {missing.size} scores are NaN, the first at sample {missing.argmax()}"
         )
     positive = labels == 1
     if not (positive | (labels == 0)).all():
@@ -249,7 +248,7 @@ def _check_two_classes(labels: np.ndarray, metric: str) -> None:
 
 
 class ACC(LossMetric):
-    """Accuracy of labelled rows at a probability of 0.5, as a RecBole metric named `ACC`; see `accuracy`."""
+    """Accuracy of labelled samples at a probability of 0.5, as a RecBole metric named `ACC`; see `accuracy`."""
 
     def calculate_metric(self, dataobject):
         """Returns {'acc': value}, NaN with a warning if the scores are no probabilities."""
@@ -261,9 +260,9 @@ class ACC(LossMetric):
 
 
 class LabeledGAUC(AbstractMetric):
-    """GAUC of labelled rows, as a RecBole metric named `LabeledGAUC` with the result key `gauc`; see `gauc`.
+    """GAUC of labelled samples, as a RecBole metric named `LabeledGAUC` with the result key `gauc`; see `gauc`.
 
-    It needs each row's user, which `RowCollector` puts into 'data.user' and RecBole's own Collector does not.
+    It needs each sample's user, which `RowCollector` puts into 'data.user' and RecBole's own Collector does not.
     """
 
     metric_type = EvaluatorType.VALUE
@@ -273,7 +272,7 @@ class LabeledGAUC(AbstractMetric):
         """Returns {'gauc': value}, NaN with a warning if no user has both classes."""
         if "data.user" not in dataobject:
             raise ValueError(
-                "LabeledGAUC needs the user of each row, which RecBole's own Collector does not keep: "
+                "LabeledGAUC needs the user of each sample, which RecBole's own Collector does not keep: "
                 "set trainer.eval_collector = recbole_llm.evaluation.RowCollector(config)"
             )
         users, scores, labels = (

@@ -1,20 +1,20 @@
-"""Ranking evaluation with one target per row: from scores to the target's rank, from ranks to metrics.
+"""Ranking evaluation with one target per sample: from scores to the target's rank, from ranks to metrics.
 
-A row is a user with one next item, the target. A model scores candidates, all items or a few, and everything
-that is reported follows from one number per row:
+A sample is a user with one next item, the target. A model scores candidates, all items or a few, and every metric
+follows from one number per sample:
 
     rank = 1 + number of other candidates whose score is at least the target's
 
-Ties thus count against the model. A sort would let them fall as it pleases: a model that gives every item one
-score would look good or bad by the position of the target in memory, and would be perfect in RecBole's
-evaluator wherever the target happens to come first. Here it is last. Ties are real: two items of one title
-get one score from a language model, and half-precision scores coincide often.
+Ties thus count against the model. With a sort, ties would be broken by the position of the target in memory: a
+model that gives every item the same score would be perfect in RecBole's evaluator wherever the target comes first.
+Here the target is last. Ties are real: two items of one title get one score from a language model, and
+half-precision scores coincide often.
 
     HR@k    1 if rank <= k, else 0
     NDCG@k  1 / log2(rank + 1) if rank <= k, else 0        the ideal DCG of a single target is 1
     MRR@k   1 / rank if rank <= k, else 0
 
-averaged over all rows, in float64. Without ties they equal RecBole's Hit, NDCG and MRR.
+averaged over all samples, in float64. Without ties they equal RecBole's Hit, NDCG and MRR.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _NAME = re.compile(r"(hr|ndcg|mrr)@([1-9][0-9]*)")
 
 
 def target_ranks(scores: torch.Tensor | np.ndarray, targets: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """The rank of each row's target among its candidates, 1 being best; ties count against the model.
+    """The rank of each sample's target among its candidates, 1 being best; ties count against the model.
 
     Args:
-        scores: [B, n_items], -inf for whatever is not a candidate of the row.
-        targets: [B] column of each row's target.
+        scores: [B, n_items], -inf for whatever is not a candidate.
+        targets: [B] column of each sample's target.
 
     Returns:
         [B] int64, on the device of `scores`.
 
     Raises:
-        ValueError: if the shapes do not fit, a score is NaN, or a target is no candidate of its row (it is
-            out of range or has the score -inf).
+        ValueError: if the shapes do not fit, a score is NaN, or a target is no candidate (it is out of
+            range or has the score -inf).
     """
     scores = torch.as_tensor(scores).detach()
     targets = torch.as_tensor(targets, device=scores.device).long()
     if scores.dim() != 2 or targets.shape != scores.shape[:1]:
         raise ValueError(
-            f"ranking needs scores [rows, items] and one target per row, not {tuple(scores.shape)} "
+            f"ranking needs scores [samples, items] and one target per sample, not {tuple(scores.shape)} "
             f"and {tuple(targets.shape)}"
         )
     if not len(scores):
@@ -62,23 +62,23 @@ def target_ranks(scores: torch.Tensor | np.ndarray, targets: torch.Tensor | np.n
     missing = torch.isnan(scores).any(dim=1)
     if missing.any():
         raise ValueError(
-            f"the model gave NaN scores in {int(missing.sum())} of {len(missing)} rows, "
-            f"the first being row {int(missing.int().argmax())} of the batch"
+            f"the model gave NaN scores in {int(missing.sum())} of {len(missing)} samples, "
+            f"the first being sample {int(missing.int().argmax())} of the batch"
         )
     own = scores.gather(1, targets[:, None])
     outside = own[:, 0] == -torch.inf
     if outside.any():
         row = int(outside.int().argmax())
         raise ValueError(
-            f"the target of {int(outside.sum())} of {len(outside)} rows has the score -inf, which marks what "
-            f"is no candidate; the first is item {int(targets[row])} in row {row} of the batch: put the "
+            f"the target of {int(outside.sum())} of {len(outside)} samples has the score -inf, which marks what "
+            f"is no candidate; the first is item {int(targets[row])} in sample {row} of the batch: put the "
             "target among the candidates and give it a finite score"
         )
     return (scores >= own).sum(dim=1)  # the target is >= itself: that is the 1
 
 
 def row_rank_metric(metric: str, ranks: np.ndarray) -> np.ndarray:
-    """[n] float64: what each row contributes to a metric such as 'hr@1', 'ndcg@10' or 'mrr@10'.
+    """[n] float64: what each sample contributes to a metric such as 'hr@1', 'ndcg@10' or 'mrr@10'.
 
     Raises:
         ValueError: on an unknown metric, or ranks that are no whole numbers from 1 on.
@@ -94,18 +94,18 @@ def row_rank_metric(metric: str, ranks: np.ndarray) -> np.ndarray:
 
 
 def rank_metrics(ranks: np.ndarray, metrics: Sequence[str] = RANK_METRICS) -> dict[str, float]:
-    """Metric name -> mean over the rows, of the ranks [n] that `target_ranks` gives.
+    """Metric name -> mean over the samples, of the ranks [n] that `target_ranks` gives.
 
     >>> rank_metrics([1, 3, 12], ["hr@1", "hr@5", "ndcg@5", "mrr@10"])["ndcg@5"]
     0.5
 
     Raises:
-        UndefinedMetric: if there are no rows.
+        UndefinedMetric: if there are no samples.
         ValueError: on an unknown metric, or ranks that are no whole numbers from 1 on.
     """
     ranks = _check_ranks(ranks)
     if not ranks.size:
-        raise UndefinedMetric("there are no rows to evaluate")
+        raise UndefinedMetric("there are no samples to evaluate")
     return {metric.lower(): float(row_rank_metric(metric, ranks).mean()) for metric in metrics}
 
 

@@ -1,16 +1,16 @@
-"""Tests of significance, intervals, calibration and groups: what a comparison of recommenders needs.
+"""Tests of significance, BCa intervals, calibration and groups: what a comparison of recommenders needs.
 
-    delong, delong_interval          AUCs of two models on the same rows; of one model
-    mcnemar                          two models' hits (HR@1, accuracy) on the same rows
-    paired_permutation               mean differences of anything, rows of a user together
+    delong                           AUCs of two models on the same samples
+    mcnemar                          two models' hits (HR@1, accuracy) on the same samples
+    paired_permutation               mean differences of anything, clustered by user
     holm                             many tests at once
     bca_interval                     bootstrap intervals corrected for bias and skewness
-    calibration                      are the probabilities true ones?
+    calibration                      reliability curve and expected calibration error
     quantile_groups, metric_by_group any metric by length of history, activity of users or popularity of items
 
-`delong` and `mcnemar` take rows for independent unless told otherwise. Rows of one user are not: hand `users`
-to `delong`, and use `mcnemar` where every user has one row. What has no answer on good data raises
-`UndefinedMetric`, bad data a plain ValueError, as in `metrics`.
+`delong` and `mcnemar` treat samples as independent unless told otherwise. Samples of one user are not: pass `users` to
+`delong`, and use `mcnemar` where every user has one sample. What has no answer on good data raises `UndefinedMetric`,
+bad data a plain ValueError, as in `metrics`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.stats import binomtest, norm, rankdata
 
 from recbole_llm.evaluation.metrics import (
@@ -31,7 +32,7 @@ from recbole_llm.evaluation.metrics import (
 
 
 class DeLong(NamedTuple):
-    """Two AUCs on the same rows, and the test of their difference."""
+    """Two AUCs on the same samples, and the test of their difference."""
 
     auc_a: float
     auc_b: float
@@ -43,25 +44,16 @@ class DeLong(NamedTuple):
     """Of the difference."""
     p_value: float | None
     """Two-sided; None where the AUCs differ and their difference has no variance (two models that both
-    separate the classes perfectly, one of them upside down)."""
-
-
-class AUCInterval(NamedTuple):
-    """An AUC with its interval."""
-
-    auc: float
-    low: float
-    high: float
-    standard_error: float
+    separate the classes perfectly, one of them inverted)."""
 
 
 def delong(
     labels: np.ndarray, score_a: np.ndarray, score_b: np.ndarray, users: np.ndarray | None = None
 ) -> DeLong:
-    """The paired test of two AUCs on the same rows (DeLong, DeLong & Clarke-Pearson, Biometrics 44, 1988).
+    """The paired test of two AUCs on the same samples (DeLong, DeLong & Clarke-Pearson, Biometrics 44, 1988).
 
     With P positives and N negatives, V_i the share of negatives that positive i beats and V_j the share of
-    positives that beat negative j (a tie being half), both means of V are the AUC, and
+    positives that beat negative j (ties count half), both means of V are the AUC, and
 
         cov(AUC_a, AUC_b) = cov_i(V_i^a, V_i^b) / P + cov_j(V_j^a, V_j^b) / N
         z = (AUC_a - AUC_b) / sqrt(var_a + var_b - 2 cov),        p = 2 Phi(-|z|)
@@ -74,16 +66,16 @@ def delong(
         cov = U_P / (U_P - 1) sum_u X_u^a X_u^b / P^2 + U_N / (U_N - 1) sum_u Y_u^a Y_u^b / N^2
               + U / (U - 1) sum_u (X_u^a Y_u^b + Y_u^a X_u^b) / (P N)
 
-    which is DeLong's where every row has its own user.
+    which is DeLong's where every sample has its own user.
 
     Args:
         labels: [n] 0 or 1.
         score_a, score_b: [n] any real numbers, higher meaning more likely positive; or [s, n], s runs of one
             method (seeds), whose mean AUC is tested: its V are the means of the runs' V.
-        users: [n] the user of each row, any sortable dtype; None takes the rows for independent.
+        users: [n] the user of each sample, any sortable dtype; None treats samples as independent.
 
     Raises:
-        UndefinedMetric: if a class is missing or has a single row (with `users`: rows of a single user).
+        UndefinedMetric: if a class is missing or has a single sample (with `users`: samples of a single user).
         ValueError: on unequal lengths, NaN scores, or labels other than 0 and 1.
     """
     auc, covariance, variance = _auc_covariance(labels, {"score_a": score_a, "score_b": score_b}, users)
@@ -96,31 +88,13 @@ def delong(
     return DeLong(float(auc[0]), float(auc[1]), difference, covariance, error, p_value)
 
 
-def delong_interval(
-    labels: np.ndarray, scores: np.ndarray, level: float = 0.95, users: np.ndarray | None = None
-) -> AUCInterval:
-    """AUC -+ Phi^-1((1 + level) / 2) sqrt(var), cut at 0 and 1, with the variance of `delong`.
-
-    Raises:
-        UndefinedMetric: as `delong`, and if the variance is zero (an AUC of 0 or 1).
-        ValueError: as `delong`, and on a level outside (0, 1).
-    """
-    _check_level("delong_interval", level)
-    auc, covariance, _ = _auc_covariance(labels, {"scores": scores}, users)
-    value, error = float(auc[0]), float(np.sqrt(max(covariance[0, 0], 0.0)))
-    if error == 0:
-        raise UndefinedMetric(f"the AUC of {value:g} has no DeLong interval: its estimated variance is zero")
-    half = float(norm.isf((1 - level) / 2)) * error
-    return AUCInterval(value, max(0.0, value - half), min(1.0, value + half), error)
-
-
 def _auc_covariance(
     labels: np.ndarray, scores: Mapping[str, np.ndarray], users: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """AUCs [k], their covariance [k, k], and the variance of the first AUC minus the last.
 
     The V are kept as whole numbers, twice the number of pairs, and the difference has components of its own:
-    models that order the rows alike differ by exactly 0 with variance exactly 0.
+    models that order the samples alike differ by exactly 0 with variance exactly 0.
     """
     beats, beaten = [], []
     for name, score in scores.items():
@@ -149,7 +123,7 @@ def _auc_covariance(
         owners = codes[rows]
         n_owners = np.unique(owners).size
         if n_owners < 2:
-            unit = "row" if users is None else "user"
+            unit = "sample" if users is None else "user"
             raise UndefinedMetric(f"DeLong's variance needs {what} of at least two {unit}s, but there is one")
         # Means first, as whole numbers over a count: equal components then deviate by exactly 0.
         deviations = components - components.mean(axis=1, keepdims=True)
@@ -165,71 +139,49 @@ def _auc_covariance(
     return beats[:-1].sum(axis=1) / pairs, covariance[:-1, :-1], float(covariance[-1, -1])
 
 
-class McNemar(NamedTuple):
-    """How often two models hit on the same rows, and the exact test of their difference."""
+def mcnemar(hits_a: np.ndarray, hits_b: np.ndarray) -> float:
+    """Two-sided p-value of the exact paired test of two hit rates (McNemar, Psychometrika 12, 1947), such as HR@1.
 
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-    p_value: float
-    """Two-sided."""
-
-
-def mcnemar(hits_a: np.ndarray, hits_b: np.ndarray) -> McNemar:
-    """The exact paired test of two hit rates (McNemar, Psychometrika 12, 1947), such as HR@1.
-
-    Rows where the models agree say nothing about which is better. If neither is, each of the others falls to
-    either side as a fair coin does, so only_a ~ Binomial(only_a + only_b, 1/2), and p is its two-sided tail.
+    Under the null hypothesis each sample on which the models disagree favours either model with probability 1/2:
+    only_a ~ Binomial(only_a + only_b, 1/2).
 
     Args:
-        hits_a, hits_b: [n] bool, or 0 and 1; the same independent rows in the same order.
+        hits_a, hits_b: [n] bool, or 0 and 1; the same independent samples in the same order.
 
     Raises:
-        UndefinedMetric: if there are no rows.
+        UndefinedMetric: if there are no samples.
         ValueError: on unequal lengths or values other than 0 and 1.
     """
-    a, b = _hits("hits_a", hits_a), _hits("hits_b", hits_b)
-    if a.shape != b.shape:
-        raise ValueError(f"hits_a has {a.size} rows and hits_b {b.size}; both need the same rows")
+    a, b = np.asarray(hits_a), np.asarray(hits_b)
+    if a.ndim != 1 or a.shape != b.shape or not np.isin([a, b], (0, 1)).all():
+        raise ValueError(f"mcnemar needs two vectors of 0 and 1 of one length, not {a.shape} and {b.shape}")
     if not a.size:
-        raise UndefinedMetric("there are no rows to evaluate")
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p_value = float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
-    return McNemar(int((a & b).sum()), only_a, only_b, int((~a & ~b).sum()), p_value)
-
-
-def _hits(name: str, hits: np.ndarray) -> np.ndarray:
-    hits = np.asarray(hits)
-    if hits.ndim != 1:
-        raise ValueError(f"{name} must be a vector, not of the shape {hits.shape}")
-    hit = hits == 1
-    bad = ~(hit | (hits == 0))
-    if bad.any():
-        raise ValueError(f"{name} must be 0 or 1, but row {bad.argmax()} has {hits[bad.argmax()].item()!r}")
-    return hit
+        raise UndefinedMetric("there are no samples to evaluate")
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
 
 
 def paired_permutation(users: np.ndarray, differences: np.ndarray, n: int = 9999, seed: int = 0) -> float:
-    """Two-sided p-value of a mean paired difference by random changes of sign, whole users at a time.
+    """Two-sided p-value of a mean paired difference by a sign-flip permutation test, clustered by user.
 
-    If neither of two models is better, a user's differences are as likely as their negatives. p is the share of
+    If neither of two models is better, the sum of a user's differences is as likely as its negative. p is the share of
     ``n`` random assignments of signs, and of the one observed, whose sum is at least as far from 0 (Phipson & Smyth,
-    Stat. Appl. Genet. Mol. Biol. 9, 2010); it is never 0.
+    Stat. Appl. Genet. Mol. Biol. 9, 2010); it is never 0. ``scipy.stats.permutation_test`` on the sums by user tests
+    the same hypothesis, but from other draws and with twice the smaller tail as p: saved p-values would change.
 
     Args:
-        users: [rows] the user of each row.
-        differences: [rows] gain of one model minus gain of the other (means over seeds, for instance).
+        users: [samples] the user of each.
+        differences: [samples] gain of one model minus gain of the other (means over seeds, for instance).
         n: number of random assignments.
         seed: of these.
 
     Raises:
-        UndefinedMetric: if there are no rows.
+        UndefinedMetric: if there are no samples.
         ValueError: on unequal lengths or differences that are not finite.
     """
     differences = np.asarray(differences, np.float64)
     if not differences.size:
-        raise UndefinedMetric("there are no rows to evaluate")
+        raise UndefinedMetric("there are no samples to evaluate")
     if not np.isfinite(differences).all():
         raise ValueError("paired_permutation: not all differences are finite")
     _, codes = user_codes(users, differences.size)
@@ -300,19 +252,16 @@ def bca_interval(
             replicates.
         ValueError: on a level outside (0, 1), and on values that are not finite.
     """
-    _check_level("bca_interval", level)
     replicates, jackknife = np.asarray(replicates, np.float64), np.asarray(jackknife, np.float64)
-    if not np.isfinite(value):
-        raise ValueError(f"bca_interval needs a finite value, not {value}")
-    for name, values, least in (("replicates", replicates, 1), ("jackknife", jackknife, 2)):
-        if values.ndim != 1 or values.size < least:
-            raise ValueError(f"bca_interval needs a vector of {least} or more {name}, not {values.shape}")
-        bad = ~np.isfinite(values)
-        if bad.any():
-            raise ValueError(
-                f"bca_interval: {bad.sum()} of {bad.size} {name} are not finite, "
-                f"the first being {bad.argmax()}"
-            )
+    if not 0 < level < 1 or replicates.size < 1 or jackknife.size < 2:
+        raise ValueError(
+            f"bca_interval needs replicates, 2 or more jackknife values and 0 < level < 1, not {replicates.size}, "
+            f"{jackknife.size} and level={level}"
+        )
+    if not (np.isfinite(value) and np.isfinite(replicates).all() and np.isfinite(jackknife).all()):
+        raise ValueError(
+            "bca_interval: the value, or one of the replicates or jackknife values, is not finite"
+        )
     # Sums in another order differ in their last digits; such replicates are ties.
     tied = np.abs(replicates - value) <= 1e-12 * np.abs(replicates).max()
     share = float(np.where(tied, 0.5, replicates < value).mean())
@@ -341,7 +290,7 @@ class Calibration(NamedTuple):
     """Reliability curve by ascending probability, all arrays [at most bins], and its one-number summary."""
 
     predicted: np.ndarray
-    """Mean probability of the bin's rows."""
+    """Mean probability of the bin's samples."""
     observed: np.ndarray
     """Share of positives among them."""
     counts: np.ndarray
@@ -352,11 +301,10 @@ class Calibration(NamedTuple):
 def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> Calibration:
     """Reliability curve over bins of equal mass, and ECE = sum_b (n_b / n) |observed_b - predicted_b|.
 
-    Bins of equal mass (Nixon et al., arXiv 1904.01685) keep every share of positives about as certain, also
-    where a model gives nearly all rows one probability. Rows of one probability stay in one bin, so that the
-    order of the rows does not matter; bins that this leaves empty are dropped. Chance alone makes the ECE of
-    a perfectly calibrated model positive, of the order sqrt(bins / n): compare models on the same rows and
-    bins.
+    Bins of equal mass (Nixon et al., arXiv 1904.01685) estimate every share of positives about equally well, also where
+    a model gives nearly all samples one probability. Samples of one probability stay in one bin, so that their order
+    does not matter; empty bins are dropped. Chance alone makes the ECE of a perfectly calibrated model positive, of
+    the order sqrt(bins / n): compare models on the same samples and bins.
 
     Args:
         labels: [n] 0 or 1.
@@ -364,133 +312,87 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -
         bins: how many, at most.
 
     Raises:
-        UndefinedMetric: if there are no rows or `probabilities` leave [0, 1].
+        UndefinedMetric: if there are no samples or `probabilities` leave [0, 1].
         ValueError: on bad labels, NaN, unequal lengths, or fewer than one bin.
     """
-    _check_number("calibration", "bins", bins)
     p, positive = _check_probabilities(probabilities, labels, "calibration")
-    codes = _mass_bins(p, bins)
-    counts = np.bincount(codes)
-    predicted = np.bincount(codes, weights=p) / counts
-    observed = np.bincount(codes, weights=positive) / counts
+    binned = pd.DataFrame({"p": p, "positive": positive.astype(float)}).groupby(_mass_bins(p, bins))
+    mean, counts = binned.mean(), binned.size().to_numpy()
+    predicted, observed = mean["p"].to_numpy(), mean["positive"].to_numpy()
     return Calibration(predicted, observed, counts, float(np.abs(observed - predicted) @ counts / p.size))
 
 
-class Groups(NamedTuple):
-    """Rows cut into groups, in ascending order of what they were cut by."""
+def quantile_groups(values: np.ndarray, n: int) -> np.ndarray:
+    """[samples] the name of each sample's group, of up to `n` of about equal size: '5-12', or '5' for one value.
 
-    codes: np.ndarray
-    """[rows] the group of each row, 0 to n_groups - 1."""
-    names: tuple[str, ...]
-    """Least and greatest value of each group: '5-12', or '5' where they are one."""
-    bounds: np.ndarray
-    """[n_groups, 2] the same as numbers."""
+    Equal values stay in one group, so that groups do not depend on the order of the samples; where many values are
+    equal, groups differ in size and may be fewer. (`pandas.qcut` cuts at interpolated values: ties move its groups.)
 
-
-def quantile_groups(values: np.ndarray, n: int) -> Groups:
-    """Cuts rows into up to `n` groups of about equal size by a number that each row has.
-
-    Equal values stay in one group, so that groups do not depend on the order of the rows; where many values
-    are equal, groups differ in size and may be fewer. The number is whatever is asked about: length of the
-    row's history, number of the user's interactions, number of the item's interactions in training. Each is
-    given once per row:
-
-    >>> quantile_groups([1, 1, 2, 3, 8, 9], 3).names
-    ('1', '2-3', '8-9')
+    >>> quantile_groups([1, 1, 2, 3, 8, 9], 3).tolist()
+    ['1', '1', '2-3', '2-3', '8-9', '8-9']
 
     Args:
-        values: [rows] finite numbers.
+        values: [samples] finite numbers: length of history, interactions of the user or item, and so on.
         n: number of groups, at most.
 
     Raises:
-        UndefinedMetric: if there are no rows.
+        UndefinedMetric: if there are no samples.
         ValueError: if values are no vector of finite numbers or `n` is below 1.
     """
-    _check_number("quantile_groups", "n", n)
     values = np.asarray(values)
-    if values.ndim != 1:
-        raise ValueError(f"quantile_groups needs a vector of values, not the shape {values.shape}")
     if not values.size:
-        raise UndefinedMetric("there are no rows to cut into groups")
-    if values.dtype.kind not in "iuf":
-        raise ValueError(f"quantile_groups needs numbers, not {values.dtype}")
-    bad = ~np.isfinite(values)
-    if bad.any():
-        raise ValueError(f"{bad.sum()} of {bad.size} values are not finite, the first at row {bad.argmax()}")
+        raise UndefinedMetric("there are no samples to group")
+    if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise ValueError(
+            f"quantile_groups needs a vector of finite numbers, not {values.dtype}, {values.shape}"
+        )
     codes = _mass_bins(values, n)
-    ascending = np.argsort(values, kind="stable")
-    starts = np.flatnonzero(np.diff(codes[ascending], prepend=-1))
-    ends = np.append(starts[1:], values.size) - 1
-    bounds = values[ascending][np.stack([starts, ends], axis=1)]
-    names = tuple(f"{low}" if low == high else f"{low}-{high}" for low, high in bounds.tolist())
-    return Groups(codes, names, bounds)
+    bounds = pd.Series(values).groupby(codes).agg(["min", "max"])
+    names = [str(low) if low == high else f"{low}-{high}" for low, high in bounds.itertuples(index=False)]
+    return np.array(names)[codes]
 
 
 class GroupMetric(NamedTuple):
-    """A metric on the rows of one group; where the value is None, `reason` says why."""
+    """A metric on the samples of one group; where the value is None, `reason` says why."""
 
     value: float | None
-    rows: int
+    samples: int
     reason: str | None = None
 
 
 def metric_by_group(
-    groups: Groups | np.ndarray, metric: Callable[..., float], *columns: np.ndarray
+    groups: np.ndarray, metric: Callable[..., float], *columns: np.ndarray
 ) -> dict[str, GroupMetric]:
-    """Any metric on each group's rows: `metric_by_group(quantile_groups(length, 4), auc, scores, labels)`.
+    """Any metric on each group's samples: `metric_by_group(quantile_groups(length, 4), auc, scores, labels)`.
 
     Args:
-        groups: of `quantile_groups`, or [rows] any sortable values, one group per value, named by it.
-        metric: called with the group's rows of every column, in the order given.
-        columns: [rows, ...] what `metric` takes.
+        groups: [samples] any sortable values, one group per value, named by it.
+        metric: called with the group's samples of every column, in the order given.
+        columns: [samples, ...] what `metric` takes.
 
     Returns:
-        Name of the group -> value and number of rows, in order. `UndefinedMetric` (one class in a group)
-        becomes a reason.
+        Name of the group -> value and number of samples, in order. `UndefinedMetric` (one class in a group) becomes a
+        reason.
 
     Raises:
-        ValueError: if a column has another number of rows, there are none, or the metric finds the data bad;
-            it then names the group.
+        ValueError: if the metric finds the data bad; it then names the group.
     """
-    if isinstance(groups, Groups):
-        codes, names = groups.codes, groups.names
-    else:
-        groups = np.asarray(groups)
-        values, codes = user_codes(groups, groups.size)
-        names = tuple(str(value) for value in values.tolist())
-    if not columns:
-        raise ValueError("metric_by_group was given no columns to compute the metric from")
     arrays = [np.asarray(column) for column in columns]
-    for i, array in enumerate(arrays):
-        if array.shape[:1] != codes.shape:
-            raise ValueError(
-                f"metric_by_group: {codes.size} rows have groups, but column {i} is {array.shape}"
-            )
     result = {}
-    for code, name in enumerate(names):
-        rows = codes == code
-        value, reason = None, None
+    for name, places in pd.Series(np.asarray(groups)).groupby(np.asarray(groups)).indices.items():
         try:
-            value = float(metric(*(array[rows] for array in arrays)))
+            found = GroupMetric(float(metric(*(array[places] for array in arrays))), len(places))
         except UndefinedMetric as error:
-            reason = str(error)
+            found = GroupMetric(None, len(places), str(error))
         except ValueError as error:
             raise ValueError(f"group {name}: {error}") from error
-        result[name] = GroupMetric(value, int(rows.sum()), reason)
+        result[str(name)] = found
     return result
 
 
 def _mass_bins(values: np.ndarray, n: int) -> np.ndarray:
-    """[rows] 0, 1, ...: which n-th of the rows each value's midrank falls into, numbered without gaps."""
+    """[samples] 0, 1, ...: which n-th of the samples each value's midrank falls into, numbered without gaps."""
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"the number of bins or groups must be an int >= 1, not {n!r}")
     double_rank = np.rint(2 * rankdata(values)).astype(np.int64)
     return np.unique((double_rank - 1) * n // (2 * values.size), return_inverse=True)[1]
-
-
-def _check_level(where: str, level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"{where} needs 0 < level < 1, not level={level}")
-
-
-def _check_number(where: str, name: str, n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ValueError(f"{where} needs a whole number {name} >= 1, not {name}={n!r}")

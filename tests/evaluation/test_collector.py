@@ -113,12 +113,12 @@ def test_bad_scores_are_refused_and_leave_nothing_behind():
     data = Interaction(
         {"user_id": torch.tensor([1, 2]), "item_id": torch.tensor([1, 2]), "label": torch.ones(2)}
     )
-    with pytest.raises(ValueError, match=r"shape \(3,\) for 2 rows"):
+    with pytest.raises(ValueError, match=r"shape \(3,\) for 2 samples"):
         collector.eval_batch_collect(torch.rand(3), data, None, None)
     collector.eval_batch_collect(torch.tensor([0.1, float("nan")]), data, None, None)
-    with pytest.raises(ValueError, match="NaN for 1 of 2 rows, the first being row 1"):
+    with pytest.raises(ValueError, match="NaN for 1 of 2 samples, the first being sample 1"):
         collector.get_data_struct()
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="no samples"):
         collector.rows()
     evaluate(collector)
     assert len(collector.rows()["score"]) == 50
@@ -169,7 +169,7 @@ def test_ranking_works_as_in_recbole_and_resources_stay():
         result = Evaluator(settings).evaluate(struct)
         assert result["hit@3"] == Evaluator(config("Hit")).evaluate(expected)["hit@3"]
         assert 0 < result["itemcoverage@3"] <= 1 and result["averagepopularity@1"] >= 0
-    with pytest.raises(ValueError, match="no rows: a ranking of the last evaluation had several targets"):
+    with pytest.raises(ValueError, match="no samples: a ranking of the last evaluation had several targets"):
         mine.rows()
 
 
@@ -232,7 +232,7 @@ def test_rows_of_drawn_candidates_are_read_from_the_first_of_each_ranking():
         "candidates": [4, 4, 3],
     }
     collector.reset()
-    with pytest.raises(ValueError, match="12 rows were scored for 3 rankings"):
+    with pytest.raises(ValueError, match="12 pairs were scored for 3 rankings"):
         collector.eval_batch_collect(scores, flat[torch.randperm(12)], torch.arange(3), target)
 
 
@@ -242,7 +242,7 @@ def test_a_nan_in_a_ranking_is_refused_and_an_unfinished_ranking_forgotten():
     collector.eval_batch_collect(scores, rows, torch.arange(4), target)
     bad = scores.clone()
     bad[2, 3] = torch.nan
-    with pytest.raises(ValueError, match="NaN scores in 1 of 4 rows, the first being row 2"):
+    with pytest.raises(ValueError, match="NaN scores in 1 of 4 samples, the first being sample 2"):
         collector.eval_batch_collect(bad, rows, torch.arange(4), target)
     collector.reset()
     collector.eval_batch_collect(scores, rows, torch.zeros(4, dtype=torch.long), target)

@@ -117,23 +117,23 @@ def test_user_auc_gives_each_user_and_tells_who_has_one_class():
 def test_users_left_out_are_counted_and_logged(caplog):
     with caplog.at_level(logging.INFO, logger="recbole_llm"):
         gauc(np.array([1, 1, 2, 2, 2]), np.array([0.1, 0.2, 0.3, 0.4, 0.5]), np.array([0, 1, 1, 1, 1]))
-    assert "1 of 2 users (3 of 5 rows) have only one class" in caplog.text
+    assert "1 of 2 users (3 of 5 samples) have only one class" in caplog.text
 
 
 @pytest.mark.parametrize("metric", [auc, logloss, accuracy])
 def test_bad_data_is_refused(metric):
-    with pytest.raises(ValueError, match="1 of 2 scores are NaN, the first at row 1"):
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN, the first at sample 1"):
         metric(np.array([0.1, np.nan]), np.array([0, 1]))
     with pytest.raises(ValueError, match=r"labels must be 0 or 1.*`threshold`"):
         metric(np.array([0.1, 0.2]), np.array([0, 4]))
     with pytest.raises(ValueError, match="one length"):
         metric(np.array([0.1]), np.array([0, 1]))
-    with pytest.raises(UndefinedMetric, match="no rows"):
+    with pytest.raises(UndefinedMetric, match="no samples"):
         metric(np.array([]), np.array([]))
 
 
 def test_users_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="there are 2 rows"):
+    with pytest.raises(ValueError, match="there are 2 samples"):
         gauc(np.array([1]), np.array([0.1, 0.2]), np.array([0, 1]))
 
 

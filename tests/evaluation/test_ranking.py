@@ -60,10 +60,10 @@ def test_bad_scores_and_targets_are_named():
     with pytest.raises(ValueError, match=r"-1\.\.2 leave"):
         target_ranks(scores, torch.tensor([-1, 0, 2]))
     scores[1, 3] = torch.nan  # of another item than the target
-    with pytest.raises(ValueError, match="NaN scores in 1 of 3 rows, the first being row 1"):
+    with pytest.raises(ValueError, match="NaN scores in 1 of 3 samples, the first being sample 1"):
         target_ranks(scores, torch.tensor([1, 2, 0]))
     scores[1, 3] = scores[2, 0] = -torch.inf
-    with pytest.raises(ValueError, match="1 of 3 rows has the score -inf.*item 0 in row 2"):
+    with pytest.raises(ValueError, match="1 of 3 samples has the score -inf.*item 0 in sample 2"):
         target_ranks(scores, torch.tensor([1, 2, 0]))
     assert target_ranks(torch.empty(0, 4), torch.empty(0, dtype=torch.long)).tolist() == []
 
@@ -111,5 +111,5 @@ def test_wrong_metrics_and_ranks_are_named():
     for ranks in ([0, 1], [1.0, 2.0], [[1]], [np.nan]):
         with pytest.raises(ValueError, match="ranks must be a vector of whole numbers"):
             rank_metrics(np.array(ranks), ["hr@1"])
-    with pytest.raises(UndefinedMetric, match="no rows"):
+    with pytest.raises(UndefinedMetric, match="no samples"):
         rank_metrics([])
