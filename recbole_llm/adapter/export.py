@@ -82,7 +82,9 @@ def write_plain_lora(
     pairs: dict[str, tuple[Tensor, Tensor]],
     config: AdapterConfig,
     folder: str | Path,
+    *,
     base_model_name: str | None = None,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write ``W0 + s B' A'`` of every projection as a plain PEFT LoRA.
 
@@ -92,6 +94,7 @@ def write_plain_lora(
         config: of the adapter the pairs come from; gives s and the target modules.
         folder: made if missing.
         base_model_name: written into PEFT's configuration.
+        fan_in_fan_out: whether the base weights are stored transposed (GPT-2's Conv1D), which merging must know.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +111,7 @@ def write_plain_lora(
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
         inference_mode=True,
+        fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=base_model_name,
     ).save_pretrained(str(folder))
 

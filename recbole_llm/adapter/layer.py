@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.gate import Gate, build_gate
 from recbole_llm.adapter.mixer import MIXERS
+from recbole_llm.utils.causal_lm import PROJECTIONS
 
 
 class Router:
@@ -37,6 +38,7 @@ class Router:
         self.config = config
         self.instance: Tensor | None = None
         self.version = torch.tensor(0, device="cpu")
+        self._shape: torch.Size | None = None  # [B, T] of the decoder layer that runs
         self._shared_gate: Gate | None = None
         self._value: Tensor | None = None  # of the shared gate, for the instances that are set
         self._computed_from: tuple | None = None
@@ -50,6 +52,24 @@ class Router:
         if z is not None and gate is not None and gate.training and torch.is_grad_enabled():
             # Here and not in the first layer that asks: gradient checkpointing would run that layer again.
             self._value = gate(like_weights(z, gate))
+
+    def follow(self, layers: nn.ModuleList) -> None:
+        """Note the shape of each decoder layer's input: OPT's feed-forward part sees tokens ``[B T, d]`` in a row.
+
+        Args:
+            layers: the decoder layers.
+        """
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._shape = args[0].shape[:2]
+
+        for layer in layers:
+            layer.register_forward_pre_hook(note)
+
+    def by_sequence(self, x: Tensor) -> Tensor:
+        """``x`` as ``[B, T, features]``, where a layer that is followed has put its tokens in a row."""
+        flat = x.dim() == 2 and self._shape is not None and x.shape[0] == self._shape.numel()
+        return x.unflatten(0, self._shape) if flat else x
 
     def gate_for(self, name: str) -> Gate:
         """The gate of the projection ``name``: its own, or the one that all share."""
@@ -148,7 +168,7 @@ class PersonalizedLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.router = Router(self.personalization)
-        self._register_custom_module({nn.Linear: PersonalizedLinear})
+        self._register_custom_module(dict.fromkeys(PROJECTIONS, PersonalizedLinear))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Refused: PEFT would write peft_type LORA, and load the folder as a plain LoRA without a word."""
@@ -191,6 +211,7 @@ class PersonalizedVariant(LoraVariant):
         module: PersonalizedLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """``x [B, T, d_in], result [B, T, d_out] -> [B, T, d_out]``."""
+        shape, x = result.shape, module.router.by_sequence(x)
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         z = module.router.read(x, module).to(a.device, a.dtype)
         gate = module.router.gate_value(module.lora_gate[active_adapter], z)
@@ -199,7 +220,7 @@ class PersonalizedVariant(LoraVariant):
         update = module.mixer.update(x, a, b, gate, module.scaling[active_adapter])
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             update = SameInstance.apply(update, module.router.version)
-        return result + update
+        return result + update.reshape(shape)
 
     @staticmethod
     def merge_safe(module: PersonalizedLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,6 +21,8 @@ from transformers import PreTrainedModel
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.export import read_personalized, write_personalized, write_plain_lora
 from recbole_llm.adapter.layer import PersonalizedLoraConfig, Router, like_weights
+from recbole_llm.adapter.targets import resolve_targets, stores_transposed
+from recbole_llm.utils.causal_lm import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +269,13 @@ class PersonalizedAdapter:
                 )
             z = self._checked(z)
         pairs = {name: self._plain_pair(layer, z) for name, layer in self._layers.items()}
-        write_plain_lora(pairs, self.config, folder, getattr(self.model, "name_or_path", None) or None)
+        write_plain_lora(
+            pairs,
+            self.config,
+            folder,
+            base_model_name=self.model.name_or_path or None,
+            fan_in_fan_out=self.peft_model.peft_config[_NAME].fan_in_fan_out,
+        )
 
     def _plain_pair(self, layer: LoraLayer, z: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
@@ -279,7 +289,9 @@ class PersonalizedAdapter:
         return layer.mixer.fold(a, b, weights)
 
 
-def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PersonalizedAdapter:
+def attach_adapter(
+    model: PreTrainedModel, config: AdapterConfig, *, strict: bool = True
+) -> PersonalizedAdapter:
     """Adapt ``model`` in place: freeze it and give its target projections a (personalised) LoRA.
 
     A and B start as in PEFT (A kaiming-uniform, B zero: the model starts as it was) and are kept, like the
@@ -289,22 +301,25 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> Personalize
     Args:
         model: a causal LM without an adapter.
         config: the settings.
+        strict: whether to refuse Llama's names of projections where the model has others, see
+            :func:`~recbole_llm.adapter.targets.resolve_targets`.
 
     Returns:
-        the adapter.
+        the adapter; its ``config`` names the projections that it adapts.
 
     Raises:
         ValueError: if ``model`` has an adapter already, or a target module is not one of its linear layers.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model already has a PEFT adapter; attach to a freshly loaded base model")
-    _check_targets(model, config.target_modules)
-    settings = dict(
+    config = replace(config, target_modules=resolve_targets(model, config.target_modules, strict=strict))
+    settings: dict[str, Any] = dict(
         r=config.rank,
         lora_alpha=config.scale * config.rank,  # PEFT scales by lora_alpha / r, which must be s
         lora_dropout=config.lora_dropout,
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
+        fan_in_fan_out=stores_transposed(model, config.target_modules),
     )
     router = None
     if config.mixer == "identity":
@@ -312,25 +327,10 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> Personalize
     else:
         peft_config = PersonalizedLoraConfig(**settings, personalization=config)
         router = peft_config.router
+        if model.config.model_type == "opt":
+            router.follow(decoder_layers(model))
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers for a name that transformers 5.23 wants to rename; nobody here can change that.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         peft_model = get_peft_model(model, peft_config)
     return PersonalizedAdapter(peft_model, config, router)
-
-
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Every target must match (PEFT's rule: whole name or name ending), and match linear layers only.
-
-    PEFT checks only that *something* matched: of ["q_proj", "v_porj"] it would silently adapt the first.
-    """
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target in targets:
-        matched = {name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")}
-        if not matched or not matched <= linear:
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            what = "is not a linear layer" if matched else "matches no layer"
-            raise ValueError(
-                f"target_modules: {target!r} {what} of {type(model).__name__}; its linear layers are named "
-                f"{kinds}"
-            )

@@ -9,33 +9,41 @@ Attention is causal, so no real token ever sees the padding behind it, and posit
 token. The hidden state at ``lengths - 1`` is therefore the one the prompt has alone: no attention mask is
 needed (which also keeps the fast causal kernels), and a score does not depend on what else is in the batch.
 
-Only that one position of each row goes through the output head, and only the rows of the head that belong to
+Only that one position of each prompt goes through the output head, and only the rows of the head that belong to
 the answer words are used: [B, d] x [d, words] in float32, instead of [B, T, vocabulary] in the model's dtype.
-In bfloat16 this also matters for quality: a logit near 16 is a multiple of 1/8 there, too coarse to rank
-items by.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from recbole_llm.backbone.head import at_places, precise_head, replaced_head, unwrapped
+from recbole_llm.utils.causal_lm import check_length
 
 logger = logging.getLogger(__name__)
 
 
-def answer_token_ids(tokenizer, words: Sequence[str]) -> list[int]:
+def answer_token_ids(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], behind: str | Sequence[int] = ""
+) -> list[int]:
     """The token each answer begins with, as the model would write it straight behind the prompt.
+
+    A word is tokenised behind the end of the prompt, not alone: SentencePiece (Llama 2, Vicuna) writes a blank before
+    any text that stands alone, so " Yes" and " No" alone both begin with the token of a blank, where behind
+    "Answer:" they are one token each. The answer's token is the first one behind the longest common beginning of
+    ``tokenize(behind)`` and ``tokenize(behind + word)``.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         words: Answers with the blank that stands before them, such as ``[" Yes", " No"]``.
+        behind: The end of the prompt, such as its last line: as text, or as token ids (of a chat template).
 
     Returns:
         One token id per word. A word of several tokens is represented by its first (logged).
@@ -43,9 +51,18 @@ def answer_token_ids(tokenizer, words: Sequence[str]) -> list[int]:
     Raises:
         ValueError: A word is empty, or two words begin with the same token and so cannot be told apart.
     """
+
+    def tokens_of(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    if not isinstance(behind, str):
+        behind = tokenizer.decode(behind)
+    lead = tokens_of(behind) if behind else []
     owners: dict[int, str] = {}
     for word in words:
-        ids = tokenizer.encode(word, add_special_tokens=False) if word.strip() else []
+        whole = tokens_of(behind + word) if word.strip() else []
+        shared = next((i for i, (a, b) in enumerate(zip(lead, whole, strict=False)) if a != b), len(lead))
+        ids = whole[shared:]
         if not ids:
             raise ValueError(f"answer word {word!r} is empty: give a word the tokenizer can write")
         first = int(ids[0])
@@ -55,8 +72,14 @@ def answer_token_ids(tokenizer, words: Sequence[str]) -> list[int]:
                 f"answer words {owners[first]!r} and {word!r} begin with the same token {token!r} (id "
                 f"{first}) of this backbone's tokenizer, so a logit cannot tell them apart: use other words"
             )
-        if len(ids) > 1:
-            tokens = tokenizer.convert_ids_to_tokens(ids)
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        if shared < len(lead):
+            logger.warning(
+                "the tokenizer joins the end of the prompt %r and the answer word %r into one token %r; let the "
+                "question end with a character that stays apart, and the answer begin with the blank",
+                *(behind[-20:], word, tokens[0]),
+            )
+        elif len(ids) > 1:
             logger.info("answer word %r is %d tokens %s: its first one is read", word, len(ids), tokens)
         owners[first] = word
     return list(owners)
@@ -86,30 +109,6 @@ def pad_right(rows: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> tup
     return torch.from_numpy(batch), torch.from_numpy(lengths)
 
 
-@contextmanager
-def _replaced_head(
-    model: nn.Module,
-    gather: Callable[[Tensor], Tensor],
-    finish: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[nn.Module]:
-    """The output head sees ``gather(hidden [B, T, d])`` only, and answers ``finish(its input, its output)``.
-
-    Hooking the head, rather than calling the body and multiplying ourselves, leaves everything an
-    architecture does after it (Gemma's soft cap, Cohere's and Granite's scales, ...) to the model's own code.
-    """
-    head = getattr(model, "module", model).get_output_embeddings()  # .module: DistributedDataParallel
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embedding: it is not a causal language model")
-    handles = [head.register_forward_pre_hook(lambda _, args: (gather(args[0]), *args[1:]))]
-    if finish is not None:
-        handles.append(head.register_forward_hook(lambda _, args, output: finish(args[0], output)))
-    try:
-        yield head
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def answer_logits(model: nn.Module, inputs: Tensor, lengths: Tensor, token_ids: Sequence[int]) -> Tensor:
     """Logits of the answer words at the position behind each prompt.
 
@@ -132,31 +131,12 @@ def answer_logits(model: nn.Module, inputs: Tensor, lengths: Tensor, token_ids: 
         raise ValueError(
             f"lengths must lie between 1 and the batch's width {inputs.shape[1]}, got {lengths.tolist()}"
         )
-    device = (
-        model.get_input_embeddings().weight.device
-        if hasattr(model, "get_input_embeddings")
-        else inputs.device
-    )
-    inputs, last = inputs.to(device), (lengths - 1).to(device)
-    rows = torch.arange(len(last), device=device)
+    inner = unwrapped(model)
+    check_length(inner, inputs.shape[1])
+    device = inner.get_input_embeddings().weight.device
+    inputs, last = inputs.to(device), (lengths - 1).to(device)[:, None]
     answers = torch.as_tensor(list(token_ids), device=device)
-
-    def gather(hidden: Tensor) -> Tensor:
-        if hidden.shape[:2] != inputs.shape[:2]:
-            raise ValueError(
-                f"the model's head sees {list(hidden.shape)} states for inputs {list(inputs.shape)}: "
-                "models that add or drop positions (prompt tuning) cannot be read here"
-            )
-        return hidden[rows.to(hidden.device), last.to(hidden.device)].unsqueeze(1)  # [B, 1, d]
-
-    def finish(hidden: Tensor, output: Tensor) -> Tensor:
-        if type(head) is not nn.Linear:  # adapted or packed head: its own output, all words, is the truth
-            return output[..., answers.to(output.device)].float()
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias[answers].float()
-            return functional.linear(hidden.float(), head.weight[answers].float(), bias)
-
-    with _replaced_head(model, gather, finish) as head:
+    with precise_head(model, inputs.shape[:2], lambda hidden: at_places(hidden, last), answers):
         given = {"inputs_embeds" if embedded else "input_ids": inputs}
         return model(**given, use_cache=False, return_dict=True).logits[:, 0].float()
 
@@ -198,7 +178,7 @@ def mean_pooled_vectors(
     # The longest first: running out of memory shows at once, not at the end.
     order = np.argsort(-lengths, kind="stable")
     with (
-        _replaced_head(model, gather),
+        replaced_head(model, gather),
         tqdm(total=len(order), desc="text vectors", disable=not progress) as bar,
     ):
         start = 0

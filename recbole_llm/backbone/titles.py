@@ -27,17 +27,19 @@ float32 too), in float64 where the model is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
-from recbole_llm.backbone.answers import _replaced_head, pad_right
+from recbole_llm.backbone.answers import pad_right
+from recbole_llm.backbone.head import at_least_float32, at_places, precise_head, unwrapped
+from recbole_llm.utils.causal_lm import check_length
 
 # Numbers of logits that are exponentiated at a time: 256 MB in float32.
 LOGITS_AT_ONCE = 1 << 26
@@ -166,6 +168,19 @@ class TitleTrie:
             start = end
         return pieces
 
+    def chains(self) -> list[TriePiece]:
+        """Cuts the tree into paths, each from a first token to a node whose children are all leaves.
+
+        For models that take positions from a padding mask alone: a path behind the prompt is plain text. Nodes that
+        paths share are computed once for each.
+        """
+        pieces, last = [], -1
+        for end in self._inner[~np.isin(self._inner, self.parents[self._inner])]:
+            path = np.append(self._ancestors(end), end)
+            pieces.append(TriePiece(path, int(np.searchsorted(path, last, side="right"))))
+            last = int(end)
+        return pieces
+
     def _ancestors(self, node: int) -> np.ndarray:
         found = []
         while (node := int(self.parents[node])) >= 0:
@@ -225,14 +240,16 @@ def score_titles(
         raise ValueError(
             f"{len(tries)} tries for {len(prompt_embeds)} prompts: give one for each, or a single TitleTrie for all"
         )
-    pieces = [trie.chunks(max_nodes) for trie in tries]
-    prompts = _Prompts(model, prompt_embeds, prompt_lengths)
+    chained = _reads_positions_from_mask(unwrapped(model))
+    pieces = [trie.chains() if chained else trie.chunks(max_nodes) for trie in tries]
+    longest = max(int(trie.lengths.max()) for trie in tries)
+    prompts = _Prompts(model, prompt_embeds, prompt_lengths, longest)
     vocabulary = prompts.logits.shape[-1]
     if (largest := max(int(trie.tokens.max()) for trie in tries)) >= vocabulary:
         raise ValueError(f"a title has token {largest}, but the model's vocabulary has {vocabulary} tokens")
 
     # One column per node, and a last one that takes whatever padding writes and that no title reads.
-    device, dtype = prompts.logits.device, _precise(prompts.logits.dtype)
+    device, dtype = prompts.logits.device, at_least_float32(prompts.logits.dtype)
     width = max(trie.n_edges for trie in tries)
     rows = torch.arange(len(prompt_embeds), device=device)[:, None]
     log_p = torch.zeros(len(rows), width + 1, dtype=dtype, device=device)
@@ -320,15 +337,16 @@ def answer_log_likelihood(
                 f"{lengths.tolist()} tokens (the last of which is no input) do not fit into embeds of width "
                 f"{embeds.shape[1]}"
             )
-    weight = getattr(model, "module", model).get_input_embeddings().weight
+    weight = unwrapped(model).get_input_embeddings().weight
     embeds, prompt_lengths = embeds.to(weight.device, weight.dtype), prompt_lengths.to(weight.device)
+    check_length(unwrapped(model), embeds.shape[1])
     offsets = torch.arange(targets.shape[1])
     targets = targets.masked_fill(offsets >= lengths[:, None], -100)
     places = (prompt_lengths[:, None] - 1 + offsets.to(weight.device)).clamp(max=embeds.shape[1] - 1)
 
-    with _precise_head(model, embeds.shape[:2], lambda hidden: _at(hidden, places)):
+    with precise_head(model, embeds.shape[:2], lambda hidden: at_places(hidden, places)):
         logits = model(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
-    logits = logits.to(_precise(logits.dtype))
+    logits = logits.to(at_least_float32(logits.dtype))
     loss = functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten().to(logits.device), ignore_index=-100, reduction="none"
     )
@@ -361,7 +379,7 @@ def generate_titles(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    prompts = _Prompts(model, prompt_embeds, prompt_lengths)
+    prompts = _Prompts(model, prompt_embeds, prompt_lengths, max_new_tokens)
     logits = prompts.logits
     stops = torch.as_tensor(list(stop_ids), dtype=torch.int64, device=logits.device)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
@@ -384,14 +402,15 @@ class _Prompts:
     """Prompts that went through the model, with their keys and values, ready for tokens behind them.
 
     Args:
-        model: see ``score_titles``; so are the others.
+        model: see ``score_titles``; so are the next two.
+        longest: the most tokens that will stand behind a prompt, the last of which is no input.
 
     Attributes:
         lengths: [B].
         logits: [B, 1, V] those behind each prompt.
     """
 
-    def __init__(self, model: nn.Module, embeds: Tensor, lengths: Tensor) -> None:
+    def __init__(self, model: nn.Module, embeds: Tensor, lengths: Tensor, longest: int) -> None:
         if embeds.dim() != 3 or lengths.shape != embeds.shape[:1] or not len(lengths):
             raise ValueError(
                 f"prompt_embeds [B, P, d] and prompt_lengths [B] expected, got {list(embeds.shape)} and "
@@ -402,9 +421,12 @@ class _Prompts:
                 f"prompt_lengths must lie between 1 and the prompts' width {embeds.shape[1]}, got "
                 f"{lengths.tolist()}"
             )
-        inner = getattr(model, "module", model)
+        inner = unwrapped(model)
         _check_model(inner)
+        check_length(inner, int(lengths.max()) + longest - 1)
         self._model = model
+        self._chained = _reads_positions_from_mask(inner)
+        self._cache_argument = "cache" if "cache" in _forward_arguments(inner) else "past_key_values"
         self._config = inner.config.get_text_config()
         self._embedding = inner.get_input_embeddings()
         self._device, self._dtype = self._embedding.weight.device, self._embedding.weight.dtype
@@ -414,7 +436,7 @@ class _Prompts:
         # Told nothing of the architecture, it keeps all keys also of layers with a sliding window.
         self._cache = DynamicCache()
         last = self.lengths[:, None] - 1
-        with _precise_head(model, embeds.shape[:2], lambda hidden: _at(hidden, last)):
+        with precise_head(model, embeds.shape[:2], lambda hidden: at_places(hidden, last)):
             self.logits = self._run(embeds)
         if self._cache.get_seq_length() != self._width:
             raise ValueError(
@@ -442,27 +464,26 @@ class _Prompts:
             for tensor in (tokens, depth, key_depth, sees, keep)
         )
         embeds = self._embedding(tokens).to(self._dtype)
+        precise = precise_head(self._model, embeds.shape[:2], lambda hidden: at_places(hidden, keep))
         places, key_places = self.lengths[:, None] + depth, self.lengths[:, None] + key_depth
         width = torch.arange(self._width, device=self._device).expand(batch, -1)
-        real = (width < self.lengths[:, None])[:, None, :].expand(-1, sees.shape[1], -1)
-        mask = torch.cat([real, sees], dim=2)  # [B, q, P + k]
+        real = width < self.lengths[:, None]
+        if self._chained:  # the mask of padding [B, P + k]; positions count its ones
+            behind = real.new_ones(batch, sees.shape[2])
+            with precise:
+                return self._run(embeds, attention_mask=torch.cat([real, behind], dim=1).long())
+        mask = torch.cat([real[:, None].expand(-1, sees.shape[1], -1), sees], dim=2)  # [B, q, P + k]
         masks = self._as_model_wants(mask, places, torch.cat([width, key_places], dim=1))
-        with _precise_head(self._model, embeds.shape[:2], lambda hidden: _at(hidden, keep)):
+        with precise:
             return self._run(embeds, attention_mask=masks, position_ids=places)
 
     def forget(self, size: int) -> None:
         """Takes the last ``size`` tokens out of the cache."""
         self._cache.crop(-size)
 
-    def _run(self, embeds: Tensor, **arguments: Tensor | dict[str, Tensor]) -> Tensor:
-        output = self._model(
-            inputs_embeds=embeds,
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-            **arguments,
-        )
-        return output.logits
+    def _run(self, embeds: Tensor, **arguments: Any) -> Tensor:
+        arguments[self._cache_argument] = self._cache
+        return self._model(inputs_embeds=embeds, use_cache=True, return_dict=True, **arguments).logits
 
     def _as_model_wants(self, mask: Tensor, places: Tensor, key_places: Tensor) -> Tensor | dict[str, Tensor]:
         """The mask [B, q, keys] in four dimensions; one per kind of layer where a sliding window matters."""
@@ -487,8 +508,7 @@ class _Prompts:
 
 def _check_model(model: nn.Module) -> None:
     """Refuses what would ignore the mask or the positions, or cannot be rolled back."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name, config = type(base).__name__, model.config.get_text_config()
+    name, config = type(_base(model)).__name__, model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"titles need an attention that takes any mask, but {name} uses {config._attn_implementation!r}: load "
@@ -496,60 +516,33 @@ def _check_model(model: nn.Module) -> None:
         )
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"titles cannot be scored with {name}: its layers {sorted(others)} take no mask")
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        raise ValueError(f"titles cannot be scored with {name}: it does not take position_ids")
+    takes_positions = "position_ids" in _forward_arguments(model) and not getattr(config, "alibi", False)
+    if not takes_positions and not _reads_positions_from_mask(model):
+        raise ValueError(
+            f"titles cannot be scored with {name}: it takes no position_ids, and its positions do not follow from "
+            "the mask of padding"
+        )
 
 
-@contextmanager
-def _precise_head(
-    model: nn.Module, shape: Sequence[int], select: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """The head is multiplied with ``select(hidden)`` only, and in at least float32 if it is a plain one.
-
-    Args:
-        model: The causal LM.
-        shape: B and T of what will go through it.
-        select: ``hidden [B, T, d] -> [B, o, d]``.
-    """
-    kept: list[Tensor] = []
-
-    def gather(hidden: Tensor) -> Tensor:
-        if hidden.shape[:2] != torch.Size(shape):
-            raise ValueError(
-                f"the model's head sees {list(hidden.shape)} states for inputs {list(shape)}: models that add "
-                "or drop positions (prompt tuning) cannot be read here"
-            )
-        kept.append(select(hidden))
-        # A plain head is multiplied in finish; its own product, in the model's dtype, is not wanted.
-        return kept[0][:, :0] if type(head) is nn.Linear else kept[0]
-
-    def finish(hidden: Tensor, output: Tensor) -> Tensor:
-        hidden = kept.pop()
-        if type(head) is not nn.Linear:  # adapted or packed head: its own output is the truth
-            return output
-        dtype = _precise(hidden.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.to(dtype)
-            return functional.linear(hidden.to(dtype), head.weight.to(dtype), bias)
-
-    with _replaced_head(model, gather, finish) as head:
-        yield
+def _base(model: nn.Module) -> PreTrainedModel:
+    """The causal LM of transformers inside a ``PeftModel``, else ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _forward_arguments(model: nn.Module) -> Collection[str]:
+    return inspect.signature(_base(model).forward).parameters.keys()
 
 
-def _at(hidden: Tensor, places: Tensor) -> Tensor:
-    """``hidden [B, T, d]`` at ``places [B, o]``, as [B, o, d]."""
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-    return hidden[rows, places.to(hidden.device)]
+def _reads_positions_from_mask(model: nn.Module) -> bool:
+    """Whether positions are linear biases (ALiBi) that count the ones of a two-dimensional mask of padding."""
+    config = model.config.get_text_config()
+    return config.model_type == "bloom" or (config.model_type == "falcon" and config.alibi)
 
 
 def _log_normaliser(logits: Tensor) -> Tensor:
     """``[B, o, V] -> [B, o]``: log sum exp over the vocabulary, in at least float32."""
     step = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
-    parts = [part.to(_precise(part.dtype)).logsumexp(dim=-1) for part in logits.split(step, dim=1)]
+    parts = [part.to(at_least_float32(part.dtype)).logsumexp(dim=-1) for part in logits.split(step, dim=1)]
     return torch.cat(parts, dim=1)
 
 

@@ -40,6 +40,9 @@ from recbole_llm.utils.yaml_files import PROPERTIES, RECBOLE_PROPERTIES, YamlLoa
 
 logger = logging.getLogger(__name__)
 
+SAVED_RUN = "saved run"
+"""Origin of all values of a configuration that was read back from an earlier run."""
+
 PROTOCOL = (
     "train_neg_sample_args",
     "eval_args",
@@ -803,7 +806,9 @@ class Config(RecBoleConfig):
         path = Path(str(given.get("data_path", "")))
         if path.name == given.get("dataset"):
             given["data_path"] = str(path.parent)  # the final value has the dataset's own folder in it
-        return cls(given.pop("model"), given.pop("dataset"), config_dict=given)
+        config = cls(given.pop("model"), given.pop("dataset"), config_dict=given)
+        config.origins = dict.fromkeys(config.origins, SAVED_RUN)
+        return config
 
     def as_dict(self) -> dict[str, Any]:
         """The final values as JSON holds them: enums by name, devices and paths as text, tuples as lists."""

@@ -7,6 +7,7 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_llm.experiment.llm_assembly import LLMAssembly
+from recbole_llm.utils.causal_lm import layer_sizes
 
 PROMPTS = 1000
 EXAMPLES = 3
@@ -111,11 +112,9 @@ def memory_estimate(parts: LLMAssembly, longest: int) -> list[str]:
     model, config = parts.backbone.model, parts.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for group in parts.model.parameter_groups().values() for p in group.values())
-    llm = model.config.get_text_config()
-    per_token = (
-        (16 * llm.hidden_size + 6 * llm.intermediate_size) * torch.finfo(parts.backbone.dtype).bits // 8
-    )
-    layers = 1 if config["gradient_checkpointing"] else llm.num_hidden_layers
+    sizes = layer_sizes(model)
+    per_token = (16 * sizes.hidden + 6 * sizes.intermediate) * torch.finfo(parts.backbone.dtype).bits // 8
+    layers = 1 if config["gradient_checkpointing"] else sizes.layers
     tokens = min(config["micro_batch_size"], config["train_batch_size"]) * longest
     activations = tokens * per_token * layers
     trained_bytes = trained * 16  # float32: value, gradient, two Adam moments

@@ -83,7 +83,9 @@ class AnswerCTR(LLMRecommender):
         self.LABEL = config["LABEL_FIELD"]
         self.prompts = prompts
         self.residual = residual
-        self.answer_ids = answer_token_ids(backbone.tokenizer, prompts.answer_words)
+        self.answer_ids = answer_token_ids(
+            backbone.tokenizer, prompts.answer_words, behind=prompts.before_answer
+        )
         if self.residual:
             self.lens_scale = nn.Parameter(torch.tensor(1.0))
             self.answer_scale = nn.Parameter(torch.tensor(ANSWER_SCALE))

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.personalized import attach_adapter
+from recbole_llm.config.configurator import SAVED_RUN
 from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
+from recbole_llm.utils.causal_lm import decoder_layers
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.loader import Backbone
@@ -99,6 +101,8 @@ class LLMRecommender(SequentialRecommender):
                 if self.gated
                 else 1,
             ),
+            # The default names Llama's projections; other architectures have their own.
+            strict=config.origins.get("target_modules", SAVED_RUN) != SAVED_RUN,
         )
         self.gate_reads_logit = self.gated and config["gate_inputs"] == "state_and_logit"
         self.gate_balance, self.gate_entropy = config["gate_balance"], config["gate_entropy"]
@@ -106,7 +110,7 @@ class LLMRecommender(SequentialRecommender):
         self.adapter.train_lora(not self.lora_given)
         self.llm = self.adapter.peft_model  # registered, so that .to() and .parameters() reach it
         if config["torch_compile"]:
-            for layer in self.adapter.model.get_decoder().layers:
+            for layer in decoder_layers(self.adapter.model):
                 layer.compile()
         self.counts: Counter[str] = Counter()
         self.kept_scores: KeptScores | None = None

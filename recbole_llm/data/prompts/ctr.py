@@ -178,6 +178,11 @@ class PromptBuilder(LinePrompts):
         return tuple(self.config["answers"])
 
     @property
+    def before_answer(self) -> str | np.ndarray:
+        """What the answer stands behind: the question, or the token ids that end a chat's turn."""
+        return self._after if self.config["chat_template"] else self._line_text(("question",))
+
+    @property
     def has_slots(self) -> bool:
         """Whether this template has hybrid prompts."""
         return self.user_slot or bool(self.item_slots)

@@ -235,7 +235,10 @@ class LinePrompts:
         mark = "@@prompt@@"
         turn = [{"role": "user", "content": mark}]
         before, _, after = tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True
+            turn,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # Qwen3's answer would begin with its thoughts; other templates ignore it
         ).partition(mark)
         frame = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
         return tuple(np.asarray(ids, dtype=np.int64) for ids in frame)
