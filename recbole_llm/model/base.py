@@ -56,7 +56,7 @@ class LLMRecommender(SequentialRecommender):
         config: the run's configuration.
         dataset: the training samples.
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
-        lens: the lens, a frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
+        lens: the frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
             ``tune_lens`` the model trains a copy.
         instance_size: width of ``z``.
 
