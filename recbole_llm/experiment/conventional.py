@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 def run(config: Config, run_folder: Path) -> dict:
     """Train and evaluate a model of RecBole; see :func:`recbole_llm.quick_start.run_recbole_llm`."""
     seconds: dict[str, float] = {}
+    config = config.override(checkpoint_dir=str(run_folder))  # RecBole's Trainer makes this folder
     with stage(seconds, "data"):
         dataset = create_dataset(config)
         logger.info(dataset)
@@ -71,7 +72,6 @@ def run(config: Config, run_folder: Path) -> dict:
     if config["dry_run"]:
         lines = [f"dry run: {config['model']} on {config['dataset']}", f"device: {config['device']}"]
         return {"dry_run": "\n".join([*lines, f"rows: {sizes}", str(model)])}
-    config["checkpoint_dir"] = str(run_folder)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
     keeps_rows = labelled or config["task"] == "next_item"

@@ -55,6 +55,7 @@ def run_one(config: Config, folder: Path) -> dict:
 
 def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     parts = assemble(config)
+    config = parts.config  # few_shot may have been cut to the size of the data
     trainer = LLMTrainer(config, parts.model, run_folder=run_folder, identities=parts.identities)
     write_configuration(run_folder, config)
     if parts.lens is not None:

@@ -17,11 +17,12 @@ from torch import nn
 
 from recbole_llm.lens.lens import DESCRIPTION, Lens, LensError
 from recbole_llm.lens.next_item import NextItemSequence
-from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
+from recbole_llm.lens.settings import build_model, lens_settings, lens_task
 from recbole_llm.trainer.checkpoint import CheckpointError
 from recbole_llm.trainer.conventional_trainer import EpochTraining
 from recbole_llm.utils import recbole_repairs
 from recbole_llm.utils.files import locked
+from recbole_llm.utils.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) 
     eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
     # The folder stays empty: nothing is pickled with the configuration.
     with tempfile.TemporaryDirectory() as scratch, recbole_repairs.no_tensorboard():
-        settings["checkpoint_dir"] = scratch
+        settings = settings.override(checkpoint_dir=scratch)
         training = EpochTraining(
             Trainer(settings, model),
             TrainDataLoader(settings, train, None, shuffle=True),

@@ -15,8 +15,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from recbole_llm.lens.next_item import NextItemSequence
-from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
+from recbole_llm.lens.settings import build_model, lens_settings, lens_task
 from recbole_llm.utils.files import write_atomically
+from recbole_llm.utils.random_state import random_state_kept
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "lens.safetensors", "lens.json"

@@ -83,7 +83,7 @@ class NextItemSequence(HistoryEncoder):
             raise self._unsuitable("its loss is no number")
 
 
-def next_item(model_class: type[SequentialRecommender]) -> type[NextItemSequence]:
+def next_item_lens_class(model_class: type[SequentialRecommender]) -> type[NextItemSequence]:
     """One of RecBole's sequential models with its state readable (a new class ``Lens<Name>``)."""
     bases = (NextItemSequence, model_class)
     return type(f"Lens{model_class.__name__}", bases, {"__doc__": model_class.__doc__})

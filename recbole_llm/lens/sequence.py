@@ -222,7 +222,7 @@ class LensSASRec(LabelledSequence, LastPositionSASRec):
     """RecBole's SASRec, trained on labels; the state is its last position's output."""
 
 
-def labelled(model_class: type[SequentialRecommender]) -> type[LabelledSequence]:
+def labelled_lens_class(model_class: type[SequentialRecommender]) -> type[LabelledSequence]:
     """The labelled form of one of RecBole's sequential models (a new class ``Lens<Name>``)."""
     bases = (LabelledSequence, model_class)
     return type(f"Lens{model_class.__name__}", bases, {"__doc__": model_class.__doc__})
