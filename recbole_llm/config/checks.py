@@ -6,7 +6,6 @@ fill in values that others determine. `check_llm` and `check_conventional` run t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -363,25 +362,3 @@ def lens_spec(lens: str | None) -> ModelSpec:
 def _state_sees_target(v: Values) -> bool:
     """A state made of a retrieved history has seen the target, whatever the lens is."""
     return v["id_retrieval"] != "recent" or lens_spec(v["lens"]).sees_target
-
-
-# ---------------------------------------------------------------- the data folder
-
-
-def data_folder(dataset: str, user_path: str | None, recbole_path: str) -> tuple[str, bool]:
-    """``data_path/dataset``; for ml-100k RecBole's own copy, unless the user's ``data_path`` holds one.
-
-    Returns:
-        The folder, and whether RecBole's copy replaces the user's ``data_path``.
-    """
-    if user_path is None:
-        return os.path.normpath(recbole_path), False
-    base = os.path.expanduser(user_path)
-    folder = os.path.join(base, dataset)
-    if os.path.isdir(folder):
-        return folder, False
-    if os.path.isfile(os.path.join(base, f"{dataset}.inter")):
-        return base, False  # the dataset's own folder was given
-    if dataset == "ml-100k":
-        return os.path.normpath(recbole_path), True
-    return folder, False

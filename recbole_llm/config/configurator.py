@@ -29,7 +29,6 @@ from recbole_llm.config.checks import (
     check_conventional,
     check_cuda,
     check_llm,
-    data_folder,
     resolve_eval_mode,
     resolve_history_length,
     resolve_metrics,
@@ -44,7 +43,7 @@ from recbole_llm.config.recbole_defaults import (
     recbole_defaults,
     recbole_model_keys,
 )
-from recbole_llm.config.sources import config_file, load_preset
+from recbole_llm.config.sources import config_file, data_folder, load_preset
 from recbole_llm.evaluation.metrics import register_metrics
 from recbole_llm.registry import get_model
 from recbole_llm.utils import recbole_repairs

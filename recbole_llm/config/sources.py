@@ -1,7 +1,8 @@
-"""Where values come from: config files by path or name, presets, and all that the user gives."""
+"""Where values come from: config files by path or name, presets, all that the user gives, and the data folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,22 @@ def load_preset(name: str, model: str, llm: bool) -> dict[str, Any]:
     by_model = values.pop("models", None) or {}
     mine = {**(by_model.get("llm" if llm else "classical") or {}), **(by_model.get(model) or {})}
     return {**values, **mine}
+
+
+def data_folder(dataset: str, user_path: str | None, recbole_path: str) -> tuple[str, bool]:
+    """``data_path/dataset``; for ml-100k RecBole's own copy, unless the user's ``data_path`` holds one.
+
+    Returns:
+        The folder, and whether RecBole's copy replaces the user's ``data_path``.
+    """
+    if user_path is None:
+        return os.path.normpath(recbole_path), False
+    base = os.path.expanduser(user_path)
+    folder = os.path.join(base, dataset)
+    if os.path.isdir(folder):
+        return folder, False
+    if os.path.isfile(os.path.join(base, f"{dataset}.inter")):
+        return base, False  # the dataset's own folder was given
+    if dataset == "ml-100k":
+        return os.path.normpath(recbole_path), True
+    return folder, False

@@ -45,7 +45,7 @@ _FIXED = {
     "log_wandb": False,
 }
 
-# ... and per task how validation rows are scored: by their labels, or by the rank of the item among all items.
+# ... and per task how validation samples are scored: by their labels, or by the rank of the item among all items.
 _FIXED_BY_TASK = {
     "ctr": {
         "metrics": ["AUC", "LogLoss"],
@@ -59,6 +59,9 @@ _FIXED_BY_TASK = {
         "eval_type": EvaluatorType.RANKING,
     },
 }
+LABELLED_LENSES = {"DIN": LensDIN, "SASRec": LensSASRec}
+"""Models of RecBole that have a class of their own as lenses of the ctr task."""
+
 _EVAL_MODE = {"ctr": "labeled", "next_item": "full"}
 
 
@@ -87,7 +90,7 @@ def lens_settings(config, dataset):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Returns:
         A RecBole configuration. ``settings["lens_keys"]`` holds the lens's own keys and their values.
@@ -127,16 +130,14 @@ def build_model(settings, dataset) -> nn.Module:
 
     Args:
         settings: from :func:`lens_settings`.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Raises:
         ValueError: if there is no such model, or it cannot serve as a lens.
     """
     name, of_task = settings["lens"], lens_task(settings)
-    if of_task == "ctr" and name == "DIN":
-        return LensDIN(settings, dataset).to(settings["device"])
-    if of_task == "ctr" and name == "SASRec":
-        return LensSASRec(settings, dataset).to(settings["device"])
+    if of_task == "ctr" and name in LABELLED_LENSES:
+        return LABELLED_LENSES[name](settings, dataset).to(settings["device"])
     model_class = get_model(name)
     spec = spec_of(model_class)
     if of_task == "ctr" and spec.family == "conventional" and spec.gate_scopes:  # built in, a lens as it is
@@ -145,7 +146,7 @@ def build_model(settings, dataset) -> nn.Module:
     if not issubclass(model_class, SequentialRecommender):
         raise ValueError(f"lens {name} is not a sequential recommender of RecBole. {works}")
     if of_task == "next_item" and spec.learns_from == "labels":
-        raise ValueError(f"lens {name} scores labelled rows, it cannot rank items. {works}")
+        raise ValueError(f"lens {name} scores labelled samples, it cannot rank items. {works}")
     make = labelled_lens_class if of_task == "ctr" else next_item_lens_class
     try:
         return make(model_class)(settings, dataset).to(settings["device"])

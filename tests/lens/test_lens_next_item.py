@@ -285,11 +285,11 @@ def test_gru4rec_is_trained_cached_and_loaded(next_item, rows, tmp_path) -> None
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("DIN", "scores labelled rows, it cannot rank items"),
+        ("DIN", "scores labelled samples, it cannot rank items"),
         ("BERT4Rec", r"its forward returns \(2, 6, 64\)"),
         ("RepeatNet", "it has no item_embedding"),
         ("FPMC", "cannot be built from its defaults"),
-        ("TransRec", "cannot be run on rows of a history and one item .*neg_item_id"),
+        ("TransRec", "cannot be run on samples of a history and one item .*neg_item_id"),
         ("CORE", "predict and full_sort_predict give different scores"),
         ("LightGCN", "is not a sequential recommender"),
     ],
@@ -327,10 +327,10 @@ def test_every_task_has_its_own_defaults() -> None:
 
 def test_too_few_rows_or_items_are_an_error(next_item, rows, tmp_path, monkeypatch) -> None:
     train, valid, _ = rows
-    with pytest.raises(ValueError, match="no validation rows"):
+    with pytest.raises(ValueError, match="no validation samples"):
         fit_lens(next_item(), train, valid.subset(np.arange(0)), cache_dir=tmp_path)
     row_ids = train.inter_feat["row_id"].numpy()
-    with pytest.raises(ValueError, match="no training rows"):
+    with pytest.raises(ValueError, match="no training samples"):
         fit_lens(next_item(), train, valid, cache_dir=tmp_path, exclude_rows=row_ids)
     monkeypatch.setattr(NextItemDataset, "item_num", property(lambda self: 10))
     with pytest.raises(ValueError, match="has 9 items.*at least 10 items"):
