@@ -63,7 +63,8 @@ def report(result: dict) -> str:
     results = result.get("compared", [result])
     if not result["metrics"]["test"]:
         valid = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"]["valid"].items())
-        return f"the test split was not read (read_test: False); validation: {valid or 'none'}\nresult: {result['path']}"
+        told = f"the test split was not read (read_test: False); validation: {valid or 'none'}"
+        return f"{told}\nresult: {result['path']}"
     lines = [result_table(results)]
     if "comparison" in result:
         lines += [
@@ -73,8 +74,9 @@ def report(result: dict) -> str:
     for found in results:
         if work := found.get("scoring"):
             lines.append(
-                f"{found['name']}: {work['tokens']:,} tokens computed for {work['rows']:,} samples, {work['ratio']:.2f} x "
-                f"(prompt tokens {work['prompt_tokens']:,} + edges of the title trees {work['edges']:,})"
+                f"{found['name']}: {work['tokens']:,} tokens computed for {work['rows']:,} samples, "
+                f"{work['ratio']:.2f} x (prompt tokens {work['prompt_tokens']:,} + edges of the title trees "
+                f"{work['edges']:,})"
             )
         if written := found.get("generated"):
             ratios = [("ValidRatio", "valid_ratio"), ("HitRatio@1 of all samples", "hit_ratio_all")]

@@ -19,9 +19,9 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.personalized import attach_adapter
 from recbole_llm.config.configurator import SAVED_RUN
+from recbole_llm.config.settings import ModelSettings, adapter_config
 from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
 from recbole_llm.utils.causal_lm import decoder_layers
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class MicroBatch:
-    """Some rows of a batch, padded together.
+    """Some samples of a batch, padded together.
 
     Attributes:
-        rows: positions of these rows in the batch they were cut from, shape ``[b]``.
+        rows: positions of these samples in the batch they were cut from, shape ``[b]``.
         interaction: their fields, on the model's device.
         input_ids: right-padded token ids, ``[b, T]``; a negative entry is a slot (:mod:`recbole_llm.model.slots`).
         lengths: prompt lengths in tokens, ``[b]``.
@@ -56,18 +56,18 @@ class LLMRecommender(SequentialRecommender):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows.
+        dataset: the training samples.
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
-        lens: the frozen conventional model that gives the gate's ``z``; ``None`` if nothing reads it. With
+        lens: the frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
             ``tune_lens`` the model trains a copy.
         instance_size: width of ``z``.
 
     Attributes:
-        gated: whether the adapter's update depends on the row.
+        gated: whether the adapter's update depends on the sample.
         lora_given: whether A and B come from another run (``lora_from``) and are not trained.
         counts: of ``tokens`` that went through the LLM so far, padding not counted, and of ``prompts_shortened``, which
             lost history because they were too long.
-        kept_scores: takes the scores of every batch while an evaluation is to be kept.
+        kept_scores: keeps the scores of every batch of an evaluation, so that it can be resumed.
     """
 
     input_type = InputType.POINTWISE
@@ -76,40 +76,24 @@ class LLMRecommender(SequentialRecommender):
         self, config, dataset, *, backbone: Backbone, lens: Lens | None, instance_size: int | None = None
     ) -> None:
         super().__init__(config, dataset)
-        self.gated = config["mixer"] != "identity"
-        self.lens = lens.tunable() if config["tune_lens"] else lens
+        settings = ModelSettings.from_config(config)
+        self.gated, self.gate_reads_logit = settings.gated, settings.gate_reads_logit
+        self.gate_balance, self.gate_entropy = settings.gate_balance, settings.gate_entropy
+        self.micro_batch_size, self.bucket_by_length = settings.micro_batch_size, settings.bucket_by_length
+        self.lora_given = settings.lora_from is not None
+        self.lens = lens.tunable() if settings.tune_lens else lens
         self.backbone_dtype = backbone.dtype
         pad_id = backbone.tokenizer.pad_token_id
         self.pad_id = 0 if pad_id is None else pad_id  # never read: right padding under a causal mask
-        self.micro_batch_size = config["micro_batch_size"]
-        self.bucket_by_length = config["bucket_by_length"]
         self.adapter = attach_adapter(
             backbone.model,
-            AdapterConfig(
-                mixer=config["mixer"],
-                num_experts=config["num_experts"] if self.gated else 1,
-                r=config["lora_r"],
-                lora_alpha=config["lora_alpha"],
-                lora_dropout=config["lora_dropout"],
-                target_modules=config["target_modules"],
-                gate=config["gate"] if self.gated else "uniform",
-                gate_dropout=config["gate_dropout"],
-                temperature=config["temperature"],
-                top_k=config["top_k"],
-                share_gate=config["share_gate"],
-                instance_size=instance_size + (config["gate_inputs"] == "state_and_logit")
-                if self.gated
-                else 1,
-            ),
+            adapter_config(config, instance_size),
             # The default names Llama's projections; other architectures have their own.
             strict=config.origins.get("target_modules", SAVED_RUN) != SAVED_RUN,
         )
-        self.gate_reads_logit = self.gated and config["gate_inputs"] == "state_and_logit"
-        self.gate_balance, self.gate_entropy = config["gate_balance"], config["gate_entropy"]
-        self.lora_given = config["lora_from"] is not None
         self.adapter.train_lora(not self.lora_given)
         self.llm = self.adapter.peft_model  # registered, so that .to() and .parameters() reach it
-        if config["torch_compile"]:
+        if settings.torch_compile:
             for layer in decoder_layers(self.adapter.model):
                 layer.compile()
         self.counts: Counter[str] = Counter()
@@ -122,7 +106,7 @@ class LLMRecommender(SequentialRecommender):
         return torch.cat([state, lens_logit.unsqueeze(-1)], dim=-1) if self.gate_reads_logit else state
 
     def with_gate_penalty(self, loss: Tensor) -> Tensor:
-        """``loss`` and what ``gate_balance`` and ``gate_entropy`` add to it for the rows last set."""
+        """``loss`` and what ``gate_balance`` and ``gate_entropy`` add to it for the samples last set."""
         if not self.gated or not (self.gate_balance or self.gate_entropy):
             return loss
         return loss + self.adapter.gate_penalty(self.gate_balance, self.gate_entropy).to(loss.device)
@@ -185,7 +169,7 @@ class LLMRecommender(SequentialRecommender):
         return self
 
     def extra_results(self) -> dict:
-        """What the model has to say for ``result.json`` beside its metrics; for subclasses."""
+        """What a model adds to ``result.json`` beside its metrics; for subclasses."""
         return {}
 
     def reset_work(self) -> None:
@@ -194,41 +178,41 @@ class LLMRecommender(SequentialRecommender):
     # ------------------------------------------------------------------ scoring
 
     def predict(self, interaction: Interaction) -> Tensor:
-        """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before it was cut off."""
+        """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before an interruption."""
         if self.kept_scores is None:
             return self.score_rows(interaction)
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
         return self.kept_scores(key, lambda: self.score_rows(interaction)).to(self.device)
 
     def score_rows(self, interaction: Interaction) -> Tensor:
-        """One score per row, ``[B]``, which must not depend on what else is in the batch."""
+        """One score per sample, ``[B]``, which must not depend on what else is in the batch."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ batches
 
     def begin_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
-        """Told before optimizer step ``step`` (0-based, over all epochs), for models that change while they train."""
+        """Called before optimizer step ``step`` (0-based, over all epochs), for models that change while they train."""
 
     def schedule_span(self, step: int, total_steps: int) -> tuple[int, int]:
         """First step and end of the part of the training around ``step`` that has its own learning-rate schedule."""
         return 0, total_steps
 
     def encode(self, interaction: Interaction) -> EncodedPrompts:
-        """The prompts of some rows as the model gets them."""
+        """The prompts of some samples as the model gets them."""
         raise NotImplementedError
 
     def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
-        """Cut a training batch into pieces of ``micro_batch_size`` rows, rows of similar length together."""
+        """Cut a training batch into pieces of ``micro_batch_size`` samples, samples of similar length together."""
         raise NotImplementedError
 
     def loss(self, batch: MicroBatch) -> Tensor:
-        """Mean loss of the rows of a micro-batch, scalar."""
+        """Mean loss of the samples of a micro-batch, scalar."""
         raise NotImplementedError
 
     def pieces(self, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
-        """Positions of the rows of each piece, the longest rows first where ``bucket_by_length``.
+        """Positions of the samples of each piece, the longest samples first where ``bucket_by_length``.
 
-        Sorting happens inside the batch only, so that bucketing saves padding without changing which rows share an
+        Sorting happens inside the batch only, so that bucketing saves padding without changing which samples share an
         optimizer step.
         """
         order = np.argsort(-lengths, kind="stable") if self.bucket_by_length else np.arange(len(lengths))

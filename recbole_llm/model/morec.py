@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from recbole.model.sequential_recommender.sasrec import SASRec
 
-from recbole_llm.config.keys import Choice, Key, Whole
+from recbole_llm.config.keys import Key
+from recbole_llm.config.kinds import Choice, Whole
 from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.sequence import LensSASRec
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
@@ -49,7 +50,7 @@ class MoRec(SASRec):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows.
+        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item.
     """
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_llm.config.keys import Choice, Key, Whole
+from recbole_llm.config.keys import Key
+from recbole_llm.config.kinds import Choice, Whole
 from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.model.title_embedding import TitleEmbedding
@@ -35,7 +36,7 @@ class SIM(LensDIN):
 
     Args:
         config: the run's configuration, or the lens's own.
-        dataset: the training rows.
+        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item; ``None`` where the key is not set.
     """
 

@@ -70,8 +70,8 @@ class PlainLora:
             key: eval_args.get(key) for key in split
         }:
             logger.warning(
-                "lora_from: %s was tuned on other data or another split; samples that are tested here may be among those "
-                "it was tuned on",
+                "lora_from: %s was tuned on other data or another split; samples that are tested here may be among "
+                "those it was tuned on",
                 self.folder,
             )
 
