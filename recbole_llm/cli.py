@@ -7,7 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
-from recbole_llm.comparison import plan as compare
+from recbole_llm.comparison.model_names import split_models
+from recbole_llm.comparison.plan import is_comparison
+from recbole_llm.comparison.report import report as work_out
 from recbole_llm.comparison.report import terminal_table
 from recbole_llm.experiment.result import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
@@ -31,11 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         "--report", metavar="FOLDER", help="run nothing: work out the report of a comparison's folder anew"
     )
     known, rest = parser.parse_known_args(argv)
-    models, files = compare.split_models(known.model), known.config_files.split() or None
+    models, files = split_models(known.model), known.config_files.split() or None
     try:
         if known.report:
-            result = compare.report(Path(known.report))
-        elif len(models) > 1 or compare.is_comparison(files, rest):
+            result = work_out(Path(known.report))
+        elif len(models) > 1 or is_comparison(files, rest):
             result = compare_models(models, known.dataset, files, cmd_line=rest)
         else:
             result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)

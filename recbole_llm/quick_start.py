@@ -14,6 +14,8 @@ from pathlib import Path
 from recbole.utils import init_logger, init_seed
 
 from recbole_llm.comparison import plan as compare
+from recbole_llm.comparison.report import report
+from recbole_llm.comparison.running import check_folder, run_all, run_comparison
 from recbole_llm.comparison.search import search
 from recbole_llm.config.configurator import Config
 from recbole_llm.experiment.assembly import (
@@ -70,12 +72,12 @@ def run_recbole_llm(
     if not others or "dry_run" in result:
         return result
     try:
-        failed = compare.run_all(others, run_one)
+        failed = run_all(others)
     except KeyboardInterrupt:
         logger.warning("interrupted; what is finished is kept: repeat the command with --resume=%s", folder)
         raise
     results = [result, *(read_result(run.folder) for run in others if run.finished)]
-    return {**result, "compared": results, "comparison": compare.report(folder, failed)}
+    return {**result, "compared": results, "comparison": report(folder, failed)}
 
 
 def compare_models(
@@ -100,12 +102,12 @@ def compare_models(
         return {"dry_run": compare.describe(plan)}
     init_logger(plan.first)
     if plan.first["search"]:
-        compare.check_folder(plan)
-        plan = plan.with_values(search(plan, run_one))
+        check_folder(plan)
+        plan = plan.with_values(search(plan))
     arguments = [f"--model={','.join(models)!r}", f"--dataset={plan.first.dataset}", *(cmd_line or [])]
     arguments += [f"--config_files={' '.join(map(str, config_file_list))!r}"] if config_file_list else []
     arguments = " ".join(arguments)
-    return compare.run_comparison(plan, run_one, f"python run_recbole_llm.py {arguments}")
+    return run_comparison(plan, f"python run_recbole_llm.py {arguments}")
 
 
 def load_data_and_model(run_folder: str | Path, device: str | None = None, **changes) -> Assembly:
