@@ -7,10 +7,10 @@ import logging
 import sys
 from pathlib import Path
 
-from recbole_llm.comparison.model_names import split_models
 from recbole_llm.comparison.plan import is_comparison
 from recbole_llm.comparison.report import report as work_out
 from recbole_llm.comparison.report import terminal_table
+from recbole_llm.config.command_line import split_models
 from recbole_llm.experiment.result import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
 

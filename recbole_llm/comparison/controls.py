@@ -16,7 +16,7 @@ the lens and the plain LoRA fitted on validation samples (:func:`recbole_llm.com
 
 from __future__ import annotations
 
-from recbole_llm.comparison.model_names import parse_model
+from recbole_llm.config.command_line import parse_model
 from recbole_llm.config.configurator import Config
 
 GATES = ("uniform", "random", "shuffled")

@@ -17,40 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.comparison.controls import control_models
-from recbole_llm.comparison.model_names import parse_model, slug
-from recbole_llm.config.configurator import Config, given_values
-from recbole_llm.config.keys import KEYS
-from recbole_llm.experiment.assembly import VOLATILE_KEYS
+from recbole_llm.config.command_line import parse_model, slug
+from recbole_llm.config.configurator import Config
+from recbole_llm.config.keys import KEYS, RUN_ONLY_KEYS, SHARED_KEYS, VOLATILE_KEYS, keys_not_passed_to
+from recbole_llm.config.model_spec import spec_of
+from recbole_llm.config.sources import given_values
 from recbole_llm.experiment.run_folder import RESULT_FILE
-from recbole_llm.registry import get_model, is_own
+from recbole_llm.registry import get_model
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 FOLDER = "compare"
-
-# Of a single run only.
-_OF_THE_RUN = (
-    "model", "dataset", "compare_with", "resume", "run_name", "output_dir", "checkpoint_dir", "seeds", "subject",
-    "controls", "search", "trials", "nproc",
-)  # fmt: skip
-# What makes the first model's adapter, where other models join a single run.
-_OF_THE_ADAPTER = (
-    "mixer", "gate", "num_experts", "temperature", "top_k", "share_gate", "gate_dropout", "gate_learning_rate",
-    "curriculum", "lens_residual", "prompt", "mixed_training", "lora_from",
-    "gate_inputs", "gate_balance", "gate_entropy", "stage_one_share", "tune_lens",
-)  # fmt: skip
-# How a model is trained: RecBole's own models that join a single run use their own defaults.
-_OF_THE_TRAINING = (
-    "epochs", "train_batch_size", "learning_rate", "weight_decay", "learner", "eval_step", "stopping_step",
-    "clip_grad_norm", "loss_type",
-)  # fmt: skip
-# What decides which samples are tested, what their targets are ranked among, and the metrics.
-_OF_THE_ROWS = (
-    "task", "eval_rows", "eval_seed", "min_history", "history_ties", "history_scope", "min_rating", "user_split",
-    "eval_mode", "num_negatives", "negatives", "candidate_seed", "bootstrap_samples", "threshold", "eval_args", "topk",
-    "metrics", "valid_metric",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,11 +106,10 @@ def plan_run(
         ValueError: if the model's changes would lead to other samples, or the configuration cannot work.
     """
     model, changes = parse_model(text)
-    model_class = get_model(model)
-    unread = {key for key, known in KEYS.items() if known.llm} - set(getattr(model_class, "reads", ()))
-    unread = set() if is_own(model_class) else unread
-    values = {key: value for key, value in given.items() if key not in _OF_THE_RUN and key not in unread}
-    for key in _OF_THE_ROWS:  # also where the first model has a default
+    spec = spec_of(get_model(model))
+    unread = {key for key, known in KEYS.items() if not spec.reads_key(key, known)}
+    values = {key: value for key, value in given.items() if key not in RUN_ONLY_KEYS and key not in unread}
+    for key in SHARED_KEYS:  # also where the first model has a default
         value = first[key]
         if key in changes and changes[key] != value:
             raise ValueError(
@@ -161,8 +138,7 @@ def check_models(first: Config, folder: Path) -> list[PlannedRun]:
         wanted = []
     runs = []
     for text in wanted:
-        own = is_own(get_model(parse_model(text)[0]))
-        left_out = {*_OF_THE_ADAPTER} if own else {*_OF_THE_ADAPTER, *_OF_THE_TRAINING}
+        left_out = keys_not_passed_to(spec_of(get_model(parse_model(text)[0])).is_llm)
         given = {key: value for key, value in first.external_config_dict.items() if key not in left_out}
         runs.append(plan_run(first, text, given, folder / FOLDER / slug(text)))
     return runs
@@ -203,9 +179,9 @@ def make_plan(
     twice = sorted({text for text in models if list(models).count(text) > 1})
     if twice:
         raise ValueError(f"the model {twice[0]!r} is given twice")
-    classes = {text: get_model(name) for text, name in names.items()}
-    own = {text: model.task for text, model in classes.items() if is_own(model)}
-    task = _common_task(own, given, [model.tasks[0] for model in classes.values() if hasattr(model, "tasks")])
+    specs = {text: spec_of(get_model(name)) for text, name in names.items()}
+    own = {text: spec.task for text, spec in specs.items() if spec.is_llm}
+    task = _common_task(own, given, [spec.task for spec in specs.values() if spec.task])
     preset = {"preset": given["preset"]} if given.get("preset") else {}
     known = {
         text: Config(name, dataset, config_dict={**_for_task(task, text in own), **preset}).valid_keys()
@@ -263,8 +239,8 @@ def _for_task(task: str, own: bool) -> dict[str, Any]:
 
 def _shared_hash(first: Config, given: Mapping[str, Any]) -> str:
     """Of everything shared by all models: the same command finds its folder again, also with more models."""
-    left_out = {*VOLATILE_KEYS, "model", "dataset"} - {"preset"}
-    shared = {key: first[key] for key in _OF_THE_ROWS}
+    left_out = (VOLATILE_KEYS | RUN_ONLY_KEYS) - {"preset"}
+    shared = {key: first[key] for key in SHARED_KEYS}
     shared |= {key: value for key, value in given.items() if key not in left_out}
     return _hash(shared | {"dataset": first.dataset, "seed": first["seed"]})[:10]
 

@@ -26,13 +26,12 @@ from typing import Any
 from scipy import stats
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 
-from recbole_llm.comparison.model_names import parse_model, slug
 from recbole_llm.comparison.plan import Plan, PlannedRun, plan_run
 from recbole_llm.comparison.running import run_all
-from recbole_llm.config.configurator import parse_value
+from recbole_llm.config.command_line import parse_model, parse_value, slug
 from recbole_llm.experiment.run_folder import RESULT_FILE
-from recbole_llm.registry import nearest
 from recbole_llm.utils.files import write_json
+from recbole_llm.utils.names import nearest
 
 logger = logging.getLogger(__name__)
 

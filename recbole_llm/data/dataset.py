@@ -25,6 +25,7 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
+from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText, TextSettings, read_atomic, read_header
 from recbole_llm.data.retriever import RecentRetriever, Retriever
@@ -317,7 +318,7 @@ class HistoryDataset(SequentialDataset):
             n_users=self.user_num,
             ties=_setting(self.config, "history_ties", "order"),
         )
-        if self.config["model"] == "DIEN":  # the one model of RecBole whose loss reads a negative history
+        if spec_of(self.config.model_class).negative_history:
             self.history.draw_negatives(self.item_num, self.config["seed"])
         earlier = position - self.history.user_start[users]
         minimum = self._min_history

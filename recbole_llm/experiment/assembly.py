@@ -29,7 +29,10 @@ from recbole_llm.backbone.answers import mean_pooled_vectors
 from recbole_llm.backbone.loader import Backbone, load_backbone
 from recbole_llm.backbone.store import default_cache_dir
 from recbole_llm.config.configurator import Config
+from recbole_llm.config.keys import VOLATILE_KEYS
+from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
+from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HistoryDataset, draw_rows
 from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
 from recbole_llm.data.prompts.lines import item_token_ids
@@ -45,41 +48,10 @@ from recbole_llm.data.retriever import (
 from recbole_llm.lens.fit import fit_lens
 from recbole_llm.lens.lens import Lens
 from recbole_llm.model.base import LLMRecommender
-from recbole_llm.registry import create_dataset, get_model
 from recbole_llm.trainer.warm_start import read_plain_lora
 from recbole_llm.utils.files import locked, write_atomically
 
 logger = logging.getLogger(__name__)
-
-# Keys that do not change what is computed, so that a run may be resumed with other values of them.
-VOLATILE_KEYS = frozenset(
-    {
-        "dry_run",
-        "resume",
-        "run_name",
-        "output_dir",
-        "checkpoint_dir",
-        "cache_dir",
-        "data_path",
-        "show_progress",
-        "state",
-        "checkpoint_seconds",
-        "device",
-        "gpu_id",
-        "use_gpu",
-        "bootstrap_samples",
-        "compare_with",
-        "seeds",
-        "subject",
-        "controls",
-        "preset",
-        "search",
-        "trials",
-        "nproc",
-        "log_wandb",
-        "wandb_project",
-    }
-)
 
 CONFIG_FILE = "config.json"
 
@@ -175,7 +147,7 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
     Raises:
         ValueError: if vectors of titles are wanted, and the data has no titles.
     """
-    model_class, identity = config.model_class, {}
+    spec, identity = spec_of(config.model_class), {}
 
     @functools.cache
     def vectors() -> np.ndarray:
@@ -201,10 +173,9 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
         )
         return item_vectors(config, item_token_ids(dataset.item_text(), backbone.tokenizer), backbone)
 
-    if "id_retrieval" in getattr(model_class, "reads", ()):
+    if "id_retrieval" in spec.reads:
         set_id_retrieval(config, dataset, vectors)
-    wanted = getattr(model_class, "wants_item_vectors", None)
-    arguments = {"item_vectors": vectors()} if wanted is not None and wanted(config) else {}
+    arguments = {"item_vectors": vectors()} if spec.wants_item_vectors(config) else {}
     return arguments, identity or None
 
 
@@ -254,12 +225,18 @@ def prepare_rows(config: Config) -> Rows:
     return Rows(dataset, full_train, full_valid, train, valid, test, sizes)
 
 
-def few_shot_rows(config: Config, full_train: HistoryDataset) -> HistoryDataset:
-    """The training rows that ``few_shot`` draws, once per seed; a default is cut to the size of the data."""
+def with_few_shot_in_data(config: Config, n_train: int) -> Config:
+    """The configuration whose default of ``few_shot`` is no more than there are training samples."""
     few_shot = config["few_shot"]
-    if config.origins.get("few_shot") is None and isinstance(few_shot, int) and few_shot > len(full_train):
-        logger.info("few_shot: all %d training rows; the default is %d", len(full_train), few_shot)
-        few_shot = config["few_shot"] = len(full_train)
+    if config.origins.get("few_shot") is None and isinstance(few_shot, int) and few_shot > n_train:
+        logger.info("few_shot: all %d training samples; the default is %d", n_train, few_shot)
+        return config.override(few_shot=n_train)
+    return config
+
+
+def few_shot_rows(config: Config, full_train: HistoryDataset) -> HistoryDataset:
+    """The training samples that ``few_shot`` draws, once per seed; a default is cut to the size of the data."""
+    few_shot = with_few_shot_in_data(config, len(full_train))["few_shot"]
     return full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
 
 
@@ -288,6 +265,7 @@ def assemble(
     lora = read_plain_lora(config) if warm_start else None
     with stage(seconds, "data"):
         rows = prepare_rows(config)
+    config = with_few_shot_in_data(config, len(rows.full_train))
     with stage(seconds, "backbone"):
         backbone = load_backbone(
             config["backbone"],
@@ -327,7 +305,7 @@ def assemble(
 
     train = rows.train.mixed() if config["mixed_training"] else rows.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
-    model = get_model(config["model"])(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
+    model = config.model_class(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
     model.to(config["device"])
     identities = {
         "model": config["model"],

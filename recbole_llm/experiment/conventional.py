@@ -1,6 +1,6 @@
 """RecBole's own models through our entry point: RecBole's model and trainer, and where it matters our rows.
 
-Conventional models of ours (:mod:`recbole_llm.model.conventional`) take the same path.
+Built-in conventional models (:mod:`recbole_llm.config.model_spec`) take the same path.
 
 Only the ends differ. With ``task: ctr`` every model runs on the very rows of our models
 (:class:`recbole_llm.data.CTRDataset`; one that learns pairs of items, on the liked ones), with ``task: next_item`` on
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from recbole.data import create_samplers, data_preparation
 from recbole.data.utils import get_dataloader
-from recbole.utils import EvaluatorType, InputType, init_seed
+from recbole.utils import EvaluatorType, InputType, get_trainer, init_seed
 
-from recbole_llm.config.configurator import Config, keys_read_by
+from recbole_llm.config.configurator import Config
+from recbole_llm.config.model_spec import class_for, spec_of
 from recbole_llm.data.candidates import draw_candidates
+from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.experiment.assembly import (
@@ -36,7 +38,6 @@ from recbole_llm.experiment.assembly import (
     write_configuration,
 )
 from recbole_llm.experiment.result import build_result, write_result
-from recbole_llm.registry import create_dataset, get_trainer
 from recbole_llm.trainer.checkpoint import LAST_FILE
 from recbole_llm.trainer.conventional_trainer import EpochTraining
 
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 def run(config: Config, run_folder: Path) -> dict:
     """Train and evaluate a model of RecBole; see :func:`recbole_llm.quick_start.run_recbole_llm`."""
     seconds: dict[str, float] = {}
+    config = config.override(checkpoint_dir=str(run_folder))  # RecBole's Trainer makes this folder
     with stage(seconds, "data"):
         dataset = create_dataset(config)
         logger.info(dataset)
@@ -63,28 +65,27 @@ def run(config: Config, run_folder: Path) -> dict:
     } | available
     with stage(seconds, "item_vectors"):
         arguments, backbone = conventional_parts(config, dataset)
-    model_class = config.model_class
-    if hasattr(model_class, "for_task"):
-        model_class = model_class.for_task(config["task"])
+    model_class = class_for(config.model_class, config["task"])
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     model = model_class(config, train_data._dataset, **arguments).to(config["device"])
     logger.info(model)
     if config["dry_run"]:
         lines = [f"dry run: {config['model']} on {config['dataset']}", f"device: {config['device']}"]
         return {"dry_run": "\n".join([*lines, f"rows: {sizes}", str(model)])}
-    config["checkpoint_dir"] = str(run_folder)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
     keeps_rows = labelled or config["task"] == "next_item"
     trainer.eval_collector = RowCollector(
         config
     )  # RecBole's fails on metrics that read counts: an int has no .cpu()
-    if labelled and "LABEL_FIELD" not in keys_read_by(model_class):
-        logger.warning(
-            "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
-            "ACC are defined; compare it by AUC and GAUC",
-            config["model"],
-        )
+    spec = spec_of(model_class)
+    if labelled and not spec.probability:
+        if spec.learns_from != "labels":
+            logger.warning(
+                "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
+                "ACC are defined; compare it by AUC and GAUC",
+                config["model"],
+            )
         unbounded = model.predict
         model.predict = lambda interaction: torch.sigmoid(unbounded(interaction).double())
     if config["epochs"] and not config["eval_step"]:

@@ -46,7 +46,7 @@ def run_one(config: Config, folder: Path) -> dict:
     logger.info("device: %s", config["device"])
     reset_peak_memory()
     start_meter(None if config["resume"] or config["dry_run"] else config["device"])
-    if not config.is_own:
+    if not config.spec.is_llm:
         return classical.run(config, folder)
     if config["dry_run"]:
         return {"dry_run": describe(assemble(config, fit=False))}
@@ -55,6 +55,7 @@ def run_one(config: Config, folder: Path) -> dict:
 
 def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
     parts = assemble(config)
+    config = parts.config  # few_shot may have been cut to the size of the data
     trainer = LLMTrainer(config, parts.model, run_folder=run_folder, identities=parts.identities)
     write_configuration(run_folder, config)
     if parts.lens is not None:

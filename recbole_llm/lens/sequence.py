@@ -24,6 +24,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import Tensor, nn
 
+from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.embedding import RatingLevels, rating_list_field
 
 WORKING = ("SASRec", "GRU4Rec", "NARM", "STAMP", "Caser", "LightSANs")
@@ -44,13 +45,13 @@ class HistoryEncoder(SequentialRecommender):
 
     Args:
         config: the lens's own configuration.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Raises:
         ValueError: if the model does not make one vector of a history; the message names models that do.
     """
 
-    gate_scopes = ("user",)
+    spec = ModelSpec("conventional", tasks=("next_item",), learns_from="loss_type", gate_scopes=("user",))
     known_to_work: tuple[str, ...] = ()
 
     def __init__(self, config, dataset) -> None:
@@ -100,12 +101,13 @@ class LabelledSequence(HistoryEncoder):
 
     Args:
         config: the lens's own configuration.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Raises:
         ValueError: if the model cannot give a state as above; the message names models that can.
     """
 
+    spec = ModelSpec("conventional", tasks=("ctr",), probability=True, gate_scopes=("user",))
     input_type = InputType.POINTWISE
     known_to_work = ("DIN", *WORKING)
 
@@ -149,7 +151,7 @@ class LabelledSequence(HistoryEncoder):
         return state
 
     def represent(self, interaction: Interaction, gate_scope: str = "user") -> tuple[Tensor, Tensor]:
-        """The state ``[B, H]`` and the logit ``[B]`` of every row."""
+        """The state ``[B, H]`` and the logit ``[B]`` of every sample."""
         state = self.state(interaction)
         target = interaction[self.ITEM_ID]
         dot = (state * self.item_embedding(target)).sum(dim=-1)
@@ -189,7 +191,7 @@ class LastPositionSASRec(SASRec):
 
 
 def attend(attention: MultiHeadAttention, query: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
-    """RecBole's multi-head self-attention, for one position of each row.
+    """RecBole's multi-head self-attention, for one position of each sample.
 
     Args:
         attention: the module whose parameters are used.
@@ -220,7 +222,7 @@ class LensSASRec(LabelledSequence, LastPositionSASRec):
     """RecBole's SASRec, trained on labels; the state is its last position's output."""
 
 
-def labelled(model_class: type[SequentialRecommender]) -> type[LabelledSequence]:
+def labelled_lens_class(model_class: type[SequentialRecommender]) -> type[LabelledSequence]:
     """The labelled form of one of RecBole's sequential models (a new class ``Lens<Name>``)."""
     bases = (LabelledSequence, model_class)
     return type(f"Lens{model_class.__name__}", bases, {"__doc__": model_class.__doc__})

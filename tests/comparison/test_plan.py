@@ -14,9 +14,9 @@ from synthetic import TEXT
 from recbole_llm import cli, quick_start
 from recbole_llm.comparison import running
 from recbole_llm.comparison.controls import control_models
-from recbole_llm.comparison.model_names import parse_model, split_models
 from recbole_llm.comparison.plan import make_plan
 from recbole_llm.comparison.report import report
+from recbole_llm.config.command_line import parse_model, split_models
 from recbole_llm.config.configurator import Config
 
 LENS = {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
