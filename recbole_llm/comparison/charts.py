@@ -283,7 +283,7 @@ def _inline(content: bytes, key: str, title: str) -> Markup:
     """matplotlib's file as an element of a page: its own ids, the page's colours and fonts, title and description."""
     root, tips = ElementTree.fromstring(content), []
     for parent in root.iter():
-        for child in [child for child in parent if child.tag.endswith(("}metadata", "}style"))]:
+        for child in [child for child in parent if child.tag.endswith(("}metadata", "}style", "}clipPath"))]:
             parent.remove(child)
     for element in list(root.iter()):
         element.tag = element.tag.rsplit("}")[-1]
@@ -295,8 +295,9 @@ def _inline(content: bytes, key: str, title: str) -> Markup:
             element.insert(0, _text("title", name[4:]))
         elif element.tag != "g" and name:
             attributes["id"] = f"{key}-{name}"
-        for place in {"href", "clip-path"} & set(attributes):
-            attributes[place] = attributes[place].replace("#", f"#{key}-")
+        attributes.pop("clip-path", None)
+        if "href" in attributes:
+            attributes["href"] = f"#{key}-{attributes['href'][1:]}"
         if "style" in attributes:
             kept = [part for part in attributes["style"].split("; ") if not part.startswith("font-family")]
             attributes["style"] = "; ".join(kept)

@@ -77,6 +77,11 @@ def label_of(text: str) -> str:
         name, changes = parse_model(text)
     except ValueError:
         return text
+    if not {"mixer", "score_valid", *_PHRASES} & {
+        *changes,
+        *(f"{key}={value}" for key, value in changes.items()),
+    }:
+        return text
     phrases = []
     if changes.get("mixer") == "identity":
         name = "plain LoRA"
