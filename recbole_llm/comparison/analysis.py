@@ -29,11 +29,13 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.comparison.controls import label_of
-from recbole_llm.comparison.stacking import Stack, best_stack, stack
+from recbole_llm.comparison.stacking import best_stack, stack
+from recbole_llm.comparison.tables import COSTS, FORMAT
 from recbole_llm.evaluation.bootstrap import METRICS, Bootstrap, Interval, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.metrics import UndefinedMetric, auc
 from recbole_llm.evaluation.ranking import row_rank_metric
 from recbole_llm.evaluation.significance import (
+    GroupMetric,
     calibration,
     delong,
     holm,
@@ -44,7 +46,6 @@ from recbole_llm.evaluation.significance import (
 )
 from recbole_llm.experiment.result import RESULT_FILE, ROWS_FILE
 
-FORMAT = 1
 VALID_ROWS_FILE = "valid_rows.npz"
 ALPHA = 0.05
 GROUPS = {"history_length": "history length", "user_rows": "user activity", "item_rows": "item popularity"}
@@ -241,47 +242,51 @@ def _models(runs: Sequence[FinishedRun]) -> tuple[dict[str, _Model], list[str]]:
 
 
 def _add_stacks(models: dict[str, _Model], runs: Sequence[FinishedRun]) -> list[str]:
-    """Adds stacks as references: of each run's lens and itself, and the best one of conventional models."""
-    notes, conventional = [], {}
+    """Adds stacks as references: of each run's lens and itself, and the best one of conventional models.
+
+    Returns:
+        Notes: the weights of each stack, or why there is none.
+    """
+    notes: list[str] = []
+    conventional: dict[int, dict[str, tuple[FinishedRun, dict[str, np.ndarray]]]] = {}
+
+    def add(
+        name: str, label: str, seed: int, valid: Mapping[str, np.ndarray], parts: Sequence[tuple]
+    ) -> None:
+        names, of_valid, of_test = zip(*parts, strict=True)
+        try:
+            found = stack(valid["label"], of_valid, of_test, names)
+        except UndefinedMetric as error:
+            notes.append(f"{label}, seed {seed}: none, {error}.")
+            return
+        models.setdefault(name, _Model(name, "reference", label)).columns[seed] = found.probabilities
+        weights = ", ".join(f"{part} {weight:.3g}" for part, weight in zip(names, found.weights, strict=True))
+        notes.append(f"{label}, seed {seed}: logistic regression on validation samples, weights {weights}.")
+
     for run in runs:
         if not (run.path / VALID_ROWS_FILE).is_file() or "label" not in run.rows:
             continue
         with np.load(run.path / VALID_ROWS_FILE, allow_pickle=False) as file:
             valid = dict(file)
+        own = run.name, valid["model_score"], run.rows["model_score"]
         if "lens_score" in run.rows:
-            lens, columns = run.result["names"]["lens"], ("lens_score", "model_score")
-            found = stack(
-                valid["label"], [valid[c] for c in columns], [run.rows[c] for c in columns], columns
-            )
-            names = f"stack of {lens} and {run.name}", f"stack of {lens} and {label_of(run.name)}"
-            models.setdefault(names[0], _Model(names[0], "reference", names[1])).columns[run.seed] = (
-                found.probabilities
-            )
-            notes.append(_weights(f"{names[1]}, seed {run.seed}", (lens, label_of(run.name)), found))
+            lens = run.result["names"]["lens"], valid["lens_score"], run.rows["lens_score"]
+            name, label = (f"stack of {lens[0]} and {text}" for text in (run.name, label_of(run.name)))
+            add(name, label, run.seed, valid, [lens, (label_of(run.name), *own[1:])])
         elif run.kind == "classical" and "row_id" in valid:
             order = np.argsort(valid["row_id"], kind="stable")
             valid = {column: values[order] for column, values in valid.items()}
             conventional.setdefault(run.seed, {})[run.name] = run, valid
     for seed, found in conventional.items():
-        first = next(iter(found.values()))[1]
-        same = {
-            name: (run, valid)
-            for name, (run, valid) in found.items()
-            if np.array_equal(valid["row_id"], first["row_id"])
+        valid = next(iter(found.values()))[1]
+        parts = {
+            name: (name, scores["model_score"], run.rows["model_score"])
+            for name, (run, scores) in found.items()
+            if np.array_equal(scores["row_id"], valid["row_id"])
         }
-        scores = {name: valid["model_score"] for name, (_, valid) in same.items()}
-        if names := best_stack(first["label"], scores):
-            test = [same[name][0].rows["model_score"] for name in names]
-            best = stack(first["label"], [scores[name] for name in names], test, names)
-            model = models.setdefault(BEST_STACK, _Model(BEST_STACK, "reference", BEST_STACK))
-            model.columns[seed] = best.probabilities
-            notes.append(_weights(f"{BEST_STACK}, seed {seed}", names, best))
+        if names := best_stack(valid["label"], {name: part[1] for name, part in parts.items()}):
+            add(BEST_STACK, BEST_STACK, seed, valid, [parts[name] for name in names])
     return notes
-
-
-def _weights(title: str, names: Sequence[str], found: Stack) -> str:
-    weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, found.weights, strict=True))
-    return f"{title}: logistic regression on validation samples, weights of the logits {weights}."
 
 
 def _member(name: str, seed: int) -> str:
@@ -340,36 +345,28 @@ def _bounds(percentile: Interval, bca: Interval) -> dict[str, float | str | None
 
 
 def _cost(runs: Sequence[FinishedRun]) -> dict[str, float | None]:
-    """Mean cost of the runs over seeds; unknown for references."""
+    """Mean cost of the runs over seeds; None where it is not known for each of them, as for references."""
 
-    def mean(of_run) -> float | None:
-        values = [of_run(run.result) for run in runs]
-        return float(np.mean(values)) if values and None not in values else None
-
-    def seconds(result: Mapping[str, Any], stage: str) -> float | None:
-        return result["seconds"].get(stage)
-
-    def peak(result: Mapping[str, Any]) -> float | None:
-        memory = result["peak_memory"]
-        held = memory.get("gpu_bytes") or memory.get("host_bytes")
-        return held and held / 2**30
-
-    def parameters(result: Mapping[str, Any]) -> float | None:
+    def of_run(result: Mapping[str, Any]) -> dict[str, float | None]:
+        test, memory = result["seconds"].get("test"), result["peak_memory"]
         counts = result.get("trained_parameters")
-        return sum(counts.values()) if counts else None
+        held = memory.get("gpu_bytes") or memory.get("host_bytes")
+        return {
+            "train_seconds": result["seconds"].get("fit"),
+            "test_seconds": test,
+            "samples_per_second": result["rows"]["test"] / test if test else None,
+            "tokens_per_second": result.get("tokens_per_second"),
+            "tokens": result.get("tokens"),
+            "peak_memory_gib": held and held / 2**30,
+            "trained_parameters": sum(counts.values()) if counts else None,
+        }
 
-    def per_second(result: Mapping[str, Any]) -> float | None:
-        spent = seconds(result, "test")
-        return result["rows"]["test"] / spent if spent else None
-
+    costs = [of_run(run.result) for run in runs]
     return {
-        "train_seconds": mean(lambda result: seconds(result, "fit")),
-        "test_seconds": mean(lambda result: seconds(result, "test")),
-        "samples_per_second": mean(per_second),
-        "tokens_per_second": mean(lambda result: result.get("tokens_per_second")),
-        "tokens": mean(lambda result: result.get("tokens")),
-        "peak_memory_gib": mean(peak),
-        "trained_parameters": mean(parameters),
+        key: float(np.mean([cost[key] for cost in costs]))
+        if costs and None not in [c[key] for c in costs]
+        else None
+        for key in COSTS
     }
 
 
@@ -391,28 +388,30 @@ def _calibration(model: _Model, rows: Mapping[str, np.ndarray]) -> dict[str, Any
 
 def _groups(model: _Model, rows: Mapping[str, np.ndarray], metric: str) -> dict[str, list[dict[str, Any]]]:
     """The leading metric, mean over seeds, in groups of samples; those without a training sample are one."""
+
+    def by_group(names: np.ndarray, values: np.ndarray) -> dict[str, GroupMetric]:
+        if "label" in rows:
+            return metric_by_group(names, auc, values, rows["label"])
+        return metric_by_group(names, np.mean, row_rank_metric(metric, values))
+
     result = {}
     for column, title in GROUPS.items():
         if column not in rows:
             continue
         names = _group_names(rows[column])
-        if "label" in rows:
-            by_seed = [
-                metric_by_group(names, auc, scores, rows["label"]) for scores in model.columns.values()
-            ]
-        else:
-            by_seed = [
-                metric_by_group(names, lambda gain: gain.mean(), row_rank_metric(metric, ranks))
-                for ranks in model.columns.values()
-            ]
+        first, *others = (by_group(names, values) for values in model.columns.values())
         result[title] = [
             {
                 "name": name,
-                "rows": by_seed[0][name].samples,
-                "value": None if found.reason else float(np.mean([seed[name].value for seed in by_seed])),
+                "rows": found.samples,
+                "value": None
+                if found.reason
+                else float(np.mean([found.value, *(other[name].value for other in others)])),
                 "reason": found.reason,
             }
-            for name, found in sorted(by_seed[0].items(), key=lambda group: _least(group[0]))
+            for name, found in sorted(
+                first.items(), key=lambda group: int(group[0].split("-")[0].split(" ")[0])
+            )
         ]
     return result
 
@@ -424,10 +423,6 @@ def _group_names(values: np.ndarray, n: int = 4) -> np.ndarray:
     if warm.any():
         names[warm] = quantile_groups(values[warm], n)
     return names.astype(str)
-
-
-def _least(name: str) -> int:
-    return int(name.split("-")[0].split(" ")[0])
 
 
 def _differences(

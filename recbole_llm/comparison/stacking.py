@@ -65,8 +65,10 @@ def best_stack(labels: np.ndarray, valid: Mapping[str, np.ndarray]) -> tuple[str
         valid: model -> probabilities ``[m]``.
 
     Returns:
-        The models' names; None if there are fewer than two models, or fewer than 5 samples of a class.
+        The models' names; None if there are fewer than two models with probabilities, or fewer than 5 samples of a
+        class.
     """
+    valid = {name: p for name, p in valid.items() if p.min() >= 0 and p.max() <= 1}
     if len(valid) < 2 or np.unique(labels).size < 2 or np.unique(labels, return_counts=True)[1].min() < 5:
         return None
     losses = {}

@@ -348,6 +348,19 @@ def test_conventional_models_with_validation_scores_have_their_best_stack_as_a_r
     assert BEST_STACK not in [line["name"] for line in build_comparison(runs[:1], samples=10)["models"]]
 
 
+def test_a_stack_that_cannot_be_fitted_costs_no_report(tmp_path):
+    rng = np.random.default_rng(14)
+    rows = rows_of(rng, "ctr")
+    values = scores(rng, rows["label"], 0.5)
+    np.savez(
+        tmp_path / "valid_rows.npz", label=np.ones(9), lens_score=np.full(9, 0.5), model_score=np.full(9, 0.5)
+    )
+    plain = run("plain", rows, values, path=tmp_path, names={"lens": "lens DIN"}, lens_score=values)
+    found = build_comparison([plain], samples=10)
+    assert "stack of lens DIN and plain" not in [line["name"] for line in found["models"]]
+    assert any("one class only" in note for note in found["notes"])
+
+
 def test_controls_are_called_by_their_labels_and_kept_by_their_names():
     rng = np.random.default_rng(13)
     rows = rows_of(rng, "ctr")
