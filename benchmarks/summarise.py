@@ -3,10 +3,10 @@
     python benchmarks/summarise.py saved/RecLoRA-ml-1m-* --json benchmarks/results/ml-1m-ctr.json
     python benchmarks/summarise.py saved/compare-ml-100k-0123456789 --json benchmarks/results/ml-100k-quick.json
 
-Of a comparison of several models its ``compare.md`` is printed, and ``compare.json`` kept without what would hand the
-dataset on (prompts, users) or is of one machine. Else every run contributes itself, the runs below it (compare_with),
-and once each the lens, the popularity and the untrained language model that it was compared with. Nothing is computed
-here: all numbers are those of the runs' ``result.json``.
+Of a comparison of several models its ``compare.md`` is printed, and ``compare.json`` kept without parts of the dataset
+(prompts, users) and local paths. Else every run contributes itself, the runs below it (compare_with), and once each the
+lens, the popularity and the untrained language model that it was compared with. Nothing is computed
+here: all numbers come from the runs' ``result.json``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
         if arguments.json:
             compared = json.loads((folder / "compare.json").read_text())
             kept = {key: value for key, value in compared.items() if key not in ("gates", "prompts")}
-            # Of one machine are where the data lie and where the runs do.
+            # Local paths are of no use to others.
             kept["command"] = re.sub(r" --data_path=\S+", "", compared["command"])
             for model in kept["models"]:
                 model["paths"] = [Path(path).name for path in model["paths"]]

@@ -7,7 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from recbole_llm.comparison import plan as compare
+from recbole_llm.comparison.plan import is_comparison
+from recbole_llm.comparison.report import report as work_out
 from recbole_llm.comparison.report import terminal_table
 from recbole_llm.config.command_line import split_models
 from recbole_llm.experiment.table import result_table
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         models = split_models(known.model)
         if known.report:
-            result = compare.report(Path(known.report))
-        elif len(models) > 1 or compare.is_comparison(files, rest):
+            result = work_out(Path(known.report))
+        elif len(models) > 1 or is_comparison(files, rest):
             result = compare_models(models, known.dataset, files, cmd_line=rest)
         else:
             result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)

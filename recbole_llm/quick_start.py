@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.comparison import plan as compare
+from recbole_llm.comparison.report import report
+from recbole_llm.comparison.running import check_folder, run_all, run_comparison
 from recbole_llm.comparison.search import search
 from recbole_llm.config.configurator import Config
 from recbole_llm.experiment.assembly import Assembly
@@ -73,12 +75,12 @@ def run_recbole_llm(
     if not others or "dry_run" in result:
         return result
     try:
-        failed = compare.run_all(others, run_one)
+        failed = run_all(others)
     except KeyboardInterrupt:
         logger.warning("interrupted; finished runs are kept: repeat the command with --resume=%s", folder)
         raise
     results = [result, *(read_result(run.folder) for run in others if run.finished)]
-    return {**result, "compared": results, "comparison": compare.report(folder, failed)}
+    return {**result, "compared": results, "comparison": report(folder, failed)}
 
 
 def compare_models(
@@ -103,11 +105,11 @@ def compare_models(
         return {"dry_run": compare.describe(plan)}
     start_log(plan.first)
     if plan.first["search"]:
-        compare.check_folder(plan)
-        plan = plan.with_values(search(plan, run_one))
+        check_folder(plan)
+        plan = plan.with_values(search(plan))
     arguments = [f"--model={','.join(models)!r}", f"--dataset={plan.first.dataset}", *(cmd_line or [])]
     arguments += [f"--config_files={' '.join(map(str, config_file_list))!r}"] if config_file_list else []
-    return compare.run_comparison(plan, run_one, f"python run_recbole_llm.py {' '.join(arguments)}")
+    return run_comparison(plan, f"python run_recbole_llm.py {' '.join(arguments)}")
 
 
 def load_data_and_model(

@@ -19,14 +19,17 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "recbole_llm"
+TEMPLATES = PACKAGE / "comparison" / "templates"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 
 # What `import X` is called at the package index, where the two names differ.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Come with the packages that we require and whose versions they must match.
-COME_ALONG = {"tokenizers": "transformers", "huggingface_hub": "transformers", "accelerate": "peft"}
+COME_ALONG = {
+    "tokenizers": "transformers", "huggingface_hub": "transformers", "accelerate": "peft", "markupsafe": "jinja2",
+}  # fmt: skip
 # Extras: may be imported inside a function only.
-OPTIONAL = {"bitsandbytes", "pynvml"}
+OPTIONAL = {"bitsandbytes", "matplotlib", "pynvml"}
 
 pytestmark = pytest.mark.skipif(
     not (REPO / "setup.cfg").is_file(), reason="the tests of the installation need the project's folder"
@@ -130,6 +133,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(unpacked: Path) -> N
     expected |= {
         f"recbole_llm/{file.relative_to(REPO).as_posix()}" for file in (REPO / "properties").rglob("*.yaml")
     }
+    expected |= {file.relative_to(REPO).as_posix() for file in TEMPLATES.iterdir()}
     built = {
         file.relative_to(unpacked).as_posix()
         for file in unpacked.rglob("*")
@@ -144,7 +148,13 @@ def test_the_source_distribution_holds_what_the_wheel_is_built_from(checkout: Pa
     (archive,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path)
     (root,) = (folder for folder in tmp_path.iterdir() if folder.is_dir())
-    for file in [*sources(), *(REPO / "properties").rglob("*.yaml"), REPO / "LICENSE", REPO / "Makefile"]:
+    for file in [
+        *sources(),
+        *TEMPLATES.iterdir(),
+        *(REPO / "properties").rglob("*.yaml"),
+        REPO / "LICENSE",
+        REPO / "Makefile",
+    ]:
         assert (root / file.relative_to(REPO)).is_file(), f"MANIFEST.in: {file.relative_to(REPO)} is missing"
 
 

@@ -1,23 +1,25 @@
-"""Which model is better on the same rows, by how much, and is it more than chance: from finished runs to one dict.
+"""Which model is better on the same samples, by how much, and is the difference significant: finished runs to one dict.
 
-The input are the ``result.json`` and ``test_rows.npz`` that every run leaves, so a comparison can be recomputed at any
-time without running anything. The output is what the report files are written from (``compare_report``):
+The input are the ``result.json`` and ``test_rows.npz`` of every run, so a comparison can be recomputed at any time
+without running anything. The output is what the report files are written from (:mod:`recbole_llm.comparison.tables`):
 
-- every model's metrics: mean and standard deviation over seeds; 95% intervals over users (percentile and BCa) for the
-  mean of the seeds;
+- every model's metrics: mean and standard deviation over seeds; 95% intervals over resampled users (percentile and BCa)
+  for the mean of the seeds;
 - the paired difference of one model, the *subject*, with every other, with intervals from the same draws of users and a
-  test: labelled rows DeLong's, rows of a user together; ranks McNemar's exact test of HR@1 where there is one seed and
-  one row per user, else random changes of sign by user. All p-values of a metric are adjusted together (Holm);
+  test: labelled samples DeLong's, clustered by user; ranks McNemar's exact test of HR@1 where there is one seed and one
+  sample per user, else a sign-flip permutation test by user. All p-values of a metric are adjusted together (Holm);
 - calibration; the leading metric by length of history, activity of the user and popularity of the item;
-- cost, and in words what follows.
+- cost, and the key findings in words.
 
-What a run was compared with on its own rows (lens, popularity, untrained LLM) takes part as a reference, and so does a
-stack of its lens and itself where it kept the scores of its validation rows (``score_valid``).
+The references of a run on its own samples (the lens, which is the frozen conventional recommender; popularity; the
+untrained LLM) take part, and so do stacks where runs kept the scores of their validation samples (``score_valid``): of
+a run's lens and itself, and the best one of two or three conventional models.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -26,11 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from recbole_llm.comparison.stacking import stacked
+from recbole_llm.comparison.controls import label_of
+from recbole_llm.comparison.stacking import best_stack, stack
+from recbole_llm.comparison.tables import COSTS, FORMAT
 from recbole_llm.evaluation.bootstrap import METRICS, Bootstrap, Interval, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.metrics import UndefinedMetric, auc
 from recbole_llm.evaluation.ranking import row_rank_metric
 from recbole_llm.evaluation.significance import (
+    GroupMetric,
     calibration,
     delong,
     holm,
@@ -41,11 +46,11 @@ from recbole_llm.evaluation.significance import (
 )
 from recbole_llm.utils.run_files import RESULT_FILE, TEST_ROWS_FILE, VALID_ROWS_FILE
 
-FORMAT = 1
 ALPHA = 0.05
 GROUPS = {"history_length": "history length", "user_rows": "user activity", "item_rows": "item popularity"}
-"""Columns of ``test_rows.npz`` that rows are grouped by, and what they are called."""
+"""Columns of ``test_rows.npz`` that samples are grouped by, and their titles."""
 COLD = "0 (cold)"
+BEST_STACK = "best conventional stack"
 SMALLER_IS_BETTER = ("logloss",)
 
 
@@ -54,7 +59,7 @@ class FinishedRun:
     """One model with one seed.
 
     Attributes:
-        name: what the model is called in the comparison; runs of one name differ by their seed.
+        name: of the model in the comparison; runs of one name differ by their seed.
         result: the content of ``result.json``.
         rows: the arrays of ``test_rows.npz``, sorted by ``row_id``.
     """
@@ -82,14 +87,14 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
         raise FileNotFoundError(f"{folder} holds no {RESULT_FILE}: the run is not finished")
     if not rows_file.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {TEST_ROWS_FILE}: without its scores by row this run cannot be compared; run it again"
+            f"{folder} holds no {TEST_ROWS_FILE}: without per-sample scores this run cannot be compared; run it again"
         )
     result = json.loads(result_file.read_text(encoding="utf-8"))
     with np.load(rows_file, allow_pickle=False) as file:
         rows = dict(file)
     if "row_id" not in rows:
         raise ValueError(
-            f"{rows_file} has no row_id: {result['model']} was not run on the rows of task ctr or next_item"
+            f"{rows_file} has no row_id: {result['model']} was not run on the samples of task ctr or next_item"
         )
     if (
         rows.get("candidates", rows["row_id"]).ndim == 2
@@ -103,16 +108,17 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
 
 @dataclass
 class _Model:
-    """Everything of one line of the table: scores or ranks by seed."""
+    """One line of the table: scores or ranks by seed."""
 
     name: str
     kind: str
+    label: str
     columns: dict[int, np.ndarray] = field(default_factory=dict)
     runs: list[FinishedRun] = field(default_factory=list)
 
     @property
     def stacked(self) -> np.ndarray:
-        """``[seeds, rows]``"""
+        """``[seeds, samples]``"""
         return np.stack(list(self.columns.values()))
 
 
@@ -125,7 +131,7 @@ def build_comparison(
     seed: int = 2020,
     command: str = "",
 ) -> dict[str, Any]:
-    """Compare finished runs on the same rows.
+    """Compare finished runs on the same samples.
 
     Args:
         runs: at least one; several of one name are seeds of one model.
@@ -133,19 +139,19 @@ def build_comparison(
         failed: ``{"name", "seed", "error"}`` of runs that ended without a result.
         samples: bootstrap samples of users.
         seed: of these samples.
-        command: what produced the runs, for the report.
+        command: that produced the runs, for the report.
 
     Returns:
-        The dict described in :mod:`recbole_llm.comparison.report`.
+        The dict described in :mod:`recbole_llm.comparison.tables`.
 
     Raises:
-        ValueError: if there are no runs, or they were tested on other rows or tasks, or twice with one seed.
+        ValueError: if there are no runs, or they were tested on other samples or tasks, or twice with one seed.
     """
     if not runs:
         raise ValueError("there is no finished run to compare")
     first = runs[0]
-    _check_same_rows(runs)
-    models = _models(runs)
+    _check_same_samples(runs)
+    models, stack_notes = _models(runs)
     subject = subject or first.name
     if subject not in models:
         raise ValueError(f"subject: there is no finished run of {subject!r} among {', '.join(models)}")
@@ -184,14 +190,14 @@ def build_comparison(
         "models": table,
         "differences": differences,
         "failed": [dict(entry) for entry in failed],
-        "sentences": _sentences(differences, table, metrics[0], guessing(metrics[0], rows)),
-        "notes": _notes(models, means, samples),
+        "sentences": _sentences(differences, table, metrics[0], chance(metrics[0], rows)),
+        "notes": [*_notes(models, means, samples), *stack_notes],
         "gates": next((r.result["gates"] for r in runs if r.name == subject and r.result.get("gates")), None),
         "prompts": _prompts(models, rows, task),
     }
 
 
-def _check_same_rows(runs: Sequence[FinishedRun]) -> None:
+def _check_same_samples(runs: Sequence[FinishedRun]) -> None:
     first = runs[0]
     given = set()
     for run in runs:
@@ -204,7 +210,7 @@ def _check_same_rows(runs: Sequence[FinishedRun]) -> None:
             mine, theirs = run.rows.get(column), first.rows.get(column)
             if (mine is None) != (theirs is None) or (mine is not None and not np.array_equal(mine, theirs)):
                 raise ValueError(
-                    f"{run.name} ({run.path}) was tested on other rows than {first.name} ({first.path}): their "
+                    f"{run.name} ({run.path}) was tested on other samples than {first.name} ({first.path}): their "
                     f"columns {column!r} differ"
                 )
         if (run.name, run.seed) in given:
@@ -212,12 +218,12 @@ def _check_same_rows(runs: Sequence[FinishedRun]) -> None:
         given.add((run.name, run.seed))
 
 
-def _models(runs: Sequence[FinishedRun]) -> dict[str, _Model]:
-    """Every model and reference by name. Equal references of several runs are one."""
+def _models(runs: Sequence[FinishedRun]) -> tuple[dict[str, _Model], list[str]]:
+    """Every model and reference by name, and notes on stacks. Equal references of several runs are one."""
     models: dict[str, _Model] = {}
     suffix = "_rank" if runs[0].result["task"] == "next_item" else "_score"
     for run in runs:
-        own = models.setdefault(run.name, _Model(run.name, run.kind))
+        own = models.setdefault(run.name, _Model(run.name, run.kind, label_of(run.name)))
         own.columns[run.seed] = run.rows[f"model{suffix}"]
         own.runs.append(run)
     for run in runs:
@@ -225,21 +231,66 @@ def _models(runs: Sequence[FinishedRun]) -> dict[str, _Model]:
             values = run.rows.get(column + suffix)
             if column == "model" or values is None:
                 continue
-            # The untrained LLM asked with another prompt, or a lens trained otherwise, is another reference.
-            for name in (title, f"{title} ({run.name})"):
-                known = models.setdefault(name, _Model(name, "reference"))
+            # The untrained LLM with another prompt, or a lens trained otherwise, is another reference.
+            for name, label in ((title, title), (f"{title} ({run.name})", f"{title} ({label_of(run.name)})")):
+                known = models.setdefault(name, _Model(name, "reference", label))
                 if np.array_equal(known.columns.setdefault(run.seed, values), values):
                     break
+    notes = _add_stacks(models, runs)
+    models = {name: model for name, model in models.items() if model.columns}
+    counts = Counter(model.label for model in models.values())
+    for model in models.values():
+        if counts[model.label] > 1:
+            model.label = model.name
+    return models, notes
+
+
+def _add_stacks(models: dict[str, _Model], runs: Sequence[FinishedRun]) -> list[str]:
+    """Adds stacks as references: of each run's lens and itself, and the best one of conventional models.
+
+    Returns:
+        Notes: the weights of each stack, or why there is none.
+    """
+    notes: list[str] = []
+    conventional: dict[int, dict[str, tuple[FinishedRun, dict[str, np.ndarray]]]] = {}
+
+    def add(
+        name: str, label: str, seed: int, valid: Mapping[str, np.ndarray], parts: Sequence[tuple]
+    ) -> None:
+        names, of_valid, of_test = zip(*parts, strict=True)
+        try:
+            found = stack(valid["label"], of_valid, of_test, names)
+        except UndefinedMetric as error:
+            notes.append(f"{label}, seed {seed}: none, {error}.")
+            return
+        models.setdefault(name, _Model(name, "reference", label)).columns[seed] = found.probabilities
+        weights = ", ".join(f"{part} {weight:.3g}" for part, weight in zip(names, found.weights, strict=True))
+        notes.append(f"{label}, seed {seed}: logistic regression on validation samples, weights {weights}.")
+
     for run in runs:
-        file = run.path / VALID_ROWS_FILE
-        if not file.is_file() or "lens_score" not in run.rows:
+        if not (run.path / VALID_ROWS_FILE).is_file() or "label" not in run.rows:
             continue
-        with np.load(file, allow_pickle=False) as valid:
-            name = f"stack of {run.result['names']['lens']} and {run.name}"
-            columns = ("lens_score", "model_score")
-            stack = models.setdefault(name, _Model(name, "reference"))
-            stack.columns[run.seed] = stacked(valid, run.rows, columns)
-    return {name: model for name, model in models.items() if model.columns}
+        with np.load(run.path / VALID_ROWS_FILE, allow_pickle=False) as file:
+            valid = dict(file)
+        own = run.name, valid["model_score"], run.rows["model_score"]
+        if "lens_score" in run.rows:
+            lens = run.result["names"]["lens"], valid["lens_score"], run.rows["lens_score"]
+            name, label = (f"stack of {lens[0]} and {text}" for text in (run.name, label_of(run.name)))
+            add(name, label, run.seed, valid, [lens, (label_of(run.name), *own[1:])])
+        elif run.kind == "classical" and "row_id" in valid:
+            order = np.argsort(valid["row_id"], kind="stable")
+            valid = {column: values[order] for column, values in valid.items()}
+            conventional.setdefault(run.seed, {})[run.name] = run, valid
+    for seed, found in conventional.items():
+        valid = next(iter(found.values()))[1]
+        parts = {
+            name: (name, scores["model_score"], run.rows["model_score"])
+            for name, (run, scores) in found.items()
+            if np.array_equal(scores["row_id"], valid["row_id"])
+        }
+        if names := best_stack(valid["label"], {name: part[1] for name, part in parts.items()}):
+            add(BEST_STACK, BEST_STACK, seed, valid, [parts[name] for name in names])
+    return notes
 
 
 def _member(name: str, seed: int) -> str:
@@ -275,6 +326,7 @@ def _line(
         }
     return {
         "name": model.name,
+        "label": model.label,
         "kind": model.kind,
         "seeds": list(model.columns),
         "metrics": found,
@@ -297,37 +349,28 @@ def _bounds(percentile: Interval, bca: Interval) -> dict[str, float | str | None
 
 
 def _cost(runs: Sequence[FinishedRun]) -> dict[str, float | None]:
-    """Means over seeds of what the runs cost; of references nothing is known."""
+    """Mean cost of the runs over seeds; None where it is not known for each of them, as for references."""
 
-    def mean(of_run) -> float | None:
-        values = [of_run(run.result) for run in runs]
-        return float(np.mean(values)) if values and None not in values else None
-
-    def seconds(result: Mapping[str, Any], stage: str) -> float | None:
-        return result["seconds"].get(stage)
-
-    def peak(result: Mapping[str, Any]) -> float | None:
-        memory = result["peak_memory"]
-        held = memory.get("gpu_bytes") or memory.get("host_bytes")
-        return held and held / 2**30
-
-    def parameters(result: Mapping[str, Any]) -> float | None:
+    def of_run(result: Mapping[str, Any]) -> dict[str, float | None]:
+        test, memory = result["seconds"].get("test"), result["peak_memory"]
         counts = result.get("trained_parameters")
-        return sum(counts.values()) if counts else None
+        held = memory.get("gpu_bytes") or memory.get("host_bytes")
+        return {
+            "train_seconds": result["seconds"].get("fit"),
+            "test_seconds": test,
+            "samples_per_second": result["rows"]["test"] / test if test else None,
+            "tokens_per_second": result.get("tokens_per_second"),
+            "tokens": result.get("tokens"),
+            "peak_memory_gib": held and held / 2**30,
+            "trained_parameters": sum(counts.values()) if counts else None,
+        }
 
-    def per_second(result: Mapping[str, Any]) -> float | None:
-        spent = seconds(result, "test")
-        return result["rows"]["test"] / spent if spent else None
-
+    costs = [of_run(run.result) for run in runs]
     return {
-        "train_seconds": mean(lambda result: seconds(result, "fit")),
-        "test_seconds": mean(lambda result: seconds(result, "test")),
-        "samples_per_second": mean(per_second),
-        "tokens_per_second": mean(lambda result: result.get("tokens_per_second")),
-        "tokens": mean(lambda result: result.get("tokens")),
-        "peak_memory_gib": mean(peak),
-        "trained_parameters": mean(parameters),
-        "energy_joules": mean(lambda result: result.get("energy_joules")),
+        key: float(np.mean([cost[key] for cost in costs]))
+        if costs and None not in [c[key] for c in costs]
+        else None
+        for key in COSTS
     }
 
 
@@ -348,45 +391,42 @@ def _calibration(model: _Model, rows: Mapping[str, np.ndarray]) -> dict[str, Any
 
 
 def _groups(model: _Model, rows: Mapping[str, np.ndarray], metric: str) -> dict[str, list[dict[str, Any]]]:
-    """The leading metric, mean over seeds, in groups of rows; what no training row has is a group of its own."""
+    """The leading metric, mean over seeds, in groups of samples; those without a training sample are one."""
+
+    def by_group(names: np.ndarray, values: np.ndarray) -> dict[str, GroupMetric]:
+        if "label" in rows:
+            return metric_by_group(names, auc, values, rows["label"])
+        return metric_by_group(names, np.mean, row_rank_metric(metric, values))
+
     result = {}
     for column, title in GROUPS.items():
         if column not in rows:
             continue
         names = _group_names(rows[column])
-        if "label" in rows:
-            by_seed = [
-                metric_by_group(names, auc, scores, rows["label"]) for scores in model.columns.values()
-            ]
-        else:
-            by_seed = [
-                metric_by_group(names, lambda gain: gain.mean(), row_rank_metric(metric, ranks))
-                for ranks in model.columns.values()
-            ]
+        first, *others = (by_group(names, values) for values in model.columns.values())
         result[title] = [
             {
                 "name": name,
-                "rows": by_seed[0][name].samples,
-                "value": None if found.reason else float(np.mean([seed[name].value for seed in by_seed])),
+                "rows": found.samples,
+                "value": None
+                if found.reason
+                else float(np.mean([found.value, *(other[name].value for other in others)])),
                 "reason": found.reason,
             }
-            for name, found in sorted(by_seed[0].items(), key=lambda group: _least(group[0]))
+            for name, found in sorted(
+                first.items(), key=lambda group: int(group[0].split("-")[0].split(" ")[0])
+            )
         ]
     return result
 
 
 def _group_names(values: np.ndarray, n: int = 4) -> np.ndarray:
-    """[rows] the name of each row's group: cold ones, and up to ``n`` of about equal size."""
+    """[samples] the name of each one's group: cold ones, and up to ``n`` of about equal size."""
     names = np.full(len(values), COLD, dtype=object)
     warm = values > 0
     if warm.any():
-        groups = quantile_groups(values[warm], n)
-        names[warm] = np.array(groups.names, dtype=object)[groups.codes]
+        names[warm] = quantile_groups(values[warm], n)
     return names.astype(str)
-
-
-def _least(name: str) -> int:
-    return int(name.split("-")[0].split(" ")[0])
 
 
 def _differences(
@@ -436,18 +476,22 @@ def _test(
     users = rows["user"]
     if task != "next_item":
         p = delong(rows["label"], mine.stacked, other.stacked, users=users).p_value
-        return "DeLong by user, AUC", p, None
+        return "DeLong, clustered by user (AUC)", p, None
     gains = [row_rank_metric(metric, ranks) for ranks in mine.columns.values()]
     theirs = [row_rank_metric(metric, ranks) for ranks in other.columns.values()]
     single = len(gains) == len(theirs) == 1 and len(np.unique(users)) == len(users)
     if single and metric == "hr@1":
-        return "McNemar, HR@1", mcnemar(gains[0], theirs[0]).p_value, None
+        return "McNemar (HR@1)", mcnemar(gains[0], theirs[0]), None
     difference = np.mean(gains, axis=0) - np.mean(theirs, axis=0)
-    return f"sign changes by user, {metric.upper()}", paired_permutation(users, difference, seed=seed), None
+    return (
+        f"sign-flip permutation by user ({metric.upper()})",
+        paired_permutation(users, difference, seed=seed),
+        None,
+    )
 
 
-def guessing(metric: str, rows: Mapping[str, np.ndarray]) -> float | None:
-    """What scores drawn at random have on average; ``None`` where that is not known."""
+def chance(metric: str, rows: Mapping[str, np.ndarray]) -> float | None:
+    """The expected value of random scores; ``None`` where it is not known."""
     if metric == "auc":
         return 0.5
     if "candidates" not in rows:
@@ -461,33 +505,33 @@ def _sentences(
     differences: Sequence[Mapping[str, Any]],
     table: Sequence[Mapping[str, Any]],
     metric: str,
-    chance: float | None,
+    expected: float | None,
 ) -> list[str]:
-    """What follows from the differences of the leading metric, in words."""
+    """The key findings: one for each difference of the leading metric."""
     lines = {line["name"]: line for line in table}
 
-    def guesses(name: str) -> bool:
+    def at_chance(name: str) -> bool:
         found = lines[name]["metrics"][metric]
-        return None not in (chance, found["low"]) and found["low"] <= chance <= found["high"]
+        return None not in (expected, found["low"]) and found["low"] <= expected <= found["high"]
 
     return [
         sentence(
-            found,
-            once=len(lines[found["a"]]["seeds"]) == 1,
-            chance=chance if guesses(found["a"]) and guesses(found["b"]) else None,
+            found | {side: lines[found[side]]["label"] for side in "ab"},
+            one_seed=len(lines[found["a"]]["seeds"]) == 1,
+            chance=expected if at_chance(found["a"]) and at_chance(found["b"]) else None,
         )
         for found in differences
         if found["metric"] == metric
     ]
 
 
-def sentence(difference: Mapping[str, Any], *, once: bool = False, chance: float | None = None) -> str:
-    """What follows from one difference of the leading metric, in words.
+def sentence(difference: Mapping[str, Any], *, one_seed: bool = False, chance: float | None = None) -> str:
+    """One difference of the leading metric in words.
 
     Args:
         difference: one of a comparison's.
-        once: whether ``a`` was trained with one seed: what is found then holds for that training.
-        chance: what guessing has, if neither model is told from it: then no difference is worth a thing.
+        one_seed: whether ``a`` was trained with one seed: the finding then holds for that training only.
+        chance: the expected value of random scores, if both models' intervals contain it.
     """
     a, b, metric = difference["a"], difference["b"], difference["metric"].upper()
     value, p = difference["value"], difference["p_holm"]
@@ -495,44 +539,42 @@ def sentence(difference: Mapping[str, Any], *, once: bool = False, chance: float
         return f"{a} and {b} cannot be compared: {difference['reason']}."
     low, high = difference["low"], difference["high"]
     if p is None and low is None:
-        return f"{metric} of {a} minus {b}: {value:+.4f}; whether that is chance is not known ({difference['reason']})."
-    certain = p < ALPHA if p is not None else low > 0 or high < 0
-    if certain:
-        what = "better" if value > 0 else "worse"
-        start = f"{a}{', trained once,' if once else ''} is {what} than {b} on these rows"
+        return f"{metric} of {a} minus {b}: {value:+.4f}; significance is not known ({difference['reason']})."
+    significant = p < ALPHA if p is not None else low > 0 or high < 0
+    better = "better" if (value > 0) == (difference["metric"] not in SMALLER_IS_BETTER) else "worse"
+    if significant:
+        found = f"{a}{' (one seed)' if one_seed else ''} is significantly {better} than {b}"
     else:
-        start = f"{a} is neither better nor worse than {b} on these rows beyond chance"
+        found = f"The difference between {a} and {b} is not significant at {ALPHA:.0%}"
     details = [f"{metric} {value:+.4f}"]
     if low is not None:
-        details.append(f"95% interval [{low:+.4f}, {high:+.4f}]")
+        details.append(f"95% CI [{low:+.4f}, {high:+.4f}]")
     if p is not None:
         details.append(f"p = {p:.2g} ({difference['test']}; Holm)")
-    found = f"{start}: {', '.join(details)}."
-    if certain and chance is not None:
-        found += (
-            f" But neither is told from guessing, whose {metric} is {chance:.4g}: both intervals hold it."
-        )
+    found += f": {', '.join(details)}."
+    if significant and chance is not None:
+        found += f" Neither is distinguishable from chance ({metric} {chance:.4g} lies in both 95% CIs)."
     return found
 
 
 def _notes(models: Mapping[str, _Model], means: Bootstrap, samples: int) -> list[str]:
     notes = [
-        f"Intervals: 95%, {samples:,} bootstrap samples of {means.users:,} users, paired across models, for the mean "
-        "over seeds; sd is over seeds."
+        f"95% CIs: {samples:,} bootstrap samples of {means.users:,} resampled users, paired across models, for the "
+        "mean over seeds; standard deviations are over seeds."
     ]
     numbers = {len(model.columns) for model in models.values() if model.kind != "reference"}
     if numbers == {1}:
         notes.append(
-            "One seed: how much a model varies from one training to the next is not known. Intervals and p-values are "
-            "about these trained models on further rows, not about models trained again."
+            "One seed: the variance between trainings is not known. CIs and p-values are about these trained models on "
+            "further samples, not about models trained again."
         )
     elif len(numbers) > 1:
-        notes.append("Models have different numbers of seeds: not all runs ended with a result.")
+        notes.append("Models have different numbers of seeds: not all runs finished.")
     return notes
 
 
 def _prompts(models: Mapping[str, _Model], rows: Mapping[str, np.ndarray], task: str) -> list[dict[str, Any]]:
-    """The example prompts that the runs kept, each with every model's score of its row (first seeds)."""
+    """The example prompts that the runs kept, each with every model's score of its sample (first seeds)."""
     position = {int(row): place for place, row in enumerate(rows["row_id"])}
     examples = []
     for model in models.values():

@@ -1,43 +1,38 @@
-"""The files of a comparison of several models on the same rows: json, csv, markdown, LaTeX, and one page of HTML.
+"""The report of a comparison: JSON, CSV, Markdown, LaTeX, and one page of HTML that needs no network.
 
-What a comparison holds is described in `compare_tables`; these are functions of it and nothing else.
+:func:`report` works it out from the files of finished runs. The other functions are views of the comparison's dict,
+which :mod:`recbole_llm.comparison.tables` describes. Names, titles and model texts are untrusted: templates escape
+everything that is not marked as safe, each in the way of its format.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
+import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_llm.comparison.html import to_html
-from recbole_llm.comparison.tables import (
-    COSTS,
-    MINUS,
-    TASKS,
-    Cell,
-    Table,
-    checked,
-    clean,
-    costs_table,
-    differences_table,
-    estimate_of,
-    facts,
-    failure_lines,
-    interval_text,
-    metric_title,
-    metrics_table,
-    p_text,
-    value_text,
-)
-from recbole_llm.utils.files import write_atomically, write_json
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-__all__ = ["terminal_table", "to_csv", "to_html", "to_latex", "to_markdown", "write_report"]
+from recbole_llm.comparison import charts, tables
+from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_run
+from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
+from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, checked, clean, failure_lines
+from recbole_llm.utils.files import write_atomically, write_json
+from recbole_llm.utils.run_files import RESULT_FILE
 
 NAME = "compare"
+TEMPLATES = Path(__file__).parent / "templates"
+_KIND_NAMES = {"llm": "language model", "classical": "conventional recommender", "reference": "reference"}
+_MOST_USERS = 300
 _CSV_COLUMNS = (
     "record", "dataset", "task", "model", "against", "kind", "seed", "metric", "value", "sd", "low", "high",
     "low_bca", "high_bca", "p", "p_holm", "test", "rows", "group", "reason",
@@ -49,7 +44,7 @@ _LATEX = str.maketrans(
     {c: "\\" + c for c in "{}$&#%_"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"}
-    # In braces, because \\ takes a following [ or * as its own.
+    # In braces, because \\ takes a following [ or * as its argument.
     | {
         "[": "{[}",
         "]": "{]}",
@@ -62,6 +57,50 @@ _LATEX = str.maketrans(
 )
 
 
+def report(folder: Path, failed: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Work out the comparison in a folder from its runs' files, and write the report files.
+
+    Args:
+        folder: of a comparison, or of a single run with ``compare_with``.
+        failed: of a single run's other models, those that ended without a result.
+
+    Returns:
+        As :func:`recbole_llm.comparison.analysis.build_comparison`, with ``files``: the paths written.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run, or a run's score file is missing.
+        ValueError: if the runs cannot be compared.
+    """
+    folder = Path(folder)
+    if (folder / PLAN_FILE).is_file():
+        runs, failed, options = _planned(folder)
+    else:
+        others = sorted(folder.glob(f"{FOLDER}/*/{RESULT_FILE}"))
+        runs = [load_run(folder), *(load_run(path.parent) for path in others)]
+        options = {"samples": runs[0].result["config"]["bootstrap_samples"]}
+    comparison = build_comparison(runs, failed=failed, **options)
+    return {**comparison, "files": [str(path) for path in write_report(folder, comparison)]}
+
+
+def _planned(folder: Path) -> tuple[list[FinishedRun], list[Mapping[str, Any]], dict[str, Any]]:
+    """Finished runs, failed ones, and options, of the folder of a comparison."""
+    plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    reasons = {(entry["name"], entry["seed"]): entry for entry in plan["failed"]}
+    runs, failed = [], []
+    for entry in plan["runs"]:
+        name, seed = entry["name"], entry["seed"]
+        if (folder / entry["folder"] / RESULT_FILE).is_file():
+            runs.append(load_run(folder / entry["folder"], name))
+        else:
+            unfinished = {"name": name, "seed": seed, "error": "the run is not finished"}
+            failed.append(reasons.get((name, seed), unfinished))
+    if not runs:
+        what = "; ".join(failure_lines({"failed": failed}))
+        raise ValueError(f"no run in {folder} has a result ({what})")
+    subject = plan["subject"] if any(run.name == plan["subject"] for run in runs) else runs[-1].name
+    return runs, failed, {"subject": subject, "samples": plan["samples"], "command": plan["command"]}
+
+
 def write_report(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
     """Write compare.json, .csv, .md, .tex and .html into `folder`, each atomically; nothing if one cannot be made.
 
@@ -69,7 +108,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
         Their paths, in this order.
 
     Raises:
-        ValueError: if the comparison is not complete; see `compare_tables.checked`.
+        ValueError: if the comparison is not complete; see `tables.checked`.
         OSError: if the folder cannot be written.
     """
     found = checked(comparison)
@@ -84,53 +123,44 @@ def write_report(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
 
 
 def terminal_table(comparison: Mapping[str, Any]) -> str:
-    """Plain text: the models, what follows, what failed. Differences are in the sentences; the files have them all.
-
-    Raises:
-        ValueError: if the comparison is not complete.
-    """
+    """Plain text: the models, key findings, failures."""
     found = checked(comparison)
-    reasons = _Footnotes()
-    table = metrics_table(found)
-    cells = [[_joined(cell) + reasons.mark(cell, " ({})") for cell in row] for row in table.rows]
+    notes, table = Footnotes(), tables.metrics_table(found)
+    cells = [
+        [clean(f"{c.text} {c.interval}") + (f" ({number})" if (number := notes.mark(c)) else "") for c in row]
+        for row in table.rows
+    ]
     lines = [_layout([list(table.head), *cells])] if cells else ["no model finished"]
-    lines += [f"({number}) {reason}" for number, reason in reasons]
-    if found["differences"] and not found["sentences"]:
-        lines += ["", "differences (p by Holm):", *map(_difference_line, found["differences"])]
-    if found["sentences"]:
-        lines += ["", *map(clean, found["sentences"])]
+    lines += [f"({number}) {clean(note)}" for number, note in notes]
+    lines += ["", *map(clean, found["sentences"])] if found["sentences"] else []
     if found["failed"]:
-        lines += ["", "failed:", *failure_lines(found)]
+        lines += ["", "failed:", *map(clean, failure_lines(found))]
     return "\n".join(lines).replace(MINUS, "-").replace("–", "-")
 
 
 def to_csv(comparison: Mapping[str, Any]) -> str:
     """One table in long form, numbers in full; [record] says what a line is.
 
-        metric      value: mean over seeds, with sd and bounds
-        seed        value: that of one seed
-        cost        value: mean over seeds; metric is train_seconds or another
-        group       value of the leading metric in one group of rows
-        difference  value: model minus against
-        failed      reason: the error
-
-    Raises:
-        ValueError: if the comparison is not complete.
+    metric      value: mean over seeds, with sd and bounds
+    seed        value: that of one seed
+    cost        value: mean over seeds; metric is train_seconds or another
+    group       value of the leading metric in one group of samples; rows: their number
+    difference  value: model minus against
+    failed      reason: the error
     """
     found = checked(comparison)
     lines: list[dict[str, Any]] = []
     for model in found["models"]:
         of_model = {"model": model["name"], "kind": model["kind"]}
         for metric in found["metrics"]:
-            estimate = estimate_of(model, metric)
+            estimate = tables.estimate_of(model, metric)
             lines.append(
                 {"record": "metric", **of_model, **estimate, "metric": metric, "value": estimate["mean"]}
             )
             for seed, value in zip(model["seeds"], estimate.get("values") or (), strict=False):
                 lines.append({"record": "seed", **of_model, "seed": seed, "metric": metric, "value": value})
         for key in COSTS:
-            value = (model.get("cost") or {}).get(key)
-            if value is not None:
+            if (value := (model.get("cost") or {}).get(key)) is not None:
                 lines.append({"record": "cost", **of_model, "metric": key, "value": value})
         for name, groups in (model.get("groups") or {}).items():
             for group in groups or ():
@@ -146,135 +176,125 @@ def to_csv(comparison: Mapping[str, Any]) -> str:
     writer.writeheader()
     for line in lines:
         line = {"dataset": found["dataset"], "task": found["task"], **line}
-        # csv leaves a lone \r unquoted and then cannot read it; nothing reads NUL.
-        writer.writerow({key: clean(v, lines=True) if isinstance(v, str) else v for key, v in line.items()})
+        writer.writerow(
+            {key: _csv(value) if isinstance(value, str) else value for key, value in line.items()}
+        )
     return file.getvalue()
 
 
 def to_markdown(comparison: Mapping[str, Any]) -> str:
-    """A page for GitHub; why a value is missing stands in a footnote.
-
-    Raises:
-        ValueError: if the comparison is not complete.
-    """
+    """A page for GitHub; footnotes explain missing values and labels."""
     found = checked(comparison)
-    reasons = _Footnotes()
-    parts = [f"# {_markdown(found['dataset'])}: {TASKS.get(found['task'], _markdown(found['task']))}"]
-    parts.append("\n".join(f"- {name}: {_markdown(text)}" for name, text in facts(found)))
-    parts.append(_fence(clean(found["command"], lines=True)))
-    if found["sentences"]:
-        parts += ["## What follows", _bullets(found["sentences"])]
-    for table in _tables(found):
-        head = [_markdown(title) for title in table.head]
-        rule = ["---" if i in table.words else "---:" for i in range(len(head))]
-        rows = [
-            [
-                (f"**{_markdown(cell.text)}**" if cell.best else _markdown(cell.text))
-                + (f" {_markdown(cell.interval)}" if cell.interval else "")
-                + reasons.mark(cell, "[^{}]")
-                for cell in row
-            ]
-            for row in table.rows
-        ]
-        parts += [f"## {table.title}", "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])]
-    if not found["models"]:
-        parts.append("No model finished.")
-    if found["failed"]:
-        parts += ["## Failed", _bullets(failure_lines(found))]
-    if found["notes"]:
-        parts += ["## Notes", _bullets(found["notes"])]
-    if notes := [f"[^{number}]: {_markdown(reason)}" for number, reason in reasons]:
-        parts.append("\n".join(notes))
-    return "\n\n".join(parts) + "\n"
+    environment = _environment(_markdown)
+    environment.filters["fenced"] = lambda text: Markup(_fence(clean(text, lines=True)))
+    view = {**found, "failed": failure_lines(found), "facts": tables.facts(found), "title": _title(found)}
+    text = environment.get_template("report.md").render(view, tables=_tables(found), footnotes=Footnotes())
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def to_latex(comparison: Mapping[str, Any]) -> str:
-    """Tables with booktabs, to be read with \\input; the best value of a column is bold.
-
-    Raises:
-        ValueError: if the comparison is not complete.
-    """
+    """Tables with booktabs, to be read with \\input; the best value of a column is bold."""
     found = checked(comparison)
-    parts = ["% needs \\usepackage{booktabs}"]
     rows = found["rows"]
+    users = "" if rows.get("users") is None else f" of {rows['users']:,} users"
     captions = {
-        "Metrics": f"{clean(found['dataset'])}, {TASKS.get(found['task'], clean(found['task']))}: "
-        f"{rows['test'] or 0:,} test rows"
-        + (f" of {rows['users']:,} users" if rows.get("users") is not None else "")
-        + "; mean ± standard deviation over seeds.",
-        "Differences": "Differences, paired by user; p corrected by Holm.",
+        "Metrics": f"{_title(found)}: {rows['test'] or 0:,} test samples{users}; mean ± standard deviation over seeds.",
+        "Differences": "Differences, paired by user; p adjusted by Holm's method.",
         "Cost": "Cost, means over seeds.",
     }
-    for table in _tables(found):
-        reasons = _Footnotes()
-        body = []
-        for row in table.rows:
-            cells = []
-            for cell in row:
-                text = rf"\textbf{{{_latex(cell.text)}}}" if cell.best else _latex(cell.text)
-                text += f" {_latex(cell.interval)}" if cell.interval else ""
-                cells.append(text + reasons.mark(cell, "$^{{{}}}$"))
-            body.append("  " + " & ".join(cells) + r" \\")
-        columns = "".join("l" if i in table.words else "r" for i in range(len(table.head)))
-        notes = [rf"\par\footnotesize $^{{{number}}}$ {_latex(reason)}" for number, reason in reasons]
-        parts.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    r"\centering",
-                    rf"\caption{{{_latex(captions[table.title])}}}",
-                    rf"\label{{tab:compare-{table.title.lower()}}}",
-                    rf"\begin{{tabular}}{{{columns}}}",
-                    r"\toprule",
-                    "  " + " & ".join(map(_latex, table.head)) + r" \\",
-                    r"\midrule",
-                    *body,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    *notes,
-                    r"\end{table}",
-                ]
-            )
-        )
-    return "\n\n".join(parts) + "\n"
+    environment = _environment(
+        _latex, block_start_string="<%", block_end_string="%>", variable_start_string="<<",
+        variable_end_string=">>", comment_start_string="<#", comment_end_string="#>",
+    )  # fmt: skip
+    captioned = [(table, captions[table.title]) for table in _tables(found)]
+    return environment.get_template("report.tex").render(captioned=captioned, footnotes=Footnotes) + "\n"
 
 
-class _Footnotes:
-    """Numbers reasons in the order in which they are met, equal ones once."""
+def to_html(comparison: Mapping[str, Any]) -> str:
+    """The page. A content policy lets no script run but the page's own, which only sorts tables."""
+    found = checked(comparison)
+    environment = _environment(lambda value: escape(clean(value)))
+    environment.filters |= {
+        "lines": lambda text: escape(clean(text, lines=True)),
+        # Names such as gate_scope=user may be broken after = and _ on a narrow screen.
+        "breakable": lambda text: Markup(re.sub("([=_])", r"\1<wbr>", str(escape(clean(text))))),
+    }
+    style, script = (
+        Markup((TEMPLATES / f"report.{end}").read_text(encoding="utf-8").strip()) for end in ("css", "js")
+    )
+    models, leading = found["models"], found["leading"]
+    points, unknown = _against_cost(found)
+    page = {
+        "found": found,
+        "tables": tables,
+        "charts": charts,
+        "title": _title(found),
+        "leading": tables.metric_title(leading),
+        "labels": {model["name"]: model["label"] for model in models},
+        "kind_names": _KIND_NAMES,
+        "order": tables.best_first(found, leading),
+        "several_seeds": any(len(model["seeds"]) > 1 for model in models),
+        "points": points,
+        "unknown": unknown,
+        "curves": [model for model in models if (model.get("calibration") or {}).get("predicted")],
+        "groupings": list(dict.fromkeys(name for model in models for name in model.get("groups") or {})),
+        "style": style,
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    return environment.get_template("report.html").render(page, **_gates(found["gates"])) + "\n"
 
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
 
-    def mark(self, cell: Cell, form: str) -> str:
-        """`form` with the number of the cell's reason, or nothing."""
-        if not cell.note:
-            return ""
-        return form.format(self._numbers.setdefault(cell.note, len(self._numbers) + 1))
+def _environment(escaped: Callable[[Any], str], **syntax: str) -> Environment:
+    """Templates whose every output is escaped unless it is marked as safe already."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else Markup(escaped(value)),
+        trim_blocks=True,
+        **syntax,
+    )
 
-    def __iter__(self):
-        return iter([(number, reason) for reason, number in self._numbers.items()])
+
+def _title(found: Mapping[str, Any]) -> str:
+    return f"{found['dataset']}: {TASKS.get(found['task'], found['task'])}"
 
 
 def _tables(found: Mapping[str, Any]) -> list[Table]:
-    tables = (metrics_table(found), differences_table(found), costs_table(found))
-    return [table for table in tables if table is not None and table.rows]
+    made = (tables.metrics_table(found), tables.differences_table(found), tables.costs_table(found))
+    return [table for table in made if table.rows]
 
 
-def _joined(cell: Cell) -> str:
-    return f"{cell.text} {cell.interval}".rstrip()
+def _against_cost(found: Mapping[str, Any]) -> tuple[list[tuple[float, float, str, int]], list[str]]:
+    """(seconds, value, tip, style) of models, and those that lack the value or some of the seconds."""
+    points, unknown = [], []
+    for model in found["models"]:
+        cost, mean = model.get("cost") or {}, tables.estimate_of(model, found["leading"])["mean"]
+        parts = [cost.get("train_seconds"), cost.get("test_seconds")]
+        seconds = sum(part for part in parts if part is not None)
+        if mean is None or None in parts:
+            unknown.append(model["label"])
+        if mean is not None and seconds >= 1e-6:
+            tip = f"{model['label']}: {tables.value_text(mean)} after {tables.quantity_text(seconds)} s"
+            points.append((seconds, mean, tip, charts.style_of(model)))
+    return points, unknown
 
 
-def _difference_line(d: Mapping[str, Any]) -> str:
-    words = [
-        f"{clean(d['a'])} - {clean(d['b'])}, {clean(metric_title(d['metric']))}: {value_text(d['value'], sign=True)}"
-    ]
-    words.append(interval_text(d, sign=True))
-    if d.get("p_holm") is not None or d.get("p") is not None:
-        key = "p_holm" if d.get("p_holm") is not None else "p"
-        words.append(f"p {p_text(d[key])}" + (" (uncorrected)" if key == "p" else ""))
-        words.append(f"({clean(d['test'])})" if d.get("test") else "")
-    words.append(f"({clean(d['reason'])})" if d.get("reason") else "")
-    return " ".join(word for word in words if word)
+def _gates(gates: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The order of users (those of one expert together, the most weight first), and the styles of profiles."""
+    if not gates or not gates["users"] or not gates["experts"]:
+        return {"gates": None}
+    values = gates["values"]
+    strongest = [max(range(len(row)), key=row.__getitem__) for row in values]
+    order = sorted(range(len(values)), key=lambda i: (strongest[i], -max(values[i])))[:_MOST_USERS]
+    common = Counter(map(clean, gates.get("profile") or ())).most_common()
+    shown = common if len(common) <= charts.SERIES else common[: charts.SERIES - 1]
+    rest = sum(count for _, count in common) - sum(count for _, count in shown)
+    gates = {"coordinates": None, "profile_field": None, "profile": None, **gates}
+    profiles = [*shown, ("other", rest)] if rest else shown
+    styles = {value: style for style, (value, _) in enumerate(shown)}
+    return {"gates": gates, "user_order": order, "profiles": profiles, "profile_styles": styles}
 
 
 def _width(text: str) -> int:
@@ -294,12 +314,20 @@ def _layout(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
-def _markdown(text: str) -> str:
+def _csv(text: str) -> str:
+    """Spreadsheets run cells that begin like a formula; an apostrophe makes them text, numbers stay."""
+    text = clean(text, lines=True)  # csv leaves a lone \r unquoted and then cannot read it; nothing reads NUL
+    if not text.lstrip().startswith(("=", "+", "-", "@")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def _markdown(text: Any) -> str:
     return clean(text).translate(_MARKDOWN)
-
-
-def _bullets(texts: Sequence[str]) -> str:
-    return "\n".join(f"- {_markdown(text)}" for text in texts)
 
 
 def _fence(text: str) -> str:
@@ -308,6 +336,6 @@ def _fence(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def _latex(text: str) -> str:
+def _latex(text: Any) -> str:
     # An empty group keeps -- from becoming a dash.
     return re.sub("-(?=-)", "-{}", clean(text).translate(_LATEX))

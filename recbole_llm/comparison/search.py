@@ -1,34 +1,34 @@
-"""Hyper-parameters by search on validation rows: the same number of trials for each model, test rows unread.
+"""Hyper-parameters by search on validation samples: the same number of trials per model, test samples unread.
 
 A space is one of RecBole's ``.hyper`` files, a line per key::
 
     learning_rate choice [0.01, 0.001]
     dropout_prob uniform 0.0,0.5
     weight_decay loguniform -12,-4          between exp(-12) and exp(-4), as in RecBole
-    train_batch_size quniform 32,256,32     in steps of 32
+    train_batch_size quniform 32,256,32     the multiples of 32 from 32 to 256
 
-RecBole's own search imports ray and hyperopt and reads the test rows in every trial. Here settings are drawn at random
-(Bergstra & Bengio, JMLR 13, 2012), or all of them are tried where the grid is not larger than the number of trials;
-every trial is a run that can be resumed; and ``search.json`` says what was tried and how often test rows were read.
+RecBole's own search imports ray and hyperopt and reads the test samples in every trial. Here settings are drawn at
+random (Bergstra & Bengio, JMLR 13, 2012), or all of them are tried where the grid is not larger than the number of
+trials; every trial is a run that can be resumed; and ``search.json`` lists the trials and how often test samples were
+read.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from scipy import stats
+from sklearn.model_selection import ParameterGrid, ParameterSampler
 
-from recbole_llm.comparison.plan import Plan, PlannedRun, config_for, run_all
+from recbole_llm.comparison.plan import Plan, PlannedRun, plan_run
+from recbole_llm.comparison.running import run_all
 from recbole_llm.config.command_line import parse_model, parse_value, slug
-from recbole_llm.config.configurator import Config
 from recbole_llm.utils.files import write_json
 from recbole_llm.utils.names import nearest
 from recbole_llm.utils.run_files import RESULT_FILE
@@ -39,36 +39,11 @@ SEARCH_FILE = "search.json"
 FOLDER = "search"
 KINDS = {"choice": None, "uniform": 2, "loguniform": 2, "quniform": 3}
 """Kinds of a line, and how many numbers each needs."""
+Space = dict[str, Any]
+"""Key -> a list of values, or a distribution of scipy."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One line of a space.
-
-    Attributes:
-        values: the list of a ``choice``, else the numbers of the line.
-    """
-
-    key: str
-    kind: str
-    values: tuple[Any, ...]
-
-    def draw(self, generator: np.random.Generator) -> Any:
-        """A value by chance."""
-        if self.kind == "choice":
-            return self.values[generator.integers(len(self.values))]
-        low, high = self.values[:2]
-        if self.kind == "loguniform":
-            return math.exp(generator.uniform(low, high))
-        value = generator.uniform(low, high)
-        if self.kind == "uniform":
-            return value
-        step = self.values[2]
-        value = min(max(round(value / step) * step, low), high)
-        return int(value) if all(float(number).is_integer() for number in self.values) else value
-
-
-def read_space(file: Path) -> list[Parameter]:
+def read_space(file: Path) -> Space:
     """The space in a ``.hyper`` file.
 
     Raises:
@@ -77,7 +52,7 @@ def read_space(file: Path) -> list[Parameter]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"search: there is no file {file}")
-    space = []
+    space: Space = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         text = line.split("#", 1)[0].strip()
         if not text:
@@ -87,52 +62,65 @@ def read_space(file: Path) -> list[Parameter]:
         if len(parts) < 3 or parts[1] not in KINDS:
             raise ValueError(f"{where} is not 'key kind values' with a kind of {', '.join(KINDS)}")
         key, kind, values = parts
+        if key in space:
+            raise ValueError(f"{where}: {key} is given twice")
         if kind == "choice":
-            found = parse_value(values)
-            if not isinstance(found, (list, tuple)) or not found:
+            space[key] = parse_value(values)
+            if not isinstance(space[key], (list, tuple)) or not space[key]:
                 raise ValueError(f"{where}: choice needs a list, such as [0.01, 0.001]")
-        else:
-            try:
-                found = [float(value) for value in values.split(",")]
-            except ValueError:
-                found = []
-            if len(found) != KINDS[kind] or found[0] > found[1] or (kind == "quniform" and found[2] <= 0):
-                form = "low,high,step" if kind == "quniform" else "low,high"
-                raise ValueError(f"{where}: {kind} needs numbers {form}")
-        if any(parameter.key == key for parameter in space):
-            raise ValueError(f"{where}: {key} stands there twice")
-        space.append(Parameter(key, kind, tuple(found)))
+            continue
+        try:
+            numbers = [float(value) for value in values.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != KINDS[kind] or numbers[0] > numbers[1] or (kind == "quniform" and numbers[2] <= 0):
+            form = "low,high,step" if kind == "quniform" else "low,high"
+            raise ValueError(f"{where}: {kind} needs numbers {form}")
+        space[key] = _distribution(kind, *numbers)
+        if isinstance(space[key], list) and not space[key]:
+            raise ValueError(f"{where}: there is no multiple of the step between low and high")
     if not space:
         raise ValueError(f"{file} names no hyper-parameter to search")
     return space
 
 
-def draw_trials(space: Sequence[Parameter], trials: int, seed: int, name: str) -> list[dict[str, Any]]:
+def _distribution(kind: str, low: float, high: float, step: float = 0) -> Any:
+    if kind == "quniform":
+        multiples = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        return [int(n * step) if step.is_integer() else round(n * step, 12) for n in multiples]
+    if low == high:
+        return [math.exp(low) if kind == "loguniform" else low]
+    return (
+        stats.uniform(low, high - low)
+        if kind == "uniform"
+        else stats.loguniform(math.exp(low), math.exp(high))
+    )
+
+
+def draw_trials(space: Space, trials: int, seed: int, name: str) -> list[dict[str, Any]]:
     """Settings to try, all different: the whole grid if it is not larger than ``trials``, else a draw.
 
     Args:
         space: the parameters.
         trials: how many, at most.
         seed: of the draw.
-        name: of the model, so that two models draw apart.
+        name: of the model, so that the draws of two models differ.
     """
-    if all(parameter.kind == "choice" for parameter in space):
-        size = math.prod(len(parameter.values) for parameter in space)
-        if size <= trials:
-            grid = itertools.product(*(parameter.values for parameter in space))
-            return [dict(zip((p.key for p in space), values, strict=True)) for values in grid]
-    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    listed = all(isinstance(values, (list, tuple)) for values in space.values())
+    if listed and len(ParameterGrid(space)) <= trials:
+        return list(ParameterGrid(space))
+    draws = ParameterSampler(space, trials, random_state=zlib.crc32(f"{seed} {name}".encode()))
     found: list[dict[str, Any]] = []
-    for _ in range(100 * trials):  # a small space may not have as many
-        drawn = {parameter.key: parameter.draw(generator) for parameter in space}
-        if drawn not in found:
-            found.append(drawn)
-        if len(found) == trials:
-            break
+    for draw in draws:
+        values = {
+            key: draw[key] if isinstance(space[key], (list, tuple)) else float(draw[key]) for key in space
+        }
+        if values not in found:
+            found.append(values)
     return found
 
 
-def space_for(path: str, name: str) -> list[Parameter] | None:
+def space_for(path: str, name: str) -> Space | None:
     """The space of a model: of the file ``path``, or of ``path/NAME.hyper``; ``None`` if the folder has none."""
     where = Path(path)
     if where.is_dir():
@@ -148,15 +136,14 @@ def space_for(path: str, name: str) -> list[Parameter] | None:
     return read_space(where)
 
 
-def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dict[str, Any]]:
-    """Choose the settings of every model of a comparison on validation rows.
+def search(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Choose the settings of every model of a comparison on validation samples.
 
-    Trials use the comparison's first seed. Interrupted, the same command goes on.
+    Trials use the comparison's first seed. Interrupted, the same command resumes.
 
     Args:
-        plan: the comparison; its first configuration has ``search``, ``trials`` and ``nproc``, of which the trials of
-            all models make use together.
-        run_one: trains one configuration in a given folder.
+        plan: the comparison; its first configuration has ``search``, ``trials`` and ``nproc``, the processes that
+            the trials of all models share.
 
     Returns:
         By model, the values chosen; none for a model without a space. Also written to ``search.json``.
@@ -180,7 +167,7 @@ def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dic
         planned[text] = settings, trial_runs(plan, run, settings)
 
     trials = [run for _, runs in planned.values() for run in runs]
-    failed = {f["name"]: f["error"] for f in run_all(trials, run_one, first["nproc"])}
+    failed = {f["name"]: f["error"] for f in run_all(trials, first["nproc"])}
     report, chosen = {}, {}
     for text, (settings, runs) in planned.items():
         tried = []
@@ -198,7 +185,7 @@ def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dic
         best = (max if first["valid_metric_bigger"] else min)(scored, key=lambda entry: entry["valid"])
         chosen[text] = best["values"]
         report[text] = {"chosen": best["values"], "valid": best["valid"], "trials": tried}
-        logger.info("search: %s: %s, %s %.4f on validation rows, the best of %d trials", text, best["values"],
+        logger.info("search: %s: %s, %s %.4f on validation samples, the best of %d trials", text, best["values"],
                     first["valid_metric"], best["valid"], len(scored))  # fmt: skip
     write_json(
         plan.folder / SEARCH_FILE,
@@ -208,16 +195,16 @@ def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dic
 
 
 def trial_runs(plan: Plan, run: PlannedRun, settings: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
-    """A run for every setting, all configurations checked; none reads the test rows."""
-    given = {**plan.given[run.text], "read_test": False}
+    """A run for every setting, all configurations checked; none reads the test samples."""
     runs = []
     for number, values in enumerate(settings):
+        given = {**plan.given[run.text], "read_test": False, **values}
         folder = plan.folder / FOLDER / slug(run.text) / f"trial-{number:03d}"
-        config = config_for(plan.first, run.text, {**given, **values}, folder)
-        overridden = [key for key, value in values.items() if config[key] != value]
+        trial = plan_run(plan.first, run.text, given, folder, name=f"{run.text}, trial {number}")
+        overridden = [key for key, value in values.items() if trial.config[key] != value]
         if overridden:
             raise ValueError(
                 f"search: {run.text} already sets {', '.join(overridden)}, which its space is to search"
             )
-        runs.append(PlannedRun(f"{run.text}, trial {number}", config, folder))
+        runs.append(trial)
     return runs

@@ -1,85 +1,84 @@
 """Runs of a comparison side by side, each in a process of its own (``nproc``).
 
-A run that dies, even by the system's hand, takes no other run with it. On GPUs the runs take turns over the devices; on
-a CPU each gets an equal part of the threads. What a run prints goes to ``output.log`` in its folder. What several runs
-need (a lens, the vectors of titles) is made by the first and waited for by the others
+A process is our own command, ``python -m recbole_llm.comparison.workers FOLDER``, which reads the run's configuration
+from its folder. A run that dies, even by SIGKILL, takes no other run with it. On GPUs the runs take turns over the
+devices; on a CPU each gets an equal part of the threads. The output of a run goes to ``output.log`` in its folder. What
+several runs need (a lens, the vectors of titles) is made by the first and awaited by the others
 (:func:`recbole_llm.utils.files.locked`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+import recbole_llm
 from recbole_llm.config.configurator import Config
-
-logger = logging.getLogger(__name__)
+from recbole_llm.experiment.run import run_one
+from recbole_llm.utils.files import write_json
 
 OUTPUT_FILE = "output.log"
+RUN_FILE = "run.json"
+ERROR_FILE = "error.txt"
+COMMAND = (sys.executable, "-m", "recbole_llm.comparison.workers")
 Run = TypeVar("Run")
-
-
-@dataclass
-class _Child:
-    run: Any
-    process: BaseProcess
-    message: Connection
-    slot: int
+logger = logging.getLogger(__name__)
 
 
 def side_by_side(
-    runs: Iterable[Run], run_one: Callable[[Config, Path], dict], nproc: int
+    runs: Iterable[Run], nproc: int, command: Sequence[str] = COMMAND
 ) -> Iterator[tuple[Run, str | None]]:
     """Run everything, at most ``nproc`` at a time.
 
     Args:
-        runs: with ``config`` and ``folder``; the folders exist.
-        run_one: trains and tests one configuration in a given folder; a function that a new process can import.
+        runs: with ``config``, ``arguments`` and ``folder``; the folders exist.
         nproc: how many processes.
+        command: of a process; the run's folder is appended.
 
     Yields:
         Each run as it ends, and why it failed, ``None`` if it did not.
 
     Raises:
-        KeyboardInterrupt: after all processes have ended; what they had is kept by themselves.
+        KeyboardInterrupt: after all processes have ended; they have kept what they had.
     """
-    context = multiprocessing.get_context("spawn")  # the only one that CUDA works with
     threads = max(1, torch.get_num_threads() // nproc)
-    waiting, running, free = iter(runs), [], list(range(nproc))
+    waiting, free = iter(runs), list(range(nproc))
+    running: dict[int, tuple[Run, subprocess.Popen]] = {}
     try:
         while True:
             while free and (run := next(waiting, None)) is not None:
-                running.append(_start(context, run, run_one, free.pop(0), threads))
+                slot = free.pop(0)
+                running[slot] = run, _start(run, slot, threads, command)
             if not running:
                 return
-            ended = wait([child.process.sentinel for child in running])
-            for child in [child for child in running if child.process.sentinel in ended]:
-                child.process.join()
-                running.remove(child)
-                free.append(child.slot)
-                yield child.run, _what_went_wrong(child)
+            for slot, (run, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    free.append(slot)
+                    process.stdin.close()
+                    yield run, _what_went_wrong(run, process.returncode)
+            time.sleep(0.1)
     except KeyboardInterrupt:
-        for child in running:
-            if child.process.is_alive():
-                os.kill(child.process.pid, signal.SIGINT)
-        for child in running:
-            child.process.join()
+        for _, process in running.values():
+            process.send_signal(signal.SIGINT)
+        for _, process in running.values():
+            process.wait()
         raise
     finally:
-        for child in running:  # left by another exception than Ctrl-C
-            child.process.kill()
+        for _, process in running.values():  # left by another exception than Ctrl-C
+            process.kill()
 
 
 def device_of(config: Config, slot: int) -> torch.device:
@@ -90,56 +89,56 @@ def device_of(config: Config, slot: int) -> torch.device:
     return device
 
 
-def _start(context, run, run_one: Callable, slot: int, threads: int) -> _Child:
-    config: Config = run.config
-    device = device_of(config, slot)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_work, args=(run_one, config, run.folder, device, threads, sender), name=str(run)
-    )
-    logger.info("%s: in process %d, on %s, output in %s", run, slot + 1, device, run.folder / OUTPUT_FILE)
-    process.start()
-    sender.close()
-    return _Child(run, process, receiver, slot)
+def _start(run: Any, slot: int, threads: int, command: Sequence[str]) -> subprocess.Popen:
+    device, folder = device_of(run.config, slot), Path(run.folder)
+    values = {**run.arguments["config_dict"], "device": str(device)}
+    write_json(folder / RUN_FILE, {**run.arguments, "config_dict": values})
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    package = str(Path(recbole_llm.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    if device.type == "cpu":
+        environment["OMP_NUM_THREADS"] = str(threads)
+    logger.info("%s: in process %d, on %s, output in %s", run, slot + 1, device, folder / OUTPUT_FILE)
+    with open(folder / OUTPUT_FILE, "ab") as output:
+        return subprocess.Popen(
+            [*command, str(folder)],
+            stdin=subprocess.PIPE,  # closed when this process ends, however it ends: see `work`
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C in a terminal reaches the command alone, which passes it on once
+        )
 
 
-def _what_went_wrong(child: _Child) -> str | None:
-    if child.process.exitcode == 0:
+def _what_went_wrong(run: Any, status: int) -> str | None:
+    if status == 0:
         return None
-    try:
-        return child.message.recv()
-    except EOFError:
-        how = child.process.exitcode
-        how = f"killed by {signal.Signals(-how).name}" if how < 0 else f"ended with status {how}"
-        return f"the process was {how}; see {child.run.folder / OUTPUT_FILE}"
+    with suppress(FileNotFoundError):
+        return (Path(run.folder) / ERROR_FILE).read_text(encoding="utf-8")
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"the process was {how}; see {Path(run.folder) / OUTPUT_FILE}"
 
 
-def _work(
-    run_one: Callable, config: Config, folder: Path, device: torch.device, threads: int, sender: Connection
-) -> None:
-    """The life of one process. Ends with status 1 and a message if the run fails, 130 if it is interrupted."""
-    with open(folder / OUTPUT_FILE, "a", buffering=1, encoding="utf-8") as output:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C in a terminal reaches the command alone, which passes it on: once, not twice
-    # Nothing may go on in a folder whose command is gone: the command repeated would run the same there.
+def work(folder: Path, run: Callable[[dict[str, Any], Path], Any]) -> int:
+    """The life of one process; returns 1 if the run failed and 130 if it was interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # No run may continue in a folder whose command is gone: the command repeated would run the same there.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(threads)
-    config.final_config_dict["device"] = device
     try:
-        run_one(config, folder)
+        run(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")), folder)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:  # told by the command and its report; the run's log has the traceback
+        return 130
+    except Exception as error:  # reported by the command; the output has the traceback
         logger.exception("the run failed")
-        sender.send(f"{type(error).__name__}: {error}")
-        sys.exit(1)
+        (folder / ERROR_FILE).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        return 1
+    return 0
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    os.read(0, 1)  # nothing is ever written: the pipe ends with the process that holds its other end
     os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(work(Path(sys.argv[1]), lambda arguments, folder: run_one(Config(**arguments), folder)))

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
 
-from recbole_llm.comparison.analysis import COLD, FinishedRun, build_comparison, guessing, load_run
-from recbole_llm.comparison.stacking import stacked
+from recbole_llm.comparison.analysis import BEST_STACK, COLD, FinishedRun, build_comparison, chance, load_run
+from recbole_llm.comparison.stacking import best_stack, stack
 from recbole_llm.evaluation.bootstrap import bootstrap
+from recbole_llm.evaluation.metrics import UndefinedMetric
 from recbole_llm.evaluation.significance import delong, paired_permutation
 
 MACHINE = {"processor": "a processor", "cores": 2, "gpus": []}
@@ -69,35 +71,35 @@ def test_a_model_against_its_own_copy_differs_by_nothing():
     for difference in found["differences"]:
         assert [difference[key] for key in ("value", "low", "high")] == [0, 0, 0]
     assert leading(found)["B"]["p"] == 1
-    assert "neither better nor worse" in found["sentences"][0]
+    assert found["sentences"][0].startswith("The difference between A and B is not significant at 5%")
 
 
-def test_one_training_is_called_one_and_a_difference_of_guesses_a_difference_of_guesses():
+def test_one_seed_is_named_and_models_at_chance_are_named():
     rng = np.random.default_rng(8)
     rows = rows_of(rng, "ctr")
     noise = scores(rng, rows["label"], 0.0)
-    # The order of the rows is but a little better than the other's, everywhere: certain, and worth nothing.
+    # The order of the rows is but a little better than the other's, everywhere: significant, and worth nothing.
     better = expit(logit(noise) + 0.02 * rows["label"])
     strong = scores(rng, rows["label"], 2.0)
     found = build_comparison([run("A", rows, better), run("B", rows, noise), run("C", rows, strong)])
     to_b, to_c = found["sentences"]
-    assert to_b.startswith("A, trained once, is better than B on these rows: AUC +0.0")
-    assert to_b.endswith("But neither is told from guessing, whose AUC is 0.5: both intervals hold it.")
-    assert to_c.startswith("A, trained once, is worse than C") and "guessing" not in to_c
+    assert to_b.startswith("A (one seed) is significantly better than B: AUC +0.0")
+    assert to_b.endswith("Neither is distinguishable from chance (AUC 0.5 lies in both 95% CIs).")
+    assert to_c.startswith("A (one seed) is significantly worse than C") and "chance" not in to_c
     assert any("not about models trained again" in note for note in found["notes"])
     twice = build_comparison(
         [run(m, rows, v, seed=s) for m, v in (("A", strong), ("B", noise)) for s in (1, 2)]
     )
-    assert twice["sentences"][0].startswith("A is better than B")
+    assert twice["sentences"][0].startswith("A is significantly better than B")
 
 
-def test_guessing_is_the_mean_over_all_ranks():
+def test_chance_is_the_mean_over_all_ranks():
     rows = {"candidates": np.array([20, 20, 5])}
-    assert guessing("auc", {}) == 0.5 and guessing("hr@1", {}) is None
-    assert guessing("hr@1", rows) == pytest.approx((2 / 20 + 1 / 5) / 3)
-    assert guessing("hr@10", rows) == pytest.approx((2 * 10 / 20 + 1) / 3)
+    assert chance("auc", {}) == 0.5 and chance("hr@1", {}) is None
+    assert chance("hr@1", rows) == pytest.approx((2 / 20 + 1 / 5) / 3)
+    assert chance("hr@10", rows) == pytest.approx((2 * 10 / 20 + 1) / 3)
     expected = np.mean([1 / np.log2(1 + rank) if rank <= 5 else 0 for rank in range(1, 21)])
-    assert guessing("ndcg@5", {"candidates": np.array([20])}) == pytest.approx(expected)
+    assert chance("ndcg@5", {"candidates": np.array([20])}) == pytest.approx(expected)
 
 
 def test_means_and_intervals_over_seeds_are_those_of_the_replicates():
@@ -170,9 +172,9 @@ def test_ranks_of_one_seed_are_tested_by_mcnemar_and_others_by_signs():
     rows = rows_of(rng, "next_item")
     ranks = [rng.integers(1, 21, N_USERS) for _ in range(4)]
     one = build_comparison([run("A", rows, ranks[0]), run("B", rows, ranks[1])], samples=10)
-    assert leading(one)["B"]["test"] == "McNemar, HR@1"
+    assert leading(one)["B"]["test"] == "McNemar (HR@1)"
     runs = [run(m, rows, r, seed=s) for (m, s), r in zip(itertools.product("AB", (1, 2)), ranks, strict=True)]
-    assert leading(build_comparison(runs, samples=10))["B"]["test"] == "sign changes by user, HR@1"
+    assert leading(build_comparison(runs, samples=10))["B"]["test"] == "sign-flip permutation by user (HR@1)"
 
 
 def test_references_take_part_once_and_differing_ones_apart():
@@ -230,7 +232,7 @@ def test_other_rows_other_tasks_and_double_runs_are_refused():
     rows = rows_of(rng, "ctr")
     a = run("A", rows, scores(rng, rows["label"], 0.2))
     other = {**rows, "row_id": rows["row_id"] + 1}
-    with pytest.raises(ValueError, match=r"B .* was tested on other rows than A .*'row_id'"):
+    with pytest.raises(ValueError, match=r"B .* was tested on other samples than A .*'row_id'"):
         build_comparison([a, run("B", other, a.rows["model_score"])])
     ranked = rows_of(rng, "next_item")
     with pytest.raises(ValueError, match="B is of task next_item, A of ctr"):
@@ -271,7 +273,12 @@ def test_the_stack_is_the_regression_of_greatest_likelihood(tmp_path):
     best = minimize(loss, np.zeros(3), tol=1e-12).x
     test = {column: scores(rng, rows["label"], 0.7) for column in columns}
     expected = expit(np.stack([logit(test[c]) for c in columns], axis=1) @ best[:2] + best[2])
-    np.testing.assert_allclose(stacked(valid, test, columns), expected, atol=1e-4)
+    found = stack(label, [valid[c] for c in columns], [test[c] for c in columns])
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-4)
+    np.testing.assert_allclose([*found.weights, found.intercept], best, atol=1e-3)
+    regularised = LogisticRegression(C=1e6, max_iter=1000, tol=1e-8).fit(x, label)  # as before 0.2
+    before = regularised.predict_proba(np.stack([logit(test[c]) for c in columns], axis=1))[:, 1]
+    np.testing.assert_allclose(found.probabilities, before, atol=1e-6)
 
     np.savez(tmp_path / "valid_rows.npz", **valid)
     plain = run(
@@ -299,3 +306,74 @@ def test_example_prompts_carry_every_models_score_of_their_row():
     (shown,) = found["prompts"]
     assert shown["text"] == example["text"] and shown["label"] == rows["label"][7]
     assert shown["scores"] == {"A": values[0][7], "B": values[1][7]}
+
+
+def test_the_best_stack_is_of_models_that_know_different_things():
+    rng = np.random.default_rng(11)
+    label = rng.integers(0, 2, 2000)
+    halves = rng.random(len(label)) < 0.5
+    know = [
+        np.where(mine, scores(rng, label, 2), 0.5 + 0.01 * rng.random(len(label)))
+        for mine in (halves, ~halves)
+    ]
+    noise = expit(rng.normal(size=len(label)))
+    assert set(best_stack(label, {"noise": noise, "first": know[0], "second": know[1]})) >= {
+        "first",
+        "second",
+    }
+    assert best_stack(label, {"first": know[0]}) is None
+    with pytest.raises(UndefinedMetric, match="SASRec: the scores are no probabilities"):
+        stack(label, [noise, 5 * noise], [noise, noise], ("DIN", "SASRec"))
+    with pytest.raises(UndefinedMetric, match="one class only"):
+        stack(np.ones(9), [noise[:9]], [noise[:9]])
+    separable = stack(np.array([0, 0, 1, 1]), [np.array([0.1, 0.2, 0.8, 0.9])], [np.array([0.3, 0.7])])
+    assert np.isfinite(separable.weights).all() and (separable.probabilities.round() == [0, 1]).all()
+
+
+def test_conventional_models_with_validation_scores_have_their_best_stack_as_a_reference(tmp_path):
+    rng = np.random.default_rng(12)
+    rows, label, runs = rows_of(rng, "ctr"), rng.integers(0, 2, 300), []
+    for name in ("DIN", "SASRec"):
+        valid = scores(rng, label, 0.7)
+        order = rng.permutation(300)  # runs may evaluate in another order
+        (tmp_path / name).mkdir()
+        np.savez(
+            tmp_path / name / "valid_rows.npz", row_id=order, label=label[order], model_score=valid[order]
+        )
+        runs.append(run(name, rows, scores(rng, rows["label"], 0.7), path=tmp_path / name))
+    found = build_comparison(runs, samples=10)
+    line = next(line for line in found["models"] if line["name"] == BEST_STACK)
+    assert line["kind"] == "reference" and line["seeds"] == [2020]
+    assert any(note.startswith(f"{BEST_STACK}, seed 2020: logistic regression") for note in found["notes"])
+    assert BEST_STACK not in [line["name"] for line in build_comparison(runs[:1], samples=10)["models"]]
+
+
+def test_a_stack_that_cannot_be_fitted_costs_no_report(tmp_path):
+    rng = np.random.default_rng(14)
+    rows = rows_of(rng, "ctr")
+    values = scores(rng, rows["label"], 0.5)
+    np.savez(
+        tmp_path / "valid_rows.npz", label=np.ones(9), lens_score=np.full(9, 0.5), model_score=np.full(9, 0.5)
+    )
+    plain = run("plain", rows, values, path=tmp_path, names={"lens": "lens DIN"}, lens_score=values)
+    found = build_comparison([plain], samples=10)
+    assert "stack of lens DIN and plain" not in [line["name"] for line in found["models"]]
+    assert any("one class only" in note for note in found["notes"])
+
+
+def test_controls_are_called_by_their_labels_and_kept_by_their_names():
+    rng = np.random.default_rng(13)
+    rows = rows_of(rng, "ctr")
+    names = ["RecLoRA", "RecLoRA gate=shuffled", "RecLoRA mixer=identity gate=~ lora_r=8 lora_alpha=16"]
+    names += ["TALLRec", "TALLRec score_valid=True"]
+    found = build_comparison([run(name, rows, scores(rng, rows["label"], 0.2)) for name in names], samples=10)
+    assert [line["name"] for line in found["models"]] == names
+    labels = [
+        "RecLoRA",
+        "RecLoRA, shuffled gate",
+        "plain LoRA, rank 8",
+        "TALLRec",
+        "TALLRec score_valid=True",
+    ]
+    assert [line["label"] for line in found["models"]] == labels  # equal labels would not distinguish models
+    assert "RecLoRA and plain LoRA, rank 8" in found["sentences"][1]

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from synthetic import TEXT
 
 from recbole_llm import cli, quick_start
-from recbole_llm.comparison import plan as compare
+from recbole_llm.comparison import running
 from recbole_llm.comparison.controls import control_models
-from recbole_llm.comparison.plan import make_plan, split_models
+from recbole_llm.comparison.plan import make_plan
+from recbole_llm.comparison.report import report
+from recbole_llm.config.command_line import parse_model, split_models
 from recbole_llm.config.configurator import Config
 
 LENS = {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
@@ -139,11 +141,11 @@ def test_controls_keep_the_scale_and_reach_the_parameters_of_all_experts():
     for model, ranks, scale in (("RecLoRA", [8, 128], 2), ("iLoRA", [2, 8], 16)):
         config = Config(model, "ml-100k")
         texts = control_models(config, model)
-        plain = [compare.parse_model(text)[1] for text in texts if "mixer=identity" in text]
+        plain = [parse_model(text)[1] for text in texts if "mixer=identity" in text]
         assert [change["lora_r"] for change in plain] == ranks
         assert {change["lora_alpha"] / change["lora_r"] for change in plain} == {scale}
         for text in texts:  # every one of them can be run
-            name, changes = compare.parse_model(text)
+            name, changes = parse_model(text)
             Config(name, "ml-100k", config_dict=changes)
         assert sum("gate=" in text and "gate=~" not in text for text in texts) == 3
         assert sum("score_valid" in text for text in texts) == (model == "RecLoRA")
@@ -160,7 +162,7 @@ def test_controls_keep_the_scale_and_reach_the_parameters_of_all_experts():
 )
 def test_controls_leave_out_what_belongs_to_the_experts(changes):
     for text in control_models(Config("RecLoRA", "ml-100k", config_dict=changes), "RecLoRA"):
-        name, of_control = compare.parse_model(text)
+        name, of_control = parse_model(text)
         config = Config(name, "ml-100k", config_dict={**changes, **of_control})
         if config["mixer"] == "identity":  # the lens is still read through the residual
             assert config["tune_lens"] == changes.get("lens_residual", False)
@@ -198,7 +200,7 @@ def test_controls_are_run_and_the_report_has_the_stack(settings):
 
 
 def test_a_comparison_writes_its_report_and_is_continued_where_it_was_killed(settings, monkeypatch):
-    ran, run_one = [], quick_start.run_one
+    ran, run_one = [], running.run_one
 
     def interrupted(config, folder):
         if len(ran) == 2:
@@ -206,11 +208,11 @@ def test_a_comparison_writes_its_report_and_is_continued_where_it_was_killed(set
         ran.append(config["run_name"])
         return run_one(config, folder)
 
-    monkeypatch.setattr(quick_start, "run_one", interrupted)
+    monkeypatch.setattr(running, "run_one", interrupted)
     models = ["Pop", "DIN epochs=1", "RecLoRA"]
     with pytest.raises(KeyboardInterrupt):
         compared(models, settings, seeds=2)
-    monkeypatch.setattr(quick_start, "run_one", lambda c, f: (ran.append(c["run_name"]), run_one(c, f))[1])
+    monkeypatch.setattr(running, "run_one", lambda c, f: (ran.append(c["run_name"]), run_one(c, f))[1])
     found = compared(models, settings, seeds=2)
     assert ran == ["Pop", "DIN epochs=1", "RecLoRA", "Pop", "DIN epochs=1", "RecLoRA"]
     assert found["seeds"] == [2020, 2021] and not found["failed"]
@@ -225,7 +227,7 @@ def test_a_comparison_writes_its_report_and_is_continued_where_it_was_killed(set
     np.testing.assert_allclose(np.sum(gates["values"], axis=1), 1, atol=1e-3)
 
     # The saved rows alone give the same report, and nothing is run again.
-    again = compare.report(Path(found["files"][0]).parent)
+    again = report(Path(found["files"][0]).parent)
     for key in ("models", "differences", "sentences"):
         assert again[key] == found[key]
     assert compared(models, settings, seeds=2)["models"] == found["models"] and len(ran) == 6
@@ -273,8 +275,8 @@ def test_scores_that_were_lost_and_other_versions_and_settings_are_named(setting
     (run / "result.json").write_text(json.dumps(result))
     (run / "test_rows.npz").unlink()
     with pytest.raises(FileNotFoundError, match=r"Pop-seed2020 holds no test_rows.npz"):
-        compare.report(folder)
-    monkeypatch.setattr(compare.recbole_llm, "__version__", "99")
+        report(folder)
+    monkeypatch.setattr(running.recbole_llm, "__version__", "99")
     with pytest.raises(ValueError, match="was made by recbole_llm .*, this is 99"):
         compared(["Pop", "DIN epochs=1"], settings, task="ctr")
 

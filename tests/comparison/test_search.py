@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from recbole_llm import cli, quick_start
-from recbole_llm.comparison import plan as compare
-from recbole_llm.comparison.search import Parameter, draw_trials, read_space
+from recbole_llm.comparison import running
+from recbole_llm.comparison.search import draw_trials, read_space
 
 
 def space_file(folder: Path, text: str, name: str = "space") -> Path:
@@ -29,11 +31,11 @@ def test_a_file_of_recboles_form_is_read(tmp_path):
     train_batch_size quniform 32, 256, 32
     """
     space = read_space(space_file(tmp_path, text))
-    assert [(p.key, p.kind) for p in space] == [
-        ("learning_rate", "choice"), ("hidden", "choice"), ("dropout_prob", "uniform"), ("reg_weight", "loguniform"),
-        ("train_batch_size", "quniform"),
-    ]  # fmt: skip
-    assert space[0].values == (0.01, 0.005) and space[4].values == (32, 256, 32)
+    assert space.pop("dropout_prob").support() == (0, 0.5)
+    assert space.pop("reg_weight").support() == pytest.approx((math.exp(-12), math.exp(-4)))
+    assert space == {
+        "learning_rate": [0.01, 0.005], "hidden": ["[64, 32]", "[8]"], "train_batch_size": list(range(32, 257, 32)),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,8 @@ def test_a_file_of_recboles_form_is_read(tmp_path):
         ("learning_rate uniform 2,1", "uniform needs numbers low,high"),
         ("b quniform 1,2,0", "quniform needs numbers low,high,step"),
         ("b uniform __import__('os'),1", "uniform needs numbers"),
-        ("b uniform 0,1\nb uniform 0,1", "line 2: .* stands there twice"),
+        ("b uniform 0,1\nb uniform 0,1", "line 2: .* is given twice"),
+        ("b quniform 1,2,4", "no multiple of the step"),
         ("# nothing", "names no hyper-parameter"),
     ],
 )
@@ -63,27 +66,36 @@ def test_a_space_that_is_not_there_is_named(tmp_path):
 
 @given(seed=st.integers(0, 99), trials=st.integers(1, 12))
 def test_draws_are_within_their_bounds_all_different_and_the_same_again(seed, trials):
-    space = [
-        Parameter("a", "uniform", (0.0, 0.5)),
-        Parameter("b", "loguniform", (-3.0, 2.0)),
-        Parameter("c", "quniform", (32.0, 250.0, 32.0)),
-        Parameter("d", "choice", ("x", "y")),
-    ]
+    space = {
+        "a": stats.uniform(0, 0.5), "b": stats.loguniform(math.exp(-3), math.exp(2)),
+        "c": [32, 64, 96, 128], "d": ("x", "y"),
+    }  # fmt: skip
     found = draw_trials(space, trials, seed, "DIN")
     assert len(found) == trials and found == draw_trials(space, trials, seed, "DIN")
     assert len({json.dumps(values) for values in found}) == trials
     for values in found:
         assert 0 <= values["a"] <= 0.5 and 0.0497 < values["b"] < 7.39
-        assert values["c"] in (32, 64, 96, 128, 160, 192, 224, 250) and isinstance(values["c"], int)
+        assert values["c"] in (32, 64, 96, 128) and isinstance(values["c"], int)
         assert values["d"] in ("x", "y")
     assert draw_trials(space, 12, seed, "DIN") != draw_trials(space, 12, seed, "SASRec")
 
 
 def test_a_grid_no_larger_than_the_budget_is_tried_whole():
-    space = [Parameter("a", "choice", (1, 2)), Parameter("b", "choice", (3, 4, 5))]
+    space = {"a": [1, 2], "b": [3, 4, 5]}
     assert draw_trials(space, 6, 0, "m") == [{"a": a, "b": b} for a in (1, 2) for b in (3, 4, 5)]
     assert len(draw_trials(space, 4, 0, "m")) == 4
-    assert len(draw_trials([Parameter("a", "quniform", (1, 3, 1))], 10, 0, "m")) == 3  # there are no more
+    assert len(draw_trials({"a": [1, 2, 3]}, 10, 0, "m")) == 3  # there are no more
+
+
+def test_quniform_is_the_multiples_of_the_step_within_the_bounds(tmp_path):
+    text = "b quniform 32,250,32\nd quniform 0.1,0.3,0.1\nsame uniform 0.5,0.5\nfixed loguniform 0,0"
+    space = read_space(space_file(tmp_path, text))
+    assert space == {
+        "b": [32, 64, 96, 128, 160, 192, 224],
+        "d": [0.1, 0.2, 0.3],
+        "same": [0.5],
+        "fixed": [1.0],
+    }
 
 
 @pytest.fixture
@@ -131,12 +143,12 @@ def test_trials_of_all_models_share_the_processes(settings, tmp_path, monkeypatc
     """That processes give what one after another gives is tested with the comparison's own runs."""
     asked = []
 
-    def in_one_process(runs, run_one, nproc):
+    def in_one_process(runs, nproc):
         runs = list(runs)
         asked.append(([str(run) for run in runs], nproc))
-        return compare.one_by_one(runs, run_one)
+        return running.one_by_one(runs)
 
-    monkeypatch.setattr(compare, "side_by_side", in_one_process)
+    monkeypatch.setattr(running, "side_by_side", in_one_process)
     file = space_file(tmp_path, "learning_rate choice [0.1, 1e-9]\n")
     options = {**settings, "search": str(file), "nproc": 2, "epochs": 1}
     quick_start.compare_models(["DIN", "DeepFM"], "toy", config_dict={**options, "task": "ctr"})

@@ -14,27 +14,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from recbole_llm.comparison.workers import OUTPUT_FILE, device_of, side_by_side
+from recbole_llm.comparison.workers import OUTPUT_FILE, device_of, side_by_side, work
 
-
-class Settings(dict):
-    @property
-    def final_config_dict(self) -> Settings:
-        return self
+COMMAND = (sys.executable, __file__)
+"""This file, as the program of a process: see its end."""
 
 
 @dataclass
 class Job:
-    config: Settings
+    arguments: dict
     folder: Path
 
+    @property
+    def config(self) -> dict:
+        return {"device": torch.device("cpu")}
+
     def __str__(self) -> str:
-        return self.config["name"]
+        return self.arguments["model"]
 
 
 def jobs(folder: Path, names: list[str]) -> list[Job]:
     made = [
-        Job(Settings(name=name, device=torch.device("cpu")), folder / f"{number}-{name}")
+        Job({"model": name, "config_dict": {"epochs": 3}}, folder / f"{number}-{name}")
         for number, name in enumerate(names)
     ]
     for job in made:
@@ -42,32 +43,33 @@ def jobs(folder: Path, names: list[str]) -> list[Job]:
     return made
 
 
-def work(config: Settings, folder: Path) -> dict:
+def act(arguments: dict, folder: Path) -> None:
     """What the processes of these tests do."""
-    print("hello from", config["name"])
-    if config["name"] == "fails":
+    name = arguments["model"]
+    print("hello from", name, arguments["config_dict"], flush=True)
+    if name == "fails":
         raise ValueError("no such lens")
-    if config["name"] == "dies":
+    if name == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     (folder / "threads").write_text(str(torch.get_num_threads()))
-    if config["name"] == "waits":
+    if name == "waits":
         (folder / "pid").write_text(str(os.getpid()))
         try:
             time.sleep(300)
         finally:
             (folder / "kept").touch()
-    return {}
 
 
 def test_every_run_has_an_end_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     runs = jobs(tmp_path, ["works", "dies", "fails", "works"])
-    ended = dict((run.folder.name, error) for run, error in side_by_side(iter(runs), work, 2))
+    ended = dict((run.folder.name, error) for run, error in side_by_side(iter(runs), 2, COMMAND))
     assert ended["0-works"] is None and ended["3-works"] is None
     assert ended["2-fails"] == "ValueError: no such lens"
     assert "killed by SIGKILL" in ended["1-dies"] and OUTPUT_FILE in ended["1-dies"]
     assert (tmp_path / "0-works" / "threads").read_text() == "2"
-    assert (tmp_path / "0-works" / OUTPUT_FILE).read_text() == "hello from works\n"
+    output = (tmp_path / "0-works" / OUTPUT_FILE).read_text()
+    assert "hello from works {'epochs': 3, 'device': 'cpu'}\n" in output
 
 
 PARENT = """
@@ -75,10 +77,10 @@ PARENT = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from recbole_llm.comparison.workers import side_by_side
-    from test_parallel import jobs, work
+    from test_workers import COMMAND, jobs
 
     if __name__ == "__main__":
-        list(side_by_side(jobs(Path({folder!r}), ["waits", "waits"]), work, 2))
+        list(side_by_side(jobs(Path({folder!r}), ["waits", "waits"]), 2, COMMAND))
 """
 
 
@@ -133,7 +135,11 @@ def test_an_interrupt_reaches_every_process_and_is_waited_for(tmp_path):
 
 def test_gpus_are_taken_in_turn_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = [device_of(Settings(device=torch.device("cuda")), slot).index for slot in range(4)]
+    found = [device_of({"device": torch.device("cuda")}, slot).index for slot in range(4)]
     assert found == [0, 1, 0, 1]
-    assert device_of(Settings(device=torch.device("cuda:1")), 0).index == 1
-    assert device_of(Settings(device=torch.device("cpu")), 3) == torch.device("cpu")
+    assert device_of({"device": torch.device("cuda:1")}, 0).index == 1
+    assert device_of({"device": torch.device("cpu")}, 3) == torch.device("cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(work(Path(sys.argv[1]), act))
