@@ -128,8 +128,8 @@ def load_data_and_model(run_folder: str | Path, device: str | None = None, **cha
     config = Config.from_dict({**saved, "device": device or "auto", "resume": None, **changes})
     init_seed(config["seed"], config["reproducibility"])
     parts = assemble(config, lens_root=run_folder, warm_start=False)
-    wanted = {"model", "backbone", "lens", "data"}
-    different = [key for key in sorted(wanted) if meta["identities"][key] != parts.identities[key]]
+    wanted = {"model", "backbone", "lens", "data", *parts.prompts.identities()}
+    different = [key for key in sorted(wanted) if meta["identities"].get(key) != parts.identities[key]]
     if different:
         raise CheckpointError(f"{run_folder} was made with another {' and another '.join(different)}")
     parts.model.load_trained_state(tensors)

@@ -101,7 +101,7 @@ def create_dataset(config):
     if config["task"] == "next_item":
         return importlib.import_module("recbole_llm.data.next_item").NextItemDataset(config)
     if config["task"] == "ctr":
-        return importlib.import_module("recbole_llm.data.dataset").CTRDataset(config)
+        return importlib.import_module("recbole_llm.data.ctr").CTRDataset(config)
     from recbole.data import create_dataset as recbole_dataset
 
     return recbole_dataset(config)

@@ -45,6 +45,7 @@ PROTOCOL = (
     "threshold",
     "normalize_all",
     "load_col",
+    "filter_inter_by_user_or_item",
     "metrics",
     "valid_metric",
 )
@@ -304,6 +305,16 @@ class Config(RecBoleConfig):
         self.origins.update(dict.fromkeys(self._arguments, "command line"))
         return self._arguments
 
+    def _merge_external_config_dict(self) -> None:
+        """As RecBole's; but a ``text`` section changes single keys of one from a weaker source."""
+        super()._merge_external_config_dict()
+        sources = (self.file_config_dict, self.variable_config_dict, self.cmd_config_dict)
+        sections = [source["text"] for source in sources if isinstance(source.get("text"), Mapping)]
+        if len(sections) > 1:
+            self.external_config_dict["text"] = {
+                key: value for section in sections for key, value in section.items()
+            }
+
     def _get_model_and_dataset(self, model: str | type | None, dataset: str | None) -> tuple[str, type, str]:
         model = self.external_config_dict.get("model") if model is None else model
         dataset = self.external_config_dict.get("dataset") if dataset is None else dataset
@@ -343,6 +354,8 @@ class Config(RecBoleConfig):
         model_file = PROPERTIES / "model" / f"{model}.yaml"
         internal.update(load_yaml(model_file) if model_file.is_file() else {})
         if task or not (RECBOLE_PROPERTIES / "dataset" / f"{dataset}.yaml").is_file():
+            if not task:  # own data: all columns instead of RecBole's user and item alone
+                internal["load_col"] = overall["load_col"]
             internal.update(of_dataset)
         else:
             internal.update({key: of_dataset[key] for key in _DATASET_KEYS if key in of_dataset})
@@ -369,6 +382,8 @@ class Config(RecBoleConfig):
         if task in TASKS:
             internal = {**internal, **of_dataset[task], **of_user[task]}
         final = self.final_config_dict = {**internal, **external}
+        if internal.get("text") and external.get("text"):  # key by key
+            final["text"] = {**internal["text"], **external["text"]}
         check_values(final, self.origins, getattr(self.model_class, "keys", None))
         self._set_history_length(final)
         if self.is_own:
@@ -399,6 +414,14 @@ class Config(RecBoleConfig):
             negatives = self.external_config_dict.get("train_neg_sample_args")
             final["train_neg_sample_args"] = negatives or _recbole_defaults()["train_neg_sample_args"]
             final["repeatable"] = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        negatives = final["train_neg_sample_args"]
+        if self.is_own and isinstance(negatives, Mapping) and negatives.get("distribution") != "none":
+            logger.warning(
+                "%s is ignored: %s is trained on the samples of the data, without sampled negatives",
+                self._said("train_neg_sample_args"),
+                self.model,
+            )
+            final["train_neg_sample_args"] = None
         super()._set_default_parameters()
         final["data_path"] = self._data_folder(user_path, final["data_path"])
 

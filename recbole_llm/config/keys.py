@@ -204,6 +204,7 @@ KEYS: dict[str, Key] = {
     "zero_shot": Key("also score the untrained LLM", Flag()),
     # rows and histories
     "min_history": Key("earlier interactions a row must have", Whole(0), llm=False),
+    "max_dropped": Key("share of interactions that may be dropped unasked", Number(0, 1), llm=False),
     "history_ties": Key("history at the target's own timestamp", Choice("order", "strict"), llm=False),
     "history_scope": Key("which interactions may be history", Choice("all", "split"), llm=False),
     "id_history_length": Key("items that the lens sees", Whole(1), llm=False),
@@ -219,6 +220,7 @@ KEYS: dict[str, Key] = {
                      Text("candidates, full, uniN or popN", r"candidates|full|(uni|pop)\d+"), llm=False),
     "num_negatives": Key("candidates beside the target", Whole(1), llm=False),
     "negatives": Key("how they are drawn", Choice("uniform", "popularity", "hard"), llm=False),
+    "candidate_items": Key("items that are drawn and ranked", Choice("seen", "all"), llm=False),
     "candidate_seed": Key("seed of their draw", Whole(0), llm=False),
     "curriculum": Key("from text-only to hybrid prompts",
                       Choice("linear", "text_only", "hybrid_only", "as_released")),

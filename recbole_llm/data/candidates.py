@@ -1,14 +1,14 @@
-"""Candidates: for each row the target item among sampled others, drawn once and used by every model.
+"""Candidates: for each sample the target item among sampled others, drawn once and used by every model.
 
     CandidateSet.items[row]   ->   [ 911, 35, 1204, 17, ... ]   the target (here 17) lies somewhere among the negatives
 
-A row's draw depends on nothing but (seed, purpose, row_id) and on what may be drawn for it, so any subset of rows, on
-any machine, has the same candidates. That takes random numbers that are *computed* from (seed, purpose, row_id, i)
-instead of taken from a stream that all rows share: SplitMix64, Steele, Lea and Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014. Drawing without replacement, with weights w, is drawing with replacement and passing
-over what came before; rows for which that takes too long are finished by an exponential race, which has the same
-distribution: of waiting times -log(u_i) / w_i the shortest win (Efraimidis and Spirakis, "Weighted random sampling with
-a reservoir", 2006).
+A sample's draw depends on nothing but (seed, purpose, row_id) and on what may be drawn for it, so any subset of
+samples, on any machine, has the same candidates. That takes random numbers that are *computed* from (seed, purpose,
+row_id, i) instead of taken from a stream that all rows share: SplitMix64, Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014. Drawing without replacement, with weights w, is drawing with replacement
+and passing over what came before; rows for which that takes too long are finished by an exponential race, which has
+the same distribution: of waiting times -log(u_i) / w_i the shortest win (Efraimidis and Spirakis, "Weighted random
+sampling with a reservoir", 2006).
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from recbole.data.dataloader import AbstractDataLoader
+from recbole.data.dataloader import AbstractDataLoader, FullSortEvalDataLoader
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
+from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import write_atomically
-
-if TYPE_CHECKING:
-    from recbole_llm.data.dataset import HistoryDataset
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +44,7 @@ _DRAW, _RACE, _ORDER = 1, 2, 3  # the purposes that one row needs random numbers
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """The candidates of some rows.
+    """The candidates of some samples.
 
     Attributes:
         row_ids: the rows' ``row_id``, int64 ``[n]``, each once.
@@ -71,7 +68,7 @@ class CandidateSet:
                 f"{rows} rows"
             )
         if len(np.unique(self.row_ids)) < rows:
-            raise ValueError("candidates: a row id comes more than once")
+            raise ValueError("candidates: a row_id comes more than once")
         ascending = np.sort(self.items, axis=1)
         wrong = (self.items == self.targets[:, None]).sum(axis=1) != 1
         wrong |= (ascending[:, 1:] == ascending[:, :-1]).any(axis=1) | (ascending[:, :1] < 1).any(axis=1)
@@ -157,13 +154,14 @@ def draw_candidates(
     item_counts: np.ndarray | None = None,
     item_scores: Callable[[Interaction], Tensor] | None = None,
     scores_identity: str | None = None,
+    allowed: np.ndarray | None = None,
     cache_dir: Path | None = None,
 ) -> CandidateSet:
     """Draw negatives beside each row's target: without replacement, none from the row's history.
 
-    What may be drawn is every item of the catalogue, also those that occur in no interaction, but the padding, the
-    target and what the row's history holds (all of it, as ``rows.history.bounds`` gives it, not only what a model is
-    shown). Later interactions of the user may be drawn: nothing of the future is looked at.
+    What may be drawn is every item that ``allowed`` has, but the padding, the target and what the sample's history
+    holds (all of it, as ``rows.history.bounds`` gives it, not only what a model is shown). Later interactions of the
+    user may be drawn: nothing of the future is looked at.
 
     Args:
         rows: a dataset of rows, for example one split.
@@ -177,6 +175,7 @@ def draw_candidates(
         item_scores: of ``hard``: takes a joined batch of ``B`` rows and returns ``[B, n_items]``; an item with -inf
             is never drawn. Its last bits may depend on how the rows are batched, and with them which of two all but
             equal items is drawn.
+        allowed: which items may be drawn, a mask ``[n_items]``, e.g. ``dataset.ranked_items``; ``None``: all.
         scores_identity: of ``hard``: what tells these ``item_scores`` from others, needed for ``cache_dir``.
         cache_dir: keep the result in ``cache_dir/candidates/<hash>.npz``, named by what determines it, and take
             it from there the next time; ``None`` keeps nothing.
@@ -204,8 +203,14 @@ def draw_candidates(
         raise ValueError("candidates of kind hard are an item scorer's best items: item_scores is missing")
     elif cache_dir is not None and not scores_identity:
         raise ValueError("hard candidates in cache_dir are told apart by scores_identity, which is missing")
+    if allowed is not None and allowed.shape != (n_items,):
+        raise ValueError(
+            f"allowed: a mask of shape {allowed.shape} does not fit {n_items} items (padding included)"
+        )
     if weights is not None:
         weights[0] = 0
+        if allowed is not None:
+            weights[~allowed] = 0
 
     feat = rows.inter_feat
     fields = (ROW_ID, rows.uid_field, rows.iid_field, HISTORY_END)
@@ -216,6 +221,8 @@ def draw_candidates(
         settings = f"{VERSION} {kind} {int(num_negatives)} {n_items} {int(seed)} {purpose!r} "
         settings += str(scores_identity) if kind == "hard" else ""
         extra = () if weights is None else (weights,)
+        if weights is None and allowed is not None and not allowed[1:].all():
+            extra = (allowed,)
         name = _digest(row_ids, targets, starts, stops, rows.history.item_ids, *extra, settings=settings)
         path = Path(cache_dir) / "candidates" / f"{name}.npz"
         if path.is_file():
@@ -230,7 +237,8 @@ def draw_candidates(
         taken = _taken(starts[part], stops[part], targets[part], rows.history.item_ids, n_items)
         if weights is None:
             scores = item_scores(rows[np.arange(len(row_ids))[part]])
-            drawn, left = _best(_checked_scores(scores, taken.shape), taken, num_negatives)
+            barred = taken if allowed is None else taken | ~allowed
+            drawn, left = _best(_checked_scores(scores, taken.shape), barred, num_negatives)
         else:
             drawn, left = _draw(keys[part], taken, weights, num_negatives)
         if drawn is None:
@@ -307,6 +315,25 @@ class CandidateDataLoader(AbstractDataLoader):
         flat[self.config["LABEL_FIELD"]] = (items == targets[:, None]).flatten().float()
         interaction = self.transform(dataset, dataset.join(Interaction(flat)))
         return interaction, torch.arange(count).repeat_interleave(width), torch.arange(count), targets
+
+
+class RankedItemsDataLoader(FullSortEvalDataLoader):
+    """Samples whose target is ranked among all of ``dataset.ranked_items``, for RecBole's Trainer, with any model.
+
+    A batch is that of RecBole's loader for sequential models, ``(interaction, excluded, positive_u, positive_i)``.
+    The Trainer sets scores at ``excluded``, a pair of indices into ``[B, n_items]``, to -inf.
+    """
+
+    def __init__(self, config, dataset: HistoryDataset) -> None:
+        self._excluded = torch.from_numpy(np.flatnonzero(~dataset.ranked_items))
+        super().__init__(config, dataset, None, shuffle=False)
+
+    def collate_fn(self, index: list[int]) -> tuple[Interaction, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """The batch of the samples at ``index``."""
+        interaction, _, positive_u, positive_i = super().collate_fn(index)
+        count, width = len(positive_u), len(self._excluded)
+        excluded = (positive_u.repeat_interleave(width), self._excluded.repeat(count))
+        return interaction, excluded, positive_u, positive_i
 
 
 # ---------------------------------------------------------------------- drawing

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from recbole.data.dataloader import (
     AbstractDataLoader,
-    FullSortEvalDataLoader,
     NegSampleEvalDataLoader,
     TrainDataLoader,
 )
@@ -29,8 +28,14 @@ from recbole_llm.backbone.answers import mean_pooled_vectors
 from recbole_llm.backbone.loader import Backbone, load_backbone
 from recbole_llm.backbone.store import default_cache_dir
 from recbole_llm.config.configurator import Config
-from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
-from recbole_llm.data.dataset import HistoryDataset, draw_rows
+from recbole_llm.data.candidates import (
+    CandidateDataLoader,
+    CandidateSet,
+    RankedItemsDataLoader,
+    draw_candidates,
+)
+from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.loading import build_splits, draw_rows
 from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
 from recbole_llm.data.prompts.lines import item_token_ids
 from recbole_llm.data.prompts.next_item import TitlePromptBuilder, load_title_prompt_config
@@ -239,7 +244,7 @@ class Rows:
 def prepare_rows(config: Config) -> Rows:
     """Read the dataset, split it, and draw ``few_shot`` and ``eval_rows``."""
     dataset = create_dataset(config)
-    full_train, full_valid, full_test = dataset.build()
+    full_train, full_valid, full_test = build_splits(dataset)
     train = few_shot_rows(config, full_train)
     valid, test = (bounded(config, rows, name) for rows, name in ((full_valid, "valid"), (full_test, "test")))
     sizes = {
@@ -335,6 +340,7 @@ def assemble(
         "backbone": backbone.sha256,
         "lens": lens.identity if lens else "none",
         "configuration": configuration_hash(config),
+        **prompts.identities(),
     } | {f"{split} candidates": found.sha256 for split, found in (candidates or {}).items()}
     if lora is not None:
         lora.check(identities, config)
@@ -448,6 +454,7 @@ def draw_candidate_sets(config: Config, rows: Rows, lens: Lens | None) -> dict[s
             item_counts=counts,
             item_scores=lens.score_items if lens is not None else None,
             scores_identity=lens.identity if lens is not None else None,
+            allowed=split.ranked_items,
             cache_dir=cache_folder(config),
         )
         for name, split in (("train", rows.train), ("valid", rows.valid), ("test", rows.test))
@@ -463,7 +470,7 @@ def eval_loader(
     if candidates is not None:
         return CandidateDataLoader(config, rows, candidates)
     if config["eval_mode"] == "full":
-        return FullSortEvalDataLoader(config, rows, None, shuffle=False)
+        return RankedItemsDataLoader(config, rows)
     distribution = {"uni": "uniform", "pop": "popularity"}[config["eval_mode"][:3]]
     sampler = RepeatableSampler(["valid", "test"], dataset, distribution).set_phase(split)
     return NegSampleEvalDataLoader(config, rows, sampler, shuffle=False)

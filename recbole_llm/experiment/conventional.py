@@ -23,6 +23,7 @@ from recbole.utils import EvaluatorType, InputType, init_seed
 from recbole_llm.config.configurator import Config, keys_read_by
 from recbole_llm.data.candidates import draw_candidates
 from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.loading import build_splits
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.experiment.assembly import (
     bounded,
@@ -51,7 +52,7 @@ def run(config: Config, run_folder: Path) -> dict:
         logger.info(dataset)
         available = {}
         if isinstance(dataset, HistoryDataset):
-            splits = dataset.build()
+            splits = build_splits(dataset)
             available = {"valid_available": len(splits[1]), "test_available": len(splits[2])}
             full_train = splits[0]
             train_data, valid_data, test_data = our_loaders(config, dataset, splits)
@@ -134,9 +135,12 @@ def run(config: Config, run_folder: Path) -> dict:
         eval_rows=config["eval_rows"],
         seconds=seconds,
         bootstrap_samples=config["bootstrap_samples"],
-        n_items=dataset.item_num - 1,
+        n_items=int(dataset.ranked_items.sum())
+        if isinstance(dataset, HistoryDataset)
+        else dataset.item_num - 1,
         extra={
-            "trained_parameters": {"model": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+            **(dataset.facts() if isinstance(dataset, HistoryDataset) else {}),
+            "trained_parameters": {"model": sum(p.numel() for p in model.parameters() if p.requires_grad)},
         },
     )
     return {**result, "path": str(write_result(run_folder, result, rows))}
@@ -184,6 +188,7 @@ def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDat
                 seed=config["candidate_seed"],
                 purpose=name,
                 item_counts=item_counts(splits[0]),
+                allowed=rows.ranked_items,
                 cache_dir=cache_folder(config),
             )
         loaders.append(eval_loader(config, dataset, rows, candidates, name))

@@ -116,8 +116,9 @@ def _train_and_evaluate(config: Config, run_folder: Path) -> dict:
         seconds={**parts.seconds, **trainer.seconds},
         tokens_per_second=tuned / trainer.seconds["train"] if tuned else None,
         bootstrap_samples=config["bootstrap_samples"],
-        n_items=parts.dataset.item_num - 1,
+        n_items=int(parts.dataset.ranked_items.sum()),
         extra={
+            **parts.dataset.facts(),
             "identities": parts.identities,
             "prompts_shortened": parts.model.counts["prompts_shortened"],
             "tokens": sum(trainer.tokens.values()),

@@ -19,10 +19,11 @@ from recbole.utils import init_seed
 from recbole_llm.config.configurator import Config
 from recbole_llm.data import candidates
 from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.next_item import NextItemDataset
 from recbole_llm.data.retriever import SemanticRetriever
+from recbole_llm.utils.fields import ROW_ID
 
 
 class Rows:
@@ -312,7 +313,7 @@ def test_of_answers_in_the_order_asked():
 @pytest.mark.parametrize(
     "row_ids, items, targets, message",
     [
-        ([1, 1], [[1, 2], [3, 4]], [1, 3], "a row id comes more than once"),
+        ([1, 1], [[1, 2], [3, 4]], [1, 3], "a row_id comes more than once"),
         (
             [1, 2],
             [[1, 2], [3, 4]],

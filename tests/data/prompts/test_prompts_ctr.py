@@ -244,7 +244,7 @@ def test_history_without_ratings_shows_no_stars(tmp_path, toy, tokenizers, caplo
     dataset.build()
     text = builder(dataset, tokenizers["gpt2"], TEMPLATE).text(dataset[np.array([0])], 0)
     assert "has no ratings: prompts show no stars" in caplog.text
-    assert "Before:\nItem " in text and "Who" not in text
+    assert "Liked:\nItem " in text and "Other:\nItem " in text and "Who" not in text
 
 
 def test_the_chat_template_wraps_the_same_text(story, tokenizers):
@@ -298,7 +298,9 @@ def test_an_over_long_prompt_loses_its_oldest_history_only(story, tokenizers, ki
 # ---------------------------------------- templates
 
 
-@pytest.mark.parametrize("name", ["movie_ctr", "tallrec"])
+@pytest.mark.parametrize(
+    "name", ["ctr", "movie_ctr", "ctr_lens", "ctr_vectors", "tallrec", "tallrec_vectors"]
+)
 def test_packaged_templates_are_complete_and_documented(name):
     from recbole_llm.utils.yaml_files import properties_dir
 
@@ -353,7 +355,7 @@ def test_templates_are_checked(changes, message):
 
 
 def test_a_template_that_does_not_exist_is_named():
-    known = "'movie_ctr', 'movie_ctr_lens', 'movie_ctr_vectors', 'tallrec', 'tallrec_vectors'"
+    known = "'ctr', 'ctr_lens', 'ctr_vectors', 'movie_ctr', 'tallrec', 'tallrec_vectors'"
     with pytest.raises(FileNotFoundError, match=rf"'nothing' is neither a yaml file nor one of \[{known}"):
         load_prompt_config("nothing")
 
