@@ -2,8 +2,7 @@
 
 :class:`HistoryDataset` is RecBole's SequentialDataset with these differences:
 
-- files are read, checked and repaired by :mod:`~recbole_llm.data.atomic_files`;
-- interactions that are dropped are counted by cause;
+- files are checked, and what is dropped is counted: :class:`~recbole_llm.data.atomic_dataset.AtomicDataset`;
 - samples are ordered by the exact (timestamp, user, item); RecBole rounds timestamps to float32 before it sorts;
 - a sample needs ``min_history`` earlier interactions, which themselves are no samples but stay in the histories;
 - histories are gathered per batch in :meth:`HistoryDataset.join` from one sorted array, never stored per sample;
@@ -17,18 +16,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
-from recbole_llm.data.atomic_files import AtomicFile, AtomicFiles
+from recbole_llm.data.atomic_dataset import SPLITS, AtomicDataset, setting
+from recbole_llm.data.atomic_files import AtomicFile
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText, TextSettings, UserText
 from recbole_llm.data.retriever import RecentRetriever, Retriever
@@ -41,7 +37,6 @@ except ImportError:  # Windows has no getrusage
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "valid", "test")
 HISTORY_END = "history_end"
 RECENT_TEXT = "recent_text"
 """A field that only mixed training samples have: 1 where the prompt shows the recent history whatever the retriever."""
@@ -54,7 +49,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
 
 
-class HistoryDataset(SequentialDataset):
+class HistoryDataset(AtomicDataset):
     """Samples (user, item, timestamp, ...), each with the slice of earlier interactions it may use.
 
     After :meth:`build`, ``inter_feat`` has beside the loaded fields ``item_length``, ``row_id`` (rank of the
@@ -62,22 +57,17 @@ class HistoryDataset(SequentialDataset):
     ``history_end`` (its own position in :attr:`history`).
 
     Args:
-        config: RecBole's Config with the keys ``min_history``, ``history_ties``, ``history_scope``,
-            ``candidate_items`` and ``max_dropped`` (defaults where a plain Config has none: :attr:`MIN_HISTORY`,
-            ``order``, ``all``, ``seen`` and 0.5).
+        config: RecBole's Config with the keys ``min_history``, ``history_ties``, ``history_scope`` and
+            ``candidate_items`` (defaults where a plain Config has none: :attr:`MIN_HISTORY`, ``order``, ``all`` and
+            ``seen``).
 
     Attributes:
         history: the sorted interactions, shared by all splits; ``None`` before :meth:`build`.
-        dropped: interactions of the files that are no part of the data, their number by cause.
-        unmatched: interactions that are kept although their user has no line in ``.user`` or their item none in
-            ``.item``, their number by cause.
         preparation: ``seconds`` from the first line read to the split, and ``peak_bytes``, by how much the
             process's peak memory grew meanwhile.
 
     Raises:
-        FileNotFoundError: if the folder or the ``.inter`` file is missing.
-        ValueError: if a file cannot be read as it is meant, a column is missing or empty, a setting would spoil it,
-            or more than ``max_dropped`` of the interactions would be dropped unasked.
+        FileNotFoundError, ValueError: as :class:`AtomicDataset`.
     """
 
     MIN_HISTORY = 1
@@ -88,275 +78,10 @@ class HistoryDataset(SequentialDataset):
     def __init__(self, config):
         self.history: HistoryIndex | None = None
         self.preparation: dict[str, float] = {}
-        self.dropped: dict[str, int] = {}
-        self.unmatched: dict[str, int] = {}
-        self._plain_splits = False
         # Seen by every split and subset, see `copy` of RecBole's Dataset.
         self._shared: dict[str, object] = {}
         self._began = (time.monotonic(), peak_bytes())
-        self._check_settings(config)
         super().__init__(config)
-
-    # ------------------------------------------------------------------ checks
-
-    def _check_settings(self, config) -> None:
-        raw = set(self._raw_fields(config))
-        if config["normalize_all"]:
-            raise ValueError(
-                "normalize_all: True would scale ratings and timestamps to [0, 1]; set it to False"
-            )
-        for key in ("normalize_field", "numerical_features", "discretization"):
-            clash = sorted(raw.intersection(config[key] or ()))
-            if clash:
-                raise ValueError(f"{key}: {clash} must keep the raw values; take them out")
-
-    def _raw_fields(self, config) -> list[str]:
-        """Columns whose values must reach the samples as they are in the file."""
-        return [config["RATING_FIELD"], config["TIME_FIELD"]]
-
-    def _needed_columns(self) -> dict[str, str]:
-        """Columns of ``.inter`` without which there are no samples, and the configuration key that asks for them."""
-        return {self.uid_field: "USER_ID_FIELD", self.iid_field: "ITEM_ID_FIELD"}
-
-    def _inter_files(self) -> list[str]:
-        """Names of the files of interactions: one, or RecBole's ``benchmark_filename``, one per split."""
-        names = self.config["benchmark_filename"]
-        return [f"{self.dataset_name}.{name + '.' if name else ''}inter" for name in names or [""]]
-
-    def _open_splits(self, types: dict[Path, dict[str, str]]) -> None:
-        """Decide how the files of ``benchmark_filename`` are read, from the headers of all files."""
-        names = self.config["benchmark_filename"]
-        if names is None:
-            return
-        if not isinstance(names, (list, tuple)) or len(names) not in (2, 3) or len(set(names)) < len(names):
-            raise ValueError(
-                f"benchmark_filename: {names!r} must hold three names ({', '.join(SPLITS)}) or two (train, test)"
-            )
-        self._plain_splits = True
-
-    def _check_columns(self, types: dict[Path, dict[str, str]]) -> None:
-        """Name every column that is asked for and not there, before a line of data is read."""
-        load_col = self.config["load_col"]
-        for path, columns in types.items():
-            asked = (load_col or {}).get(path.suffix[1:]) or ()
-            missing = [column for column in asked if asked != "*" and column not in columns]
-            if missing:
-                raise ValueError(f"load_col: {path} has no column {missing}; it has {list(columns)}")
-        for path in self._files.interactions:
-            loaded = self._loaded(path)
-            for field, key in self._needed_columns().items():
-                if field not in loaded:
-                    raise ValueError(
-                        f"{path}: column {field!r} ({key}) is not loaded, so there are no samples to "
-                        f"learn from. The file has {list(types[path])}, load_col and unload_col keep {loaded}"
-                    )
-
-    def _loaded(self, path: Path) -> list[str]:
-        """The columns of a file that ``load_col`` and ``unload_col`` keep."""
-        columns, source = list(self._files.types[path]), path.suffix[1:]
-        load_col, unload_col = self.config["load_col"], self.config["unload_col"] or {}
-        if load_col is not None and load_col.get(source) != "*":
-            columns = [column for column in columns if column in (load_col.get(source) or ())]
-        return [column for column in columns if column not in (unload_col.get(source) or ())]
-
-    # ------------------------------------------------------------------ loading
-
-    def _load_data(self, token: str, dataset_path: str) -> None:
-        folder = Path(dataset_path)
-        if not folder.is_dir():
-            if self._get_download_url("url", allow_none=True) is None:
-                parent = folder.parent
-                found = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else None
-                there = (
-                    f"{parent} holds {found or 'no folders'}"
-                    if found is not None
-                    else f"{parent} does not exist"
-                )
-                raise FileNotFoundError(
-                    f"the data folder {folder} does not exist ({there}), and RecBole knows no download "
-                    f"for {token!r}. "
-                    f"Set data_path to the folder that holds {token}/{token}.inter"
-                )
-            self._download()
-        self._files = AtomicFiles(
-            folder,
-            self._inter_files(),
-            {f"{token}.user": self.uid_field, f"{token}.item": self.iid_field},
-            self.config["field_separator"],
-            self.config["encoding"],
-        )
-        types = self._files.types
-        self._open_splits(types)
-        self._check_columns(types)
-        self._files.read((self.uid_field, self.iid_field))
-        super()._load_data(token, dataset_path)
-        self._files.close_interactions()
-
-    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
-        super()._load_inter_feat(token, dataset_path)
-        self.dropped_of = len(self.inter_feat)
-        if self._plain_splits:
-            self._split_of = pd.Series(np.repeat(np.arange(len(self.file_size_list)), self.file_size_list))
-            self.benchmark_filename_list = None  # filtered like any other interactions
-
-    def _load_feat(self, filepath: str, source) -> pd.DataFrame | None:
-        """The table that RecBole would make of a file, from its checked cells."""
-        path = Path(filepath)
-        if path not in self._files:  # additional_feat_suffix
-            return super()._load_feat(filepath, source)
-        file, columns = self._files[path], self._loaded(path)
-        if not columns or not len(file):
-            return None
-        table = {}
-        for column in columns:
-            values, kind = self._column(file, column)
-            table[column] = values
-            self.field2source[column], self.field2type[column] = source, kind
-            if kind in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ):
-                self.field2bucketnum[column] = 2
-            if kind in (FeatureType.FLOAT, FeatureType.TOKEN):
-                self.field2seqlen[column] = 1
-            else:
-                longest = max(map(len, values))
-                limit = (self.config["seq_len"] or {}).get(column)
-                if limit:
-                    table[column] = [value[:limit] for value in values]
-                self.field2seqlen[column] = min(limit or longest, longest)
-        return pd.DataFrame({name: pd.Series(values) for name, values in table.items()})
-
-    def _column(self, file: AtomicFile, column: str) -> tuple[np.ndarray | list, FeatureType]:
-        """The values of a column by its role, else by the type in the header, and their type."""
-        kind = FeatureType(file.types[column])
-        if file.path.suffix == ".inter" and not self._is_list(column):
-            if column == self.time_field:
-                return file.times(column), FeatureType.FLOAT
-            if column in self._raw_fields(self.config):
-                if kind is not FeatureType.FLOAT:
-                    logger.warning(
-                        "%s: column %r is read as numbers, not as %s", file.path, column, kind.value
-                    )
-                return file.numbers(column), FeatureType.FLOAT
-        cells = file.table[column]
-        if kind is FeatureType.FLOAT:
-            return file.numbers(column), kind
-        if kind is FeatureType.TOKEN:
-            return cells.where(cells != "", np.nan).to_numpy(object), kind
-        separator = self.config["seq_separator"]
-        parts = [[part for part in cell.split(separator) if part] for cell in cells]
-        if kind is FeatureType.TOKEN_SEQ:
-            return [np.array(part) for part in parts], kind
-        values = []
-        for row, part in enumerate(parts):
-            try:
-                values.append(np.array([float(number) for number in part]))
-            except ValueError:
-                raise ValueError(f"{file.where(row, column)} is not a list of numbers") from None
-        return values, kind
-
-    def _is_list(self, column: str) -> bool:
-        """Whether a column of the interactions holds a list per line."""
-        return False
-
-    # ------------------------------------------------------------------ filtering
-
-    @contextmanager
-    def _counting(self, cause: str) -> Iterator[None]:
-        """Count under ``cause`` by how much ``inter_feat`` gets shorter.
-
-        Raises:
-            ValueError: if nothing is left.
-        """
-        before = len(self.inter_feat)
-        yield
-        lost = before - len(self.inter_feat)
-        if lost:
-            self.dropped[cause] = lost
-            logger.warning(
-                "%s: %s of %s interactions are dropped: %s",
-                self.dataset_name,
-                f"{lost:,}",
-                f"{self.dropped_of:,}",
-                cause,
-            )
-        if not len(self.inter_feat):
-            raise ValueError(f"{self.dataset_name}: no interaction is left; dropped were {self.dropped}")
-
-    def _data_filtering(self) -> None:
-        """RecBole's filters, each counted in :attr:`dropped`, and that of exact duplicates."""
-        with self._counting("no user or item id"):
-            self._filter_nan_user_or_item()
-        with self._counting("exact duplicate"):
-            self._drop_duplicates()
-        self._match_features()
-        unasked = sum(self.dropped.get(cause, 0) for cause in ("no user or item id", "exact duplicate"))
-        limit = _setting(self.config, "max_dropped", 0.5)
-        if unasked > limit * self.dropped_of:
-            raise ValueError(
-                f"max_dropped: of {self.dropped_of:,} interactions of {self.dataset_name} {unasked:,} are dropped "
-                f"({self.dropped}), more than the share {limit:g}; mend the files, or set max_dropped higher"
-            )
-        with self._counting("rm_dup_inter"):
-            self._remove_duplication()
-        with self._counting("val_interval"):
-            self._filter_by_field_value()
-        with self._counting("filter_inter_by_user_or_item"):
-            self._filter_inter_by_user_or_item()
-        with self._counting("user_inter_num_interval and item_inter_num_interval"):
-            self._filter_by_inter_num()
-        self._reset_index()
-
-    def _drop_duplicates(self) -> None:
-        """Keep one of the interactions that agree in user, item, time, rating and label.
-
-        Without times the data does not tell a repeated line from a repeated event: all are kept.
-        """
-        fields = [self.uid_field, self.iid_field, *self._raw_fields(self.config)]
-        fields = [field for field in dict.fromkeys(fields) if field in self.inter_feat]
-        if self.time_field in fields:
-            self.inter_feat = self.inter_feat.drop_duplicates(subset=fields)
-
-    def _match_features(self) -> None:
-        """Count the interactions whose user or item has no line of its own in ``.user`` or ``.item``."""
-        for path, field in self._files.others.items():
-            known = self._files[path].table[field]
-            lost = ~self.inter_feat[field].isin(known)
-            if len(known) and lost.any():
-                self.unmatched[f"{field} not in {path.suffix}"] = int(lost.sum())
-                if not self.config["filter_inter_by_user_or_item"]:
-                    logger.warning(
-                        "%s of %s interactions have a %s that is not in %s (first: %s); they are kept, without its "
-                        "features and text. filter_inter_by_user_or_item: True drops them",
-                        f"{lost.sum():,}",
-                        f"{len(lost):,}",
-                        field,
-                        path,
-                        self.inter_feat[field][lost].iloc[0],
-                    )
-
-    def _reset_index(self) -> None:
-        if self._plain_splits:
-            self._split_of = self._split_of.loc[self.inter_feat.index].reset_index(drop=True)
-        for name in self.feat_name_list:
-            feat = getattr(self, name)
-            if feat.empty:
-                raise ValueError(
-                    f"{self.dataset_name}: no line of {name} is left; check user_inter_num_interval, "
-                    "item_inter_num_interval and val_interval"
-                )
-            feat.reset_index(drop=True, inplace=True)
-
-    def _fill_nan(self) -> None:
-        """RecBole would fill a missing rating or time with the mean: a made-up label or order."""
-        for field in dict.fromkeys(name for name in self._raw_fields(self.config) if name in self.inter_feat):
-            empty = np.flatnonzero(self.inter_feat[field].isna())
-            if len(empty):
-                row = self.inter_feat.iloc[empty[0]]
-                raise ValueError(
-                    f"{self.dataset_name}.inter: {field!r} is empty in {len(empty)} lines (first: user "
-                    f"{self.id2token(self.uid_field, int(row[self.uid_field]))}, item "
-                    f"{self.id2token(self.iid_field, int(row[self.iid_field]))}); fill them in or remove them"
-                )
-        super()._fill_nan()
 
     def _benchmark_presets(self) -> None:
         """Nothing: RecBole would prepare the lists here that :meth:`join` makes."""
@@ -462,7 +187,7 @@ class HistoryDataset(SequentialDataset):
 
     @property
     def _min_history(self) -> int:
-        return _setting(self.config, "min_history", self.MIN_HISTORY)
+        return setting(self.config, "min_history", self.MIN_HISTORY)
 
     def data_augmentation(self) -> None:
         """Index the histories and keep the samples that have enough of one (RecBole builds every list here)."""
@@ -476,7 +201,7 @@ class HistoryDataset(SequentialDataset):
             self._exact_times,
             None if rating is None else feat[rating].numpy(),
             n_users=self.user_num,
-            ties=_setting(self.config, "history_ties", "order"),
+            ties=setting(self.config, "history_ties", "order"),
         )
         if self.config["model"] == "DIEN":  # the one model of RecBole whose loss reads a negative history
             self.history.draw_negatives(self.item_num, self.config["seed"])
@@ -492,7 +217,7 @@ class HistoryDataset(SequentialDataset):
 
     def _keep_rows(self, rows: np.ndarray, earlier: np.ndarray, position: np.ndarray) -> None:
         """Reduce ``inter_feat`` to the rows at ``rows``, which have ``earlier`` items before their ``position``."""
-        self.inter_feat = _take(self.inter_feat, rows)
+        self.inter_feat = take(self.inter_feat, rows)
         lengths = np.clip(earlier, 1, self.max_item_list_len)
         self.inter_feat.update(
             Interaction(
@@ -510,7 +235,7 @@ class HistoryDataset(SequentialDataset):
     def build(self) -> list[HistoryDataset]:
         """Split by ``eval_args``: ``[train, valid, test]``."""
         splits = self._split()
-        scope = _setting(self.config, "history_scope", "all")
+        scope = setting(self.config, "history_scope", "all")
         if scope == "split":
             self.history.row_start = self._split_starts(splits)
         elif scope != "all":
@@ -537,7 +262,7 @@ class HistoryDataset(SequentialDataset):
         self._drop_unused_col()
         part = self._split_of[self.inter_feat[ROW_ID].numpy()]
         return [
-            self.copy(_take(self.inter_feat, np.flatnonzero(part == number))) for number in range(len(SPLITS))
+            self.copy(take(self.inter_feat, np.flatnonzero(part == number))) for number in range(len(SPLITS))
         ]
 
     def _split_starts(self, splits: list[HistoryDataset]) -> np.ndarray:
@@ -573,7 +298,7 @@ class HistoryDataset(SequentialDataset):
 
     def subset(self, indices: np.ndarray) -> HistoryDataset:
         """The rows at ``indices``, with everything else shared."""
-        return self.copy(_take(self.inter_feat, np.asarray(indices)))
+        return self.copy(take(self.inter_feat, np.asarray(indices)))
 
     def mixed(self) -> HistoryDataset:
         """These rows twice: to be shown with their recent history, then with what the prompt's retriever finds."""
@@ -608,7 +333,7 @@ class HistoryDataset(SequentialDataset):
 
     def __getitem__(self, index, join: bool = True) -> Interaction:
         if isinstance(index, (list, np.ndarray, torch.Tensor)):
-            df = _take(self.inter_feat, np.asarray(index))
+            df = take(self.inter_feat, np.asarray(index))
         else:
             df = self.inter_feat[index]
         return self.join(df) if join else df
@@ -622,9 +347,9 @@ class HistoryDataset(SequentialDataset):
         item): RecBole's models read position ``item_length - 1``.
         """
         if self.user_feat is not None and self.uid_field in df:
-            df.update(_take(self.user_feat, df[self.uid_field].numpy()))
+            df.update(take(self.user_feat, df[self.uid_field].numpy()))
         if self.item_feat is not None and self.iid_field in df:
-            df.update(_take(self.item_feat, df[self.iid_field].numpy()))
+            df.update(take(self.item_feat, df[self.iid_field].numpy()))
         if HISTORY_END not in df or not self._has_histories:
             return df
         found = self.id_retriever.positions(
@@ -699,7 +424,7 @@ class HistoryDataset(SequentialDataset):
     def ranked_items(self) -> np.ndarray:
         """Which items may be candidates and are ranked (``candidate_items``), a mask ``[n_items]``; not the padding."""
         ranked = np.ones(self.item_num, dtype=bool)
-        if _setting(self.config, "candidate_items", "seen") == "seen":
+        if setting(self.config, "candidate_items", "seen") == "seen":
             ranked[:] = False
             ranked[self.history.item_ids] = True
         ranked[0] = False
@@ -708,9 +433,9 @@ class HistoryDataset(SequentialDataset):
     def facts(self) -> dict[str, dict]:
         """What a result says of the data: interactions by fate, and the items that were ranked."""
         return {
-            "data": {"interactions": self.dropped_of, "dropped": self.dropped, "unmatched": self.unmatched},
+            "data": {"interactions": self.n_read, "dropped": self.dropped, "unmatched": self.unmatched},
             "candidate_items": {
-                "which": _setting(self.config, "candidate_items", "seen"),
+                "which": setting(self.config, "candidate_items", "seen"),
                 "items": int(self.ranked_items.sum()),
                 "catalogue": self.item_num - 1,
             },
@@ -771,13 +496,7 @@ class HistoryDataset(SequentialDataset):
         return hashlib.sha256(self._shared["hash"] + rows).hexdigest()
 
 
-def _take(feat: Interaction, rows: np.ndarray) -> Interaction:
+def take(feat: Interaction, rows: np.ndarray) -> Interaction:
     """``feat[rows]`` without the Python list that RecBole's Interaction makes of an index array."""
     index = torch.from_numpy(rows)
     return Interaction({field: values[index] for field, values in feat.interaction.items()})
-
-
-def _setting(config, key: str, default):
-    """A key that a plain RecBole Config does not have."""
-    value = config[key]
-    return default if value is None else value

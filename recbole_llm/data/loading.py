@@ -6,7 +6,8 @@ import zlib
 
 import numpy as np
 
-from recbole_llm.data.dataset import SPLITS, HistoryDataset
+from recbole_llm.data.atomic_dataset import SPLITS
+from recbole_llm.data.dataset import HistoryDataset
 
 
 def build_splits(dataset: HistoryDataset) -> list[HistoryDataset]:

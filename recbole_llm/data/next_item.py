@@ -31,7 +31,8 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
 
-from recbole_llm.data.dataset import HISTORY_END, SPLITS, HistoryDataset, _setting, _take
+from recbole_llm.data.atomic_dataset import SPLITS, setting
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, take
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.utils.fields import ROW_ID
 
@@ -163,7 +164,7 @@ class NextItemDataset(HistoryDataset):
             for field in super()._history_fields()
             if field in self.inter_feat and field + suffix in self.inter_feat
         }
-        if _setting(self.config, "history_ties", "order") == "strict" and self.time_field not in self._given:
+        if setting(self.config, "history_ties", "order") == "strict" and self.time_field not in self._given:
             raise ValueError(
                 f"history_ties: strict compares times, but the files of benchmark_filename lack one of the columns "
                 f"{self.time_field!r} and {self.time_field + suffix!r}"
@@ -232,7 +233,7 @@ class NextItemDataset(HistoryDataset):
                 else None
             ),
             user_start=user_start,
-            ties=_setting(self.config, "history_ties", "order"),
+            ties=setting(self.config, "history_ties", "order"),
             row_start=np.repeat(ends - sizes + 1, sizes),
         )
         position = np.empty(len(users), dtype=np.int64)
@@ -289,7 +290,7 @@ class NextItemDataset(HistoryDataset):
         ranks = self._token_ranks(self.uid_field)
         there = np.unique(users)
         there = there[np.argsort(ranks[there])]
-        seed = [_setting(self.config, "eval_seed", 2020), zlib.crc32(b"user_split")]
+        seed = [setting(self.config, "eval_seed", 2020), zlib.crc32(b"user_split")]
         drawn = np.random.default_rng(seed).permutation(there)
         total = sum(self._user_shares)
         cuts = self._calcu_split_ids(tot=len(drawn), ratios=[share / total for share in self._user_shares])
@@ -300,9 +301,7 @@ class NextItemDataset(HistoryDataset):
         np.maximum.at(newest, users, row_ids)
         last = row_ids == newest[users]
         return [
-            self.copy(
-                _take(self.inter_feat, np.flatnonzero((part[users] == number) & (last | (number == 0))))
-            )
+            self.copy(take(self.inter_feat, np.flatnonzero((part[users] == number) & (last | (number == 0)))))
             for number in range(len(SPLITS))
         ]
 

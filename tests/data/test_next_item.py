@@ -282,7 +282,7 @@ def test_short_histories_may_be_left_out(ready_made, caplog):
     assert [len(split) for split in splits] == [4, 2, 2]
     batch = everything(splits[0])
     assert batch["item_length"].tolist() == [3, 2, 2, 1] and not batch["item_id_list"][3].any()
-    with pytest.raises(ValueError, match="no row of toy has a list of 9 items .the longest has 7"):
+    with pytest.raises(ValueError, match="no sample of toy has a list of 9 items .the longest has 7"):
         ready_made(PARTS, min_history=9).build()
 
 
