@@ -54,11 +54,8 @@ def yaml_lines(path: Path) -> dict[str, str]:
 
 
 def test_overall_yaml_documents_exactly_our_keys():
-    recbole = {
-        *yaml_lines(RECBOLE_PROPERTIES / "overall.yaml"),
-        *yaml_lines(RECBOLE_PROPERTIES / "dataset" / "sample.yaml"),
-    }
-    recbole.add("normalize_all")
+    recbole = {*yaml_lines(RECBOLE_PROPERTIES / "overall.yaml"), "normalize_all"}
+    recbole |= {*yaml_lines(RECBOLE_PROPERTIES / "dataset" / "sample.yaml")}
     assert set(yaml_lines(PROPERTIES / "overall.yaml")) - recbole == set(KEYS)
 
 

@@ -528,11 +528,8 @@ def test_a_hostile_title_is_one_short_line(toy, tokenizers, tmp_path, title):
     write_atomic(tmp_path, "toy", "item", "item_id:token title:token genre:token_seq", cells)
     dataset = small(toy)
     prompts = builder(dataset, tokenizers["gpt2"], "ctr", show_genre=True)
-    plain = len(
-        builder(dataset, tokenizers["gpt2"], "ctr", obfuscate_titles=True)
-        .text(dataset[np.array([0])], 0)
-        .split("\n")
-    )
+    hidden = builder(dataset, tokenizers["gpt2"], "ctr", obfuscate_titles=True)
+    plain = len(hidden.text(dataset[np.array([0])], 0).split("\n"))
     for row in range(0, len(dataset), 7):
         text = prompts.text(dataset[np.array([row])], 0)
         assert all(char.isprintable() or char == "\n" for char in text)
