@@ -184,11 +184,19 @@ class AtomicDataset(SequentialDataset):
             if column == self.time_field:
                 return file.times(column), FeatureType.FLOAT
             if column in self._raw_fields(self.config):
-                if kind is not FeatureType.FLOAT:
-                    logger.warning(
-                        "%s: column %r is read as numbers, not as %s", file.path, column, kind.value
-                    )
-                return file.numbers(column), FeatureType.FLOAT
+                needed = column in self._needed_columns()
+                try:
+                    values = file.numbers(column, needed=needed)
+                except ValueError as error:
+                    if needed or kind is FeatureType.FLOAT:
+                        raise
+                    logger.warning("%s; the column is not used as a rating", error)
+                else:
+                    if kind is not FeatureType.FLOAT:
+                        logger.warning(
+                            "%s: column %r is read as numbers, not as %s", file.path, column, kind.value
+                        )
+                    return values, FeatureType.FLOAT
         cells = file.table[column]
         if kind is FeatureType.FLOAT:
             return file.numbers(column), kind
@@ -270,21 +278,23 @@ class AtomicDataset(SequentialDataset):
 
     def _match_features(self) -> None:
         """Count the interactions whose user or item has no line of its own in ``.user`` or ``.item``."""
+        if self.config["filter_inter_by_user_or_item"]:
+            return  # they are dropped, and counted there
         for path, field in self._files.others.items():
             known = self._files[path].table[field]
             lost = ~self.inter_feat[field].isin(known)
             if len(known) and lost.any():
                 self.unmatched[f"{field} not in {path.suffix}"] = int(lost.sum())
-                if not self.config["filter_inter_by_user_or_item"]:
-                    logger.warning(
-                        "%s of %s interactions have a %s that is not in %s (first: %s); they are kept, without its "
-                        "features and text. filter_inter_by_user_or_item: True drops them",
-                        f"{lost.sum():,}",
-                        f"{len(lost):,}",
-                        field,
-                        path,
-                        self.inter_feat[field][lost].iloc[0],
-                    )
+                logger.warning(
+                    "%s of %s interactions have %s %s that is not in %s (first: %s); they are kept, without its features "
+                    "and text. filter_inter_by_user_or_item: True drops them",
+                    f"{lost.sum():,}",
+                    f"{len(lost):,}",
+                    "an" if field[0] in "aeio" else "a",
+                    field,
+                    path,
+                    self.inter_feat[field][lost].iloc[0],
+                )
 
     def _reset_index(self) -> None:
         if self._plain_splits:

@@ -76,8 +76,12 @@ class AtomicFile:
         shown = value if len(value) <= 40 else value[:39] + "…"
         return f"{self.path}, line {self.lines[row]}, column {column!r}: {shown!r}"
 
-    def numbers(self, column: str) -> np.ndarray:
+    def numbers(self, column: str, *, needed: bool = False) -> np.ndarray:
         """The column as float64 ``[n]``; NaN where the value is missing.
+
+        Args:
+            column: its name.
+            needed: whether there is no doing without it, which decides what the error advises.
 
         Raises:
             ValueError: for text and for infinite values.
@@ -85,10 +89,13 @@ class AtomicFile:
         values, wrong = _floats(self.table[column].to_numpy())
         if len(wrong):
             more = f" (and {len(wrong) - 1:,} more)" if len(wrong) > 1 else ""
-            raise ValueError(
-                f"{self.where(wrong[0], column)} is not a finite number{more}. Leave such cells empty, declare the "
-                f"column in the header as {column}:token, or leave it out with unload_col"
+            remedy = (
+                "Ratings and labels must be numbers"
+                if needed
+                else f"Leave such cells empty, declare the column in the header as {column}:token, or leave it out with "
+                "unload_col"
             )
+            raise ValueError(f"{self.where(wrong[0], column)} is not a finite number{more}. {remedy}")
         return values
 
     def times(self, column: str) -> np.ndarray:

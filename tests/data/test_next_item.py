@@ -180,6 +180,11 @@ def test_low_ratings_need_ratings(next_item):
     rows = [(user, item, time) for user, item, _, time in random_interactions()]
     with pytest.raises(ValueError, match=r"toy\.inter: column 'rating' \(RATING_FIELD, for min_rating\)"):
         next_item(rows, PLAIN_HEADER, min_rating=3)
+    words = [(user, item, "good", time) for user, item, _, time in random_interactions()]
+    as_token = INTER_HEADER.replace("rating:float", "rating:token")
+    with pytest.raises(ValueError, match="column 'rating': 'good' is not a finite number .*must be numbers"):
+        next_item(words, as_token, min_rating=3)
+    assert len(next_item(words, as_token)) == len(words)  # not needed without min_rating
     with pytest.raises(
         ValueError, match="min_rating: no interaction of toy has rating >= 6 .the highest is 5"
     ):
