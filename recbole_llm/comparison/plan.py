@@ -54,8 +54,8 @@ _OF_THE_TRAINING = (
 # What decides which rows are tested and what their targets are ranked among, and by what they are measured.
 _OF_THE_ROWS = (
     "task", "eval_rows", "eval_seed", "min_history", "history_ties", "history_scope", "min_rating", "user_split",
-    "eval_mode", "num_negatives", "negatives", "candidate_seed", "candidate_items", "bootstrap_samples", "threshold", "eval_args",
-    "topk", "metrics", "valid_metric", "filter_inter_by_user_or_item",
+    "eval_mode", "num_negatives", "negatives", "candidate_seed", "candidate_items", "bootstrap_samples", "threshold",
+    "eval_args", "topk", "metrics", "valid_metric", "filter_inter_by_user_or_item",
 )  # fmt: skip
 
 

@@ -286,8 +286,8 @@ class AtomicDataset(SequentialDataset):
             if len(known) and lost.any():
                 self.unmatched[f"{field} not in {path.suffix}"] = int(lost.sum())
                 logger.warning(
-                    "%s of %s interactions have %s %s that is not in %s (first: %s); they are kept, without its features "
-                    "and text. filter_inter_by_user_or_item: True drops them",
+                    "%s of %s interactions have %s %s that is not in %s (first: %s); they are kept, without its "
+                    "features and text. filter_inter_by_user_or_item: True drops them",
                     f"{lost.sum():,}",
                     f"{len(lost):,}",
                     "an" if field[0] in "aeio" else "a",

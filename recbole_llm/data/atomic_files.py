@@ -92,8 +92,7 @@ class AtomicFile:
             remedy = (
                 "Ratings and labels must be numbers"
                 if needed
-                else f"Leave such cells empty, declare the column in the header as {column}:token, or leave it out with "
-                "unload_col"
+                else f"Leave such cells empty, write {column}:token in the header, or drop the column by unload_col"
             )
             raise ValueError(f"{self.where(wrong[0], column)} is not a finite number{more}. {remedy}")
         return values

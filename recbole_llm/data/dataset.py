@@ -216,7 +216,7 @@ class HistoryDataset(AtomicDataset):
         self._keep_rows(rows, earlier[rows], position[rows])
 
     def _keep_rows(self, rows: np.ndarray, earlier: np.ndarray, position: np.ndarray) -> None:
-        """Reduce ``inter_feat`` to the rows at ``rows``, which have ``earlier`` items before their ``position``."""
+        """Reduce ``inter_feat`` to the samples at ``rows``, which have ``earlier`` items before their ``position``."""
         self.inter_feat = take(self.inter_feat, rows)
         lengths = np.clip(earlier, 1, self.max_item_list_len)
         self.inter_feat.update(
@@ -268,7 +268,7 @@ class HistoryDataset(AtomicDataset):
     def _split_starts(self, splits: list[HistoryDataset]) -> np.ndarray:
         """For each position the first one of the same user in the same split (``history_scope: split``).
 
-        The interactions before a user's first row, which belong to no split, count to the split of that row.
+        The interactions before a user's first sample, which belong to no split, count to the split of that sample.
         """
         split_of = np.full(len(self.history), -1, dtype=np.int64)
         for number, split in enumerate(splits):
@@ -297,11 +297,11 @@ class HistoryDataset(AtomicDataset):
         ]
 
     def subset(self, indices: np.ndarray) -> HistoryDataset:
-        """The rows at ``indices``, with everything else shared."""
+        """The samples at ``indices``, with everything else shared."""
         return self.copy(take(self.inter_feat, np.asarray(indices)))
 
     def mixed(self) -> HistoryDataset:
-        """These rows twice: to be shown with their recent history, then with what the prompt's retriever finds."""
+        """These samples twice: to be shown with their recent history, then with what the prompt's retriever finds."""
         twice = self.subset(np.tile(np.arange(len(self)), 2))
         recent = torch.arange(len(twice)) < len(self)
         twice.inter_feat.update(Interaction({RECENT_TEXT: recent.long()}))
@@ -339,7 +339,7 @@ class HistoryDataset(AtomicDataset):
         return self.join(df) if join else df
 
     def join(self, df: Interaction) -> Interaction:
-        """Add user and item features, and to rows of the dataset their history.
+        """Add user and item features, and to samples of the dataset their history.
 
         Adds ``item_id_list`` int64 ``[B, L]`` and, of what the data has, ``timestamp_list``, ``rating_list`` and
         ``label_list`` float32 ``[B, L]``, in time order from the left with zeros at the end, and ``item_length``
@@ -372,7 +372,7 @@ class HistoryDataset(AtomicDataset):
         return df
 
     def inter_matrix(self, form: str = "coo", value_field: str | None = None):
-        """Users x items of these rows; with a user's first row come the interactions before it."""
+        """Users x items of these samples; with a user's first sample come the interactions before it."""
         if not self.uid_field or not self.iid_field:
             raise ValueError("the dataset has no user or item ids, so there is no matrix of interactions")
         fields = self._history_fields()
@@ -398,14 +398,14 @@ class HistoryDataset(AtomicDataset):
         return np.ones(len(positions), dtype=bool)
 
     def row_facts(self, train: HistoryDataset) -> dict[str, np.ndarray]:
-        """What results are grouped by, for each of these rows, int64 ``[n]``.
+        """What results are grouped by, for each of these samples, int64 ``[n]``.
 
         Args:
             train: the full training rows.
 
         Returns:
-            ``history_length`` (all earlier interactions the row may use), ``user_rows`` and ``item_rows`` (training
-            rows of its user and of its item).
+            ``history_length`` (all earlier interactions the sample may use), ``user_rows`` and ``item_rows`` (training
+            samples of its user and of its item).
         """
         feat, of_train = self.inter_feat, train.inter_feat
         users, items = feat[self.uid_field].numpy(), feat[self.iid_field].numpy()

@@ -493,7 +493,7 @@ def test_candidates_of_other_rows_are_refused(next_items):
         CandidateDataLoader(config, valid, found)
     swapped = CandidateSet(found.row_ids, found.items, np.where(
         found.items[:, 0] == found.targets, found.items[:, 1], found.items[:, 0]))  # fmt: skip
-    with pytest.raises(ValueError, match=rf"another target item now \({len(test)} of {len(test)} rows\)"):
+    with pytest.raises(ValueError, match=rf"another target item now \({len(test)} of {len(test)} samples\)"):
         CandidateDataLoader(config, test, swapped)
 
 
