@@ -62,6 +62,7 @@ PROTOCOL = (
     "threshold",
     "normalize_all",
     "load_col",
+    "filter_inter_by_user_or_item",
     "metrics",
     "valid_metric",
 )
@@ -161,6 +162,16 @@ class Config(RecBoleConfig):
         self.origins.update(dict.fromkeys(self._arguments, "command line"))
         return self._arguments
 
+    def _merge_external_config_dict(self) -> None:
+        """As RecBole's; but a ``text`` section changes single keys of one from a weaker source."""
+        super()._merge_external_config_dict()
+        sources = (self.file_config_dict, self.variable_config_dict, self.cmd_config_dict)
+        sections = [source["text"] for source in sources if isinstance(source.get("text"), Mapping)]
+        if len(sections) > 1:
+            self.external_config_dict["text"] = {
+                key: value for section in sections for key, value in section.items()
+            }
+
     def _get_model_and_dataset(self, model: str | type | None, dataset: str | None) -> tuple[str, type, str]:
         user = self.external_config_dict
         model = user.get("model") if model is None else model
@@ -202,6 +213,8 @@ class Config(RecBoleConfig):
             internal.update({key: defaults[key] for key in protocol})
         internal.update(of_model)
         if task or not (RECBOLE_PROPERTIES / "dataset" / f"{dataset}.yaml").is_file():
+            if not task:  # own data: all columns instead of RecBole's user and item alone
+                internal["load_col"] = defaults["load_col"]
             internal.update(of_dataset)
         else:
             internal.update({key: of_dataset[key] for key in _DATASET_KEYS if key in of_dataset})
@@ -218,6 +231,8 @@ class Config(RecBoleConfig):
         if task in TASKS:
             internal = {**internal, **of_dataset[task], **of_user[task]}
         final = self.final_config_dict = {**internal, **external}
+        if internal.get("text") and external.get("text"):  # key by key
+            final["text"] = {**internal["text"], **external["text"]}
         check_values(final, self.origins, self.spec.keys)
         values = self._values()
         resolve_history_length(values)
@@ -251,6 +266,14 @@ class Config(RecBoleConfig):
             # There are no labels here: RecBole gives targets the label 1 and sampled items the label 0.
             negatives = user.get("train_neg_sample_args") or recbole_defaults()["train_neg_sample_args"]
             final["train_neg_sample_args"] = copy.deepcopy(negatives)
+        negatives = final["train_neg_sample_args"]
+        if self.spec.is_llm and isinstance(negatives, Mapping) and negatives.get("distribution") != "none":
+            logger.warning(
+                "%s is ignored: %s is trained on the samples of the data, without sampled negatives",
+                values.said("train_neg_sample_args"),
+                self.model,
+            )
+            final["train_neg_sample_args"] = None
         super()._set_default_parameters()
         user_path = user.get("data_path")
         final["data_path"], replaced = data_folder(self.dataset, user_path, final["data_path"])

@@ -1,14 +1,14 @@
-"""Candidates: for each row the target item among sampled others, drawn once and used by every model.
+"""Candidates: for each sample the target item among sampled others, drawn once and used by every model.
 
     CandidateSet.items[row]   ->   [ 911, 35, 1204, 17, ... ]   the target (here 17) lies somewhere among the negatives
 
-A row's draw depends on nothing but (seed, purpose, row_id) and on what may be drawn for it, so any subset of rows, on
-any machine, has the same candidates. That takes random numbers that are *computed* from (seed, purpose, row_id, i)
-instead of taken from a stream that all rows share: SplitMix64, Steele, Lea and Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014. Drawing without replacement, with weights w, is drawing with replacement and passing
-over what came before; rows for which that takes too long are finished by an exponential race, which has the same
-distribution: of waiting times -log(u_i) / w_i the shortest win (Efraimidis and Spirakis, "Weighted random sampling with
-a reservoir", 2006).
+A sample's draw depends on nothing but (seed, purpose, row_id) and on what may be drawn for it, so any subset of
+samples, on any machine, has the same candidates. That takes random numbers that are *computed* from (seed, purpose,
+row_id, i) instead of taken from a stream that all samples share: SplitMix64, Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014. Drawing without replacement, with weights w, is drawing with replacement
+and passing over what came before; samples for which that takes too long are finished by an exponential race, which has
+the same distribution: of waiting times -log(u_i) / w_i the shortest win (Efraimidis and Spirakis, "Weighted random
+sampling with a reservoir", 2006).
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from recbole.data.dataloader import AbstractDataLoader
+from recbole.data.dataloader import AbstractDataLoader, FullSortEvalDataLoader
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.utils.files import write_atomically
-
-if TYPE_CHECKING:
-    from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.utils.run_files import ROW_ID
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +39,21 @@ KINDS = ("uniform", "popularity", "hard")
 VERSION = 1
 # Rows x items looked at together; the largest arrays hold eight bytes for each.
 CELLS = 4_000_000
-_DRAW, _RACE, _ORDER = 1, 2, 3  # the purposes that one row needs random numbers for
+_DRAW, _RACE, _ORDER = 1, 2, 3  # the purposes that one sample needs random numbers for
 
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """The candidates of some rows.
+    """The candidates of some samples.
 
     Attributes:
-        row_ids: the rows' ``row_id``, int64 ``[n]``, each once.
+        row_ids: the samples' ``row_id``, int64 ``[n]``, each once.
         items: internal item ids, int64 ``[n, C]``: the target and ``C - 1`` negatives, in the order shown to models.
-        targets: the rows' own items, int64 ``[n]``.
+        targets: the samples' own items, int64 ``[n]``.
 
     Raises:
-        ValueError: if the shapes do not fit, a row comes twice, or a row's candidates are not distinct items (0 is
-            padding) with the target among them.
+        ValueError: if the shapes do not fit, a sample comes twice, or a sample's candidates are not distinct items
+            (0 is padding) with the target among them.
     """
 
     row_ids: np.ndarray
@@ -68,17 +65,17 @@ class CandidateSet:
         if self.items.ndim != 2 or len(self.items) != rows or self.targets.shape != (rows,):
             raise ValueError(
                 f"candidates of shape {self.items.shape} and targets of shape {self.targets.shape} do not fit "
-                f"{rows} rows"
+                f"{rows} samples"
             )
         if len(np.unique(self.row_ids)) < rows:
-            raise ValueError("candidates: a row id comes more than once")
+            raise ValueError("candidates: a row_id comes more than once")
         ascending = np.sort(self.items, axis=1)
         wrong = (self.items == self.targets[:, None]).sum(axis=1) != 1
         wrong |= (ascending[:, 1:] == ascending[:, :-1]).any(axis=1) | (ascending[:, :1] < 1).any(axis=1)
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(
-                f"candidates of row {self.row_ids[row]}: {self.items[row].tolist()} are not distinct items with the "
+                f"candidates of row_id {self.row_ids[row]}: {self.items[row].tolist()} are not distinct items with the "
                 f"target {self.targets[row]} among them"
             )
 
@@ -90,7 +87,7 @@ class CandidateSet:
         return np.argsort(self.row_ids)
 
     def _find(self, row_ids: np.ndarray) -> np.ndarray:
-        """Where the rows are in this set, ``[B]``."""
+        """Where the samples are in this set, ``[B]``."""
         row_ids, order = np.asarray(row_ids), self._by_row_id
         place = np.searchsorted(self.row_ids, row_ids, sorter=order)
         found = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros_like(place)
@@ -99,12 +96,12 @@ class CandidateSet:
             missing = row_ids[~known]
             raise ValueError(
                 f"there are no candidates for row_id {missing[0]} (nor for {len(missing) - 1} others of the "
-                f"{len(row_ids)} rows asked for); they were drawn for {len(self)} other rows"
+                f"{len(row_ids)} samples asked for); they were drawn for {len(self)} other samples"
             )
         return found
 
     def of(self, row_ids: np.ndarray) -> np.ndarray:
-        """The candidates of rows, in the stored order.
+        """The candidates of samples, in the stored order.
 
         Args:
             row_ids: ``[B]``.
@@ -113,13 +110,13 @@ class CandidateSet:
             int64 ``[B, C]``.
 
         Raises:
-            ValueError: naming a row that is not in the set.
+            ValueError: naming a sample that is not in the set.
         """
         return self.items[self._find(row_ids)]
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of rows, candidates and their order."""
+        """Identity of samples, candidates and their order."""
         return _digest(self.row_ids, self.items, self.targets)
 
     def save(self, path: Path) -> None:
@@ -157,26 +154,28 @@ def draw_candidates(
     item_counts: np.ndarray | None = None,
     item_scores: Callable[[Interaction], Tensor] | None = None,
     scores_identity: str | None = None,
+    allowed: np.ndarray | None = None,
     cache_dir: Path | None = None,
 ) -> CandidateSet:
-    """Draw negatives beside each row's target: without replacement, none from the row's history.
+    """Draw negatives beside each sample's target: without replacement, none from the sample's history.
 
-    What may be drawn is every item of the catalogue, also those that occur in no interaction, but the padding, the
-    target and what the row's history holds (all of it, as ``rows.history.bounds`` gives it, not only what a model is
-    shown). Later interactions of the user may be drawn: nothing of the future is looked at.
+    What may be drawn is every item that ``allowed`` has, but the padding, the target and what the sample's history
+    holds (all of it, as ``rows.history.bounds`` gives it, not only what a model is shown). Later interactions of the
+    user may be drawn: nothing of the future is looked at.
 
     Args:
-        rows: a dataset of rows, for example one split.
+        rows: a dataset of samples, for example one split.
         num_negatives: how many to draw for each row.
         kind: ``uniform``; ``popularity``: proportionally to ``item_counts``; ``hard``: the items with the highest
             ``item_scores``, the lower id first among equals.
         seed: the seed of the draw.
-        purpose: what the rows are for, e.g. ``'test'``; other purposes get other draws.
+        purpose: what the samples are for, e.g. ``'test'``; other purposes get other draws.
         item_counts: of ``popularity``: how often each item occurs in training, ``[n_items]``; an item with 0 is
             never drawn. Not read by other kinds.
-        item_scores: of ``hard``: takes a joined batch of ``B`` rows and returns ``[B, n_items]``; an item with -inf
-            is never drawn. Its last bits may depend on how the rows are batched, and with them which of two all but
+        item_scores: of ``hard``: takes a joined batch of ``B`` samples and returns ``[B, n_items]``; an item with -inf
+            is never drawn. Its last bits may depend on how the samples are batched, and with them which of two all but
             equal items is drawn.
+        allowed: which items may be drawn, a mask ``[n_items]``, e.g. ``dataset.ranked_items``; ``None``: all.
         scores_identity: of ``hard``: what tells these ``item_scores`` from others, needed for ``cache_dir``.
         cache_dir: keep the result in ``cache_dir/candidates/<hash>.npz``, named by what determines it, and take
             it from there the next time; ``None`` keeps nothing.
@@ -185,7 +184,7 @@ def draw_candidates(
         The candidates in the order of ``rows``, the target at a random place among them.
 
     Raises:
-        ValueError: if an argument is missing or does not fit, or a row has too few items left to draw from.
+        ValueError: if an argument is missing or does not fit, or a sample has too few items left to draw from.
     """
     n_items, weights = rows.item_num, None
     if (
@@ -204,8 +203,14 @@ def draw_candidates(
         raise ValueError("candidates of kind hard are an item scorer's best items: item_scores is missing")
     elif cache_dir is not None and not scores_identity:
         raise ValueError("hard candidates in cache_dir are told apart by scores_identity, which is missing")
+    if allowed is not None and allowed.shape != (n_items,):
+        raise ValueError(
+            f"allowed: a mask of shape {allowed.shape} does not fit {n_items} items (padding included)"
+        )
     if weights is not None:
         weights[0] = 0
+        if allowed is not None:
+            weights[~allowed] = 0
 
     feat = rows.inter_feat
     fields = (ROW_ID, rows.uid_field, rows.iid_field, HISTORY_END)
@@ -216,10 +221,12 @@ def draw_candidates(
         settings = f"{VERSION} {kind} {int(num_negatives)} {n_items} {int(seed)} {purpose!r} "
         settings += str(scores_identity) if kind == "hard" else ""
         extra = () if weights is None else (weights,)
+        if weights is None and allowed is not None and not allowed[1:].all():
+            extra = (allowed,)
         name = _digest(row_ids, targets, starts, stops, rows.history.item_ids, *extra, settings=settings)
         path = Path(cache_dir) / "candidates" / f"{name}.npz"
         if path.is_file():
-            logger.info("candidates of %s rows (%s, %s) from %s", f"{len(rows):,}", purpose, kind, path)
+            logger.info("candidates of %s samples (%s, %s) from %s", f"{len(rows):,}", purpose, kind, path)
             return CandidateSet.load(path)
 
     keys = _row_keys(seed, purpose, row_ids)
@@ -230,7 +237,8 @@ def draw_candidates(
         taken = _taken(starts[part], stops[part], targets[part], rows.history.item_ids, n_items)
         if weights is None:
             scores = item_scores(rows[np.arange(len(row_ids))[part]])
-            drawn, left = _best(_checked_scores(scores, taken.shape), taken, num_negatives)
+            barred = taken if allowed is None else taken | ~allowed
+            drawn, left = _best(_checked_scores(scores, taken.shape), barred, num_negatives)
         else:
             drawn, left = _draw(keys[part], taken, weights, num_negatives)
         if drawn is None:
@@ -245,7 +253,7 @@ def draw_candidates(
     order = np.argsort(_random(keys[:, None], _ORDER, np.arange(1 + num_negatives)), axis=1, kind="stable")
     found = CandidateSet(row_ids, np.take_along_axis(items, order, axis=1), targets)
     logger.info(
-        "%s candidates (%s) drawn for each of %s rows (%s), sha256 %s",
+        "%s candidates (%s) drawn for each of %s samples (%s), sha256 %s",
         items.shape[1],
         kind,
         f"{len(found):,}",
@@ -260,10 +268,10 @@ def draw_candidates(
 class CandidateDataLoader(AbstractDataLoader):
     """Rows times their candidates, for the negative-sampling evaluation of RecBole's Trainer, with any model.
 
-    A batch of ``B`` rows is ``(interaction, row_idx, positive_u, positive_i)``, as RecBole's NegSampleEvalDataLoader
+    A batch of ``B`` samples is ``(interaction, row_idx, positive_u, positive_i)``, as RecBole's NegSampleEvalDataLoader
     gives it: the interaction has ``B * C`` rows, row by row in the stored order of the candidates, each with the
-    fields of its row, the candidate in the item field, the candidate's features and label 1 for the target and 0
-    else; ``row_idx`` ``[B * C]`` numbers the rows of the batch, ``positive_u`` is ``0 ... B - 1`` and ``positive_i``
+    fields of its sample, the candidate in the item field, the candidate's features and label 1 for the target and 0
+    else; ``row_idx`` ``[B * C]`` numbers the samples of the batch, ``positive_u`` is ``0 ... B - 1`` and ``positive_i``
     ``[B]`` the targets. ``row_id`` and ``history_end`` stay those of the row. Histories are joined *per candidate*:
     a retriever that looks at the item sees the candidate, so that no history gives the target away.
 
@@ -271,11 +279,11 @@ class CandidateDataLoader(AbstractDataLoader):
 
     Args:
         config: RecBole's Config.
-        dataset: the rows to evaluate, in this order.
+        dataset: the samples to evaluate, in this order.
         candidates: their candidates, of the same or of more rows.
 
     Raises:
-        ValueError: if a row has no candidates, or has another target than the one they were drawn for.
+        ValueError: if a sample has no candidates, or has another target than the one they were drawn for.
     """
 
     def __init__(self, config, dataset: HistoryDataset, candidates: CandidateSet) -> None:
@@ -284,8 +292,8 @@ class CandidateDataLoader(AbstractDataLoader):
         wrong = candidates.targets[candidates._find(row_ids)] != dataset.inter_feat[dataset.iid_field].numpy()
         if wrong.any():
             raise ValueError(
-                f"the candidates were drawn for other rows: row_id {row_ids[wrong.argmax()]} has another target "
-                f"item now ({int(wrong.sum())} of {len(row_ids)} rows); draw them for this dataset"
+                f"the candidates were drawn for other samples: row_id {row_ids[wrong.argmax()]} has another target "
+                f"item now ({int(wrong.sum())} of {len(row_ids)} samples); draw them for this dataset"
             )
         self.sample_size = len(dataset)
         super().__init__(config, dataset, sampler=None, shuffle=False)
@@ -296,7 +304,7 @@ class CandidateDataLoader(AbstractDataLoader):
         self.set_batch_size(self.step * width)
 
     def collate_fn(self, index: list[int]) -> tuple[Interaction, Tensor, Tensor, Tensor]:
-        """The batch of the rows at ``index``."""
+        """The batch of the samples at ``index``."""
         dataset = self._dataset
         rows = dataset.__getitem__(np.asarray(index), join=False)
         targets = rows[dataset.iid_field]
@@ -307,6 +315,25 @@ class CandidateDataLoader(AbstractDataLoader):
         flat[self.config["LABEL_FIELD"]] = (items == targets[:, None]).flatten().float()
         interaction = self.transform(dataset, dataset.join(Interaction(flat)))
         return interaction, torch.arange(count).repeat_interleave(width), torch.arange(count), targets
+
+
+class RankedItemsDataLoader(FullSortEvalDataLoader):
+    """Samples whose target is ranked among all of ``dataset.ranked_items``, for RecBole's Trainer, with any model.
+
+    A batch is that of RecBole's loader for sequential models, ``(interaction, excluded, positive_u, positive_i)``.
+    The Trainer sets scores at ``excluded``, a pair of indices into ``[B, n_items]``, to -inf.
+    """
+
+    def __init__(self, config, dataset: HistoryDataset) -> None:
+        self._excluded = torch.from_numpy(np.flatnonzero(~dataset.ranked_items))
+        super().__init__(config, dataset, None, shuffle=False)
+
+    def collate_fn(self, index: list[int]) -> tuple[Interaction, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """The batch of the samples at ``index``."""
+        interaction, _, positive_u, positive_i = super().collate_fn(index)
+        count, width = len(positive_u), len(self._excluded)
+        excluded = (positive_u.repeat_interleave(width), self._excluded.repeat(count))
+        return interaction, excluded, positive_u, positive_i
 
 
 # ---------------------------------------------------------------------- drawing
@@ -334,15 +361,15 @@ def _tries(count: int) -> int:
 def _draw(
     keys: np.ndarray, taken: np.ndarray, weights: np.ndarray, count: int
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Draw ``count`` items for each row, one after the other, proportionally to the weights of what is left.
+    """Draw ``count`` items for each sample, one after the other, proportionally to the weights of what is left.
 
     Args:
-        keys: the rows' random keys, uint64 ``[B]``.
+        keys: the samples' random keys, uint64 ``[B]``.
         taken: bool ``[B, n_items]``.
         weights: ``[n_items]``, not negative.
 
     Returns:
-        Items ``[B, count]`` and how many each row could choose from (where counted); no items if that is too few.
+        Items ``[B, count]`` and how many each sample could choose from (where counted); no items if that is too few.
     """
     rows, tries = len(keys), _tries(count)
     cumulative = np.cumsum(weights)
@@ -385,14 +412,14 @@ def _draw(
 
 
 def _best(scores: np.ndarray, taken: np.ndarray, count: int) -> tuple[np.ndarray | None, np.ndarray]:
-    """The ``count`` highest scores of each row that are not taken, the lower id first among equals.
+    """The ``count`` highest scores of each sample that are not taken, the lower id first among equals.
 
     Args:
         scores: ``[B, n_items]``.
         taken: bool ``[B, n_items]``.
 
     Returns:
-        Items ``[B, count]`` ascending, and how many each row could choose from; no items if that is too few.
+        Items ``[B, count]`` ascending, and how many each sample could choose from; no items if that is too few.
     """
     scores = np.where(taken, -np.inf, scores)
     left = (scores > -np.inf).sum(axis=1)
@@ -419,7 +446,9 @@ def _checked_counts(item_counts: np.ndarray | None, n_items: int) -> np.ndarray:
 def _checked_scores(scores: Tensor | np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     found = scores.detach().float().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores)
     if found.shape != shape:
-        raise ValueError(f"item_scores gave scores of shape {found.shape}, expected [rows, items] = {shape}")
+        raise ValueError(
+            f"item_scores gave scores of shape {found.shape}, expected [samples, items] = {shape}"
+        )
     if np.isnan(found).any():
         raise ValueError("item_scores gave NaN")
     return found
@@ -437,7 +466,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _row_keys(seed: int, purpose: str, row_ids: np.ndarray) -> np.ndarray:
-    """One random key for each row, uint64 ``[n]``."""
+    """One random key for each sample, uint64 ``[n]``."""
     start = np.array([int(seed) % 2**64, zlib.crc32(purpose.encode())], dtype=np.uint64)
     key = _mix(_mix(start[:1]) ^ start[1:])
     return _mix(key ^ row_ids.astype(np.uint64))

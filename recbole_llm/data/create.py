@@ -6,7 +6,7 @@ from recbole.config import Config
 from recbole.data import create_dataset as create_recbole_dataset
 from recbole.data.dataset import Dataset
 
-from recbole_llm.data.dataset import CTRDataset
+from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.next_item import NextItemDataset
 
 

@@ -1,13 +1,13 @@
 """All interactions, sorted by user and time, kept once and shared by every split.
 
-A row's history is a slice of these arrays, so nothing of size rows x history length is ever stored::
+A sample's history is a slice of these arrays, so nothing of size samples x history length is ever stored::
 
     position     0   1   2   3   4   5   6   7
     user         1   1   1   1   1   2   2   2
     item_ids    10  14  11  17  12  10  13  11         user_start = [0, 0, 5, 8]
                                  ^
     user 0 is RecBole's padding;
-    the row (user 1, item 12) lies at position 4, its ``history_end``: its history is positions [0, 4)
+    the sample (user 1, item 12) lies at position 4, its ``history_end``: its history is positions [0, 4)
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class HistoryIndex:
         timestamps: exact times, float64 ``[n]`` (RecBole's own are float32).
         ratings: raw ratings ("stars"), float32 ``[n]``; ``None`` if the data has none.
         user_start: int64 ``[n_users + 1]``; user ``u`` owns positions ``[user_start[u], user_start[u + 1])``.
-        ties: ``'order'``: everything before the row counts as its history; ``'strict'``: nothing that carries
-            the row's own timestamp does.
-        row_start: int64 ``[n]``, the first position each row's history may use (``history_scope: split``);
+        ties: ``'order'``: everything before the sample counts as its history; ``'strict'``: nothing that carries
+            the sample's own timestamp does.
+        row_start: int64 ``[n]``, the first position each sample's history may use (``history_scope: split``);
             ``None``: from the user's first interaction on.
         negatives: for each interaction another item, int64 ``[n]``; ``None`` where no model learns from them.
     """
@@ -98,11 +98,11 @@ class HistoryIndex:
         self.negatives = drawn + (drawn >= self.item_ids)
 
     def bounds(self, user_ids: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The slice ``[start, end)`` each row may look at, under ``ties`` and ``row_start``.
+        """The slice ``[start, end)`` each sample may look at, under ``ties`` and ``row_start``.
 
         Args:
             user_ids: ``[B]``.
-            ends: ``[B]`` each row's own position; or the end of the user's interactions for a row that is
+            ends: ``[B]`` each sample's own position; or the end of the user's interactions for a sample that is
                 still to come, whose history is all of them.
         """
         start, own = self.user_start[user_ids], ends < self.user_start[user_ids + 1]

@@ -1,36 +1,53 @@
-"""Columns of ``.item`` and ``.user`` as text for prompts.
+"""Columns of ``.item`` and ``.user`` as text for prompts, and the words that prompts use for a domain.
 
-Text never passes through RecBole's tensors: RecBole splits titles into words, treats a leading double quote
-as the start of a quoted cell, and drops titles such as "None". The raw files are read here and mapped to
-RecBole's internal ids by the raw token. What a title goes through, in this order: quotes that a writer of the
-file put around it, HTML entities, one line of plain text, the year and the article, a placeholder if nothing is
-left, the limit of its length, and, if asked for, what tells it from equal titles.
+Text never passes through RecBole's tensors: RecBole splits titles into words. It is taken from the checked cells of
+:mod:`~recbole_llm.data.atomic_files` and mapped to RecBole's internal ids by the raw token. What a title goes through,
+in this order: HTML entities, one line of plain text, the year and the article, a placeholder if nothing is left, the
+limit of its length, and, if asked for, what tells it from equal titles.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import html
-import io
 import logging
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
-import pandas as pd
 
-if TYPE_CHECKING:
-    from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.atomic_files import AtomicFile
+from recbole_llm.data.history import HistoryIndex
 
 logger = logging.getLogger(__name__)
+
+
+class TextSource(Protocol):
+    """What the text is read from: a built :class:`~recbole_llm.data.dataset.HistoryDataset`."""
+
+    DISTINCT_TITLES: bool
+    dataset_name: str
+    uid_field: str
+    iid_field: str
+    field2id_token: Mapping[str, np.ndarray]
+    field2token_id: Mapping[str, Mapping[str, int]]
+    history: HistoryIndex
+    text_settings: TextSettings
+    user_num: int
+    config: Any
+
+    def text_file(self, suffix: str) -> AtomicFile | None:
+        """The checked cells of ``.item`` or ``.user``."""
+
+    def num(self, field: str) -> int:
+        """How many ids a field has, with the padding."""
+
 
 # Where a dataset's yaml does not name its columns, the first of these that the file has.
 COMMON_COLUMNS = {
@@ -55,112 +72,8 @@ _PARENTHESES = re.compile(r"\(([^()]*)\)")
 _TRAILING_YEAR = re.compile(r"\s*\((\d{4})\)$")
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);")
 _YEAR = re.compile(r"\d{4}")
-_QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
-
-# A quoted cell that spans more lines than this is taken for a title that begins with a quote.
-MAX_LINES_OF_A_CELL = 100
 # Invisible, but part of how words are written in Persian and the languages of India, and of emoji.
 _JOINERS = "\u200c\u200d"
-
-
-# ---------------------------------------------------------------------------------------------- reading files
-
-
-def _lines(path: Path, encoding: str | None) -> Iterator[str]:
-    """The lines of a file. Only "\\n" ends one: Python and pandas know others too, which occur inside titles."""
-    try:
-        with path.open(encoding=encoding or "utf-8-sig", newline="\n") as file:
-            for line in file:
-                yield line.rstrip("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}; set encoding to that of the file, e.g. latin-1") from error
-
-
-def _open_header(path: Path, separator: str, encoding: str | None) -> list[str]:
-    header = next(_lines(path, encoding), "").split(separator)
-    wrong = [cell for cell in header if cell.count(":") != 1]
-    if wrong:
-        raise ValueError(
-            f"{path}: the first line must be name:type cells separated by {separator!r}, but it has {wrong}"
-        )
-    return header
-
-
-def read_header(path: Path, separator: str = "\t", encoding: str | None = None) -> list[str]:
-    """Column names of an atomic file, without their types."""
-    return [cell.split(":")[0] for cell in _open_header(path, separator, encoding)]
-
-
-def read_atomic(path: Path, separator: str = "\t", encoding: str | None = None) -> pd.DataFrame:
-    """An atomic file as text: every cell a str as it is meant, columns without their types.
-
-    A cell is taken as it is written, except where it must have been quoted by a writer of csv files: it begins
-    and ends with a double quote, and quotes inside are doubled. Only such cells may hold separators and line
-    breaks. Lines that end early are filled up with empty cells, and counted in the log.
-
-    Raises:
-        ValueError: if a line has more cells than the header.
-    """
-    columns = read_header(path, separator, encoding)
-    lines = list(_lines(path, encoding))[1:]
-    rows, short = [], []
-    for number, cells in _records(lines, separator, len(columns)):
-        if len(cells) > len(columns):
-            raise ValueError(
-                f"{path}: line {number} has {len(cells)} cells, but the header has {len(columns)} ({columns})"
-            )
-        if len(cells) < len(columns):
-            short.append(number)
-        rows.append(cells + [""] * (len(columns) - len(cells)))
-    if short:
-        logger.warning(
-            "%s: %d lines have fewer cells than the header (first: line %d); what is missing counts as empty",
-            path,
-            len(short),
-            short[0],
-        )
-    return pd.DataFrame(rows, columns=columns, dtype=str)
-
-
-def _records(lines: list[str], separator: str, width: int) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a file: the number of each one's first line, and its cells. Empty lines are no rows."""
-    at = 0
-    while at < len(lines):
-        number, cells, used = at + 2, lines[at].split(separator), 1
-        if '"' in lines[at]:
-            left_open = cells[-1].startswith('"') and not _QUOTED.fullmatch(cells[-1])
-            quoted = (None, 1)
-            if len(cells) != width or left_open:
-                quoted = _quoted_record(lines[at : at + MAX_LINES_OF_A_CELL], separator, width)
-            if quoted[0] is not None:
-                cells, used = quoted
-            else:
-                cells = [_unquoted(cell) for cell in cells]
-        if lines[at] or used > 1:
-            yield number, cells
-        at += used
-
-
-def _quoted_record(lines: list[str], separator: str, width: int) -> tuple[list[str] | None, int]:
-    """The row that begins with the first of ``lines`` if read as csv, and how many lines it takes."""
-    if len(separator) > 1:  # unknown to the csv module
-        return None, 1
-    for count in range(1, len(lines) + 1):
-        if count > 1 and lines[count - 1].count(separator) + 1 >= width:
-            break  # this line is a row of its own
-        text = io.StringIO("\n".join(lines[:count]), newline="")
-        try:
-            rows = list(csv.reader(text, delimiter=separator, strict=True))
-        except csv.Error:
-            continue
-        if len(rows) == 1 and len(rows[0]) == width:
-            return rows[0], count
-    return None, 1
-
-
-def _unquoted(cell: str) -> str:
-    match = _QUOTED.fullmatch(cell)
-    return match[1].replace('""', '"') if match else cell
 
 
 # -------------------------------------------------------------------------------------------- cleaning titles
@@ -234,13 +147,22 @@ class TextSettings:
         title, year, genre: columns of ``.item``. ``None``: the dataset has none. ``'auto'`` (default): a
             common name.
         genre_separator: what separates several genres in a cell.
-        noun: what an item is called where its title is hidden or missing, e.g. ``Movie`` in "Movie 123".
-        missing_title: ``error``, or ``placeholder`` to call items without a title "Movie 123".
+        noun, nouns: what an item is called in prompts, e.g. ``book``; its plural (``None``: with an s).
+        user: what a user is called, e.g. ``reader``.
+        verb: what users do with items, as ``[chooses, chosen]``, e.g. ``[reads, read]``.
+        rating_unit: what ratings count, in the plural: ``stars``, ``points``, ``plays``.
+        rating_scale: lowest and highest rating that can be given, e.g. ``[1, 5]``. ``'auto'``: those of the data, if
+            its ratings look like a scale (at most 20 evenly spaced values, up to 100). ``None``: there is none, as with
+            numbers of plays.
+        placeholder: what an item is called where its title is hidden or missing, e.g. ``Movie`` in "Movie 123".
+            ``None``: the noun.
+        missing_title: ``error``, or ``placeholder`` to call items without a title "Movie 123". Items without a line in
+            ``.item`` always are.
         user_fields: column of ``.user`` -> how its value reads, e.g. ``{age: "aged {}"}``; empty: no profile.
         value_names: column -> value in the file -> its name. A value without a name, or named ``~``, is not
             shown.
         missing_values: cells that mean nothing is known.
-        max_title_length: longer titles are cut to so many characters; ``None``: never.
+        max_title_length: longer titles, genres and profile values are cut to so many characters; ``None``: never.
         disambiguate: where several items have the same title, add the year, else the genres, else the item's id
             of the file. ``None``: in tasks that are answered by titles, where of two equal ones neither could win.
     """
@@ -249,7 +171,13 @@ class TextSettings:
     year: str | None = "auto"
     genre: str | None = "auto"
     genre_separator: str = " "
-    noun: str = "Item"
+    noun: str = "item"
+    nouns: str | None = None
+    user: str = "user"
+    verb: tuple[str, str] = ("chooses", "chosen")
+    rating_unit: str = "points"
+    rating_scale: tuple[float, float] | str | None = "auto"
+    placeholder: str | None = None
     missing_title: str = "error"
     user_fields: Mapping[str, str] = field(default_factory=dict)
     value_names: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
@@ -288,7 +216,11 @@ class TextSettings:
         }
         missing = section.get("missing_values") or ()
         section["missing_values"] = ("", *map(str, (missing,) if isinstance(missing, str) else missing))
+        for key in ("verb", "rating_scale"):
+            if isinstance(section.get(key), list):
+                section[key] = tuple(section[key])
         settings = cls(**section)
+        settings._check_words()
         if settings.missing_title not in ("error", "placeholder"):
             raise ValueError(
                 f"text.missing_title: {settings.missing_title!r} is neither 'error' nor 'placeholder'"
@@ -302,23 +234,81 @@ class TextSettings:
             raise ValueError(f"text.disambiguate: {settings.disambiguate!r} is none of true, false and ~")
         return settings
 
+    def _check_words(self) -> None:
+        for key in ("noun", "nouns", "user", "rating_unit", "placeholder"):
+            value = getattr(self, key)
+            optional = key in ("nouns", "placeholder")
+            if not (optional and value is None) and not (isinstance(value, str) and clean(value)):
+                raise ValueError(f"text.{key}: {value!r} is not a word")
+        if len(self.verb) != 2 or not all(isinstance(form, str) and clean(form) for form in self.verb):
+            raise ValueError(f"text.verb: {self.verb!r} must hold two forms, e.g. [reads, read]")
+        scale = self.rating_scale
+        numbers = (
+            isinstance(scale, tuple) and len(scale) == 2 and all(isinstance(n, (int, float)) for n in scale)
+        )
+        if scale not in ("auto", None) and not (numbers and scale[0] < scale[1]):
+            raise ValueError(
+                f"text.rating_scale: {scale!r} is none of auto, ~ and two numbers such as [1, 5]"
+            )
+
+    def words(self) -> dict[str, str]:
+        """The words that templates may hold, by placeholder: ``{user}``, ``{User}``, ``{a_noun}``, ...
+
+        >>> words = TextSettings(noun="album").words()
+        >>> words["Noun"], words["a_noun"], words["nouns"], words["a_user"], words["verb_s"]
+        ('Album', 'an album', 'albums', 'a user', 'chooses')
+        """
+        words = {
+            "user": self.user,
+            "noun": self.noun,
+            "nouns": self.nouns or f"{self.noun}s",
+            "unit": self.rating_unit,
+            "verb_s": self.verb[0],
+            "verb_ed": self.verb[1],
+        }
+        words = {name: clean(word) for name, word in words.items()}
+        for name in ("user", "noun"):
+            article = "an" if words[name][0].lower() in "aeio" else "a"
+            words[f"a_{name}"] = f"{article} {words[name]}"
+        return words | {
+            name[0].upper() + name[1:]: word[0].upper() + word[1:] for name, word in words.items()
+        }
+
+    def scale_of(self, ratings: np.ndarray | None) -> tuple[float, float] | None:
+        """Lowest and highest rating that can be given; ``None`` where there is no scale.
+
+        Args:
+            ratings: those of the data, any shape; ``None``: it has none.
+        """
+        if self.rating_scale != "auto":
+            return self.rating_scale
+        values = np.unique(ratings) if ratings is not None else np.zeros(0)
+        steps = np.diff(values.astype(np.float64))
+        if not 2 <= len(values) <= 20 or values[0] < 0 or values[-1] > 100:
+            return None
+        parts = steps / steps.min()
+        return (float(values[0]), float(values[-1])) if np.abs(parts - parts.round()).max() < 1e-3 else None
+
+
+WORDS = frozenset(TextSettings().words())
+"""Placeholders that every template may hold, see :meth:`TextSettings.words`."""
+
 
 class _Table:
-    """A raw ``.item`` or ``.user`` file, aligned with RecBole's internal ids."""
+    """The cells of ``.item`` or ``.user``, aligned with RecBole's internal ids."""
 
-    def __init__(self, dataset: HistoryDataset, suffix: str, id_field: str):
-        self.path = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}"
-        self._ids = dataset.field2token_id[id_field]
+    def __init__(self, dataset: TextSource, suffix: str, id_field: str):
+        file = dataset.text_file(suffix)
         self._size = dataset.num(id_field)
-        self.columns: list[str] = []
-        if self.path.is_file():
-            self._table = read_atomic(
-                self.path, dataset.config["field_separator"], dataset.config["encoding"]
-            )
-            self.columns = list(self._table.columns)
-            if id_field not in self.columns:
-                raise ValueError(f"{self.path} has no column {id_field!r}; it has {self.columns}")
-            self._rows = self._table[id_field].map(lambda token: self._ids.get(token, 0)).to_numpy()
+        self._limit = dataset.text_settings.max_title_length
+        self.path = file.path if file is not None else f"{dataset.dataset_name}.{suffix}"
+        self.columns: list[str] = list(file.types) if file is not None else []
+        self.known = np.zeros(self._size, dtype=bool)
+        if file is not None:
+            ids = dataset.field2token_id[id_field]
+            self._table = file.table
+            self._rows = np.array([ids.get(token, 0) for token in file.table[id_field]], dtype=np.int64)
+            self.known[self._rows] = True
 
     def resolve(self, name: str, key: str) -> str | None:
         """The column that ``text.<name>`` stands for, or ``None`` if the dataset has none."""
@@ -335,14 +325,18 @@ class _Table:
         return column
 
     def values(self, column: str | None, missing: tuple[str, ...]) -> list[str]:
-        """Cleaned cells by internal id, '' where there is none; of an id's rows the first counts."""
+        """Cleaned cells by internal id, '' where there is none; of an id's lines the first counts."""
         values = [""] * self._size
         if column is not None:
             for row, cell in zip(self._rows[::-1], self._table[column].to_numpy()[::-1], strict=True):
                 text = clean(cell)
-                values[row] = "" if text in missing else text
+                values[row] = "" if text in missing else self._shortened(text)
             values[0] = ""  # ids that RecBole dropped all went here
         return values
+
+    def _shortened(self, text: str) -> str:
+        # Titles are cut once more when year and article are in place; ten times as much is more than those need.
+        return text if self._limit is None else text[: 10 * self._limit]
 
 
 class ItemText:
@@ -366,7 +360,7 @@ class ItemText:
             ``text.missing_title: placeholder``).
     """
 
-    def __init__(self, dataset: HistoryDataset, *, obfuscate: bool = False):
+    def __init__(self, dataset: TextSource, *, obfuscate: bool = False):
         settings = dataset.text_settings
         table = _Table(dataset, "item", dataset.iid_field)
         missing = settings.missing_values
@@ -390,6 +384,8 @@ class ItemText:
             for cell in table.values(columns["genre"], missing)
         ]
         self.genres = [", ".join(parts) for parts in self.genre_lists]
+        if settings.max_title_length is not None:
+            self.genres = [shorten(text, settings.max_title_length) for text in self.genres]
         self.titled = columns["title"] is not None
         self._fill_missing(dataset, settings, table, columns["title"])
         if settings.max_title_length is not None:
@@ -400,16 +396,18 @@ class ItemText:
             self._tell_apart(dataset)
 
     def _fill_missing(
-        self, dataset: HistoryDataset, settings: TextSettings, table: _Table, column: str | None
+        self, dataset: TextSource, settings: TextSettings, table: _Table, column: str | None
     ) -> None:
         tokens = dataset.field2id_token[dataset.iid_field]
         order = np.argsort(tokens[1:].astype(str), kind="stable")
         codes = np.empty(len(tokens), dtype=np.int64)
         codes[0] = 0
         codes[1 + order] = 1 + np.random.default_rng(0).permutation(len(order))
-        self._placeholder = lambda item: f"{settings.noun} {codes[item]}"
+        called = settings.placeholder or settings.words()["Noun"]
+        self._placeholder = lambda item: f"{called} {codes[item]}"
         occurring = set(np.unique(dataset.history.item_ids).tolist())
         untitled = [item for item in sorted(occurring) if not self.titles[item]]
+        absent = [item for item in untitled if not table.known[item]]
         if column is None:
             where = (
                 f"{table.path} has no title column ({table.columns})"
@@ -417,7 +415,18 @@ class ItemText:
                 else f"there is no {table.path}"
             )
             logger.warning("%s: items are called '%s' and the like", where, self._placeholder(1))
-        elif untitled:
+            untitled = []
+        elif absent:
+            logger.warning(
+                "%s has no line for %d of the %d items that occur (first: %s): they are called '%s' and the like",
+                table.path,
+                len(absent),
+                len(occurring),
+                ", ".join(str(tokens[item]) for item in absent[:5]),
+                self._placeholder(absent[0]),
+            )
+            untitled = [item for item in untitled if table.known[item]]
+        if untitled:
             first = ", ".join(str(tokens[item]) for item in untitled[:5])
             problem = (
                 f"{table.path}: column {column!r} has no title for {len(untitled)} of the {len(occurring)} "
@@ -432,7 +441,7 @@ class ItemText:
         for item in range(1, len(self.titles)):
             self.titles[item] = self.titles[item] or self._placeholder(item)
 
-    def _shorten(self, dataset: HistoryDataset, limit: int) -> None:
+    def _shorten(self, dataset: TextSource, limit: int) -> None:
         long = [item for item, title in enumerate(self.titles) if len(title) > limit]
         if long:
             logger.warning(
@@ -445,7 +454,7 @@ class ItemText:
         for item in long:
             self.titles[item] = shorten(self.titles[item], limit)
 
-    def _tell_apart(self, dataset: HistoryDataset) -> None:
+    def _tell_apart(self, dataset: TextSource) -> None:
         """Add to equal titles what tells them apart: "Heat (1986)", "Heat (1995, Crime)", "Heat (1995, no. 7)"."""
         tokens = dataset.field2id_token[dataset.iid_field]
         bare, added = list(self.titles), defaultdict(int)
@@ -497,7 +506,7 @@ class UserText:
         ValueError: if a named column is missing.
     """
 
-    def __init__(self, dataset: HistoryDataset):
+    def __init__(self, dataset: TextSource):
         self._dataset = dataset
 
     @cached_property
@@ -505,6 +514,7 @@ class UserText:
         """ "male, aged 25-34, programmer" by internal user id; '' where nothing is known."""
         dataset = self._dataset
         settings = dataset.text_settings
+        limit = settings.max_title_length
         if not settings.user_fields:
             logger.warning(
                 "%s: text.user_fields names no columns, so prompts show no profile", dataset.dataset_name
@@ -524,5 +534,5 @@ class UserText:
             for user, value in enumerate(values):
                 shown = names.get(value) if names else value
                 if shown:
-                    parts[user].append(template.format(shown))
+                    parts[user].append(template.format(shown if limit is None else shorten(shown, limit)))
         return [", ".join(words) for words in parts]

@@ -1,27 +1,29 @@
-"""Rows whose answer is the next item: the dataset of the next-item task.
+"""Samples whose answer is the next item: the dataset of the next-item task.
 
 Only who, what and when are needed; ratings and other columns are carried along where the file has them::
 
     ml-100k.inter, user 1:      items   a  b  c  d  e        (in exact time order)
-    rows, min_history: 1                   b  c  d  e        history of row d: a b c
+    samples, min_history: 1                b  c  d  e        history of sample d: a b c
     eval_args LS: valid_and_test           +  +  v  t        train, train, valid, test
 
-Three ways to split: RecBole's ``eval_args`` (leave-one-out, ratios); ``user_split``, by user, as the papers on
-LLM recommenders do it; and ``benchmark_filename``, files that are split already and bring the histories along::
+Four ways to split: RecBole's ``eval_args`` (leave-one-out, ratios); ``user_split``, by user, as the papers on LLM
+recommenders do it; ``benchmark_filename`` with files of plain interactions, see :class:`HistoryDataset`; and
+``benchmark_filename`` with files that bring the histories along::
 
     toy.train.inter             user_id:token   item_id_list:token_seq   item_id:token
                                 1               a b c                    d
                                 1               x c                      y
 
     positions                   0  1  2  3    4  5  6
-    history.item_ids            a  b  c  d    x  c  y        a row's history is its own list and nothing else:
-    history.row_start           0  0  0  0    4  4  4        row d is at position 3 and looks at [0, 3)
+    history.item_ids            a  b  c  d    x  c  y        a sample's history is its own list and nothing else:
+    history.row_start           0  0  0  0    4  4  4        sample d is at position 3 and looks at [0, 3)
 """
 
 from __future__ import annotations
 
 import logging
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,21 +31,21 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
 
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID, HistoryDataset, _setting, _take
+from recbole_llm.data.atomic_dataset import SPLITS, setting
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, take
 from recbole_llm.data.history import HistoryIndex
+from recbole_llm.utils.run_files import ROW_ID
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "valid", "test")
-
 
 class NextItemDataset(HistoryDataset):
-    """Rows (user, next item), each with the slice of earlier interactions it may use.
+    """Samples (user, next item), each with the slice of earlier interactions it may use.
 
     Args:
-        config: as for :class:`HistoryDataset`, and of our keys ``min_rating`` (interactions with a lower rating
-            are removed before anything else), ``user_split`` (e.g. ``[8, 1, 1]``: shares of the users; all rows
-            of a training user, and only the last row of the others) and ``eval_seed`` (draws those users).
+        config: as for :class:`HistoryDataset`, and the keys ``min_rating`` (interactions with a lower rating
+            are removed before anything else), ``user_split`` (e.g. ``[8, 1, 1]``: shares of the users; all samples
+            of a training user, and only the last one of the others) and ``eval_seed`` (draws those users).
             ``threshold`` is not read: what comes next is the answer, whatever its rating.
 
     Raises:
@@ -58,15 +60,26 @@ class NextItemDataset(HistoryDataset):
     def _check_settings(self, config) -> None:
         super()._check_settings(config)
         self._user_shares = self._checked_user_split(config)
-        names = config["benchmark_filename"]
-        if names is None:
+        self._given_lists = False
+        if config["benchmark_filename"] is not None and self._user_shares is not None:
+            raise ValueError("user_split: benchmark_filename brings the splits; set one of the two to ~")
+
+    def _open_splits(self, types: dict[Path, dict[str, str]]) -> None:
+        super()._open_splits(types)
+        self._given_lists = self._plain_splits and any(
+            self._item_list in types[path] for path in self._files.interactions
+        )
+        if not self._given_lists:
             return
-        if not isinstance(names, (list, tuple)) or len(names) != len(SPLITS):
-            raise ValueError(f"benchmark_filename: {names!r} must hold three names, of {', '.join(SPLITS)}")
+        self._plain_splits = False
+        names = self.config["benchmark_filename"]
+        if len(names) != len(SPLITS):
+            raise ValueError(
+                f"benchmark_filename: {names!r} must hold three names, of {', '.join(SPLITS)}, as the files bring lists"
+            )
         clash = {
-            "min_rating": config["min_rating"] is not None,
-            "user_split": self._user_shares is not None,
-            "history_scope: split": config["history_scope"] == "split",
+            "min_rating": self.config["min_rating"] is not None,
+            "history_scope: split": self.config["history_scope"] == "split",
         }
         for key in (key for key, given in clash.items() if given):
             raise ValueError(
@@ -93,9 +106,12 @@ class NextItemDataset(HistoryDataset):
         suffix, raw = config["LIST_SUFFIX"], super()._raw_fields(config)
         return raw + [field + suffix for field in raw if field] if config["benchmark_filename"] else raw
 
+    def _is_list(self, column: str) -> bool:
+        return column.endswith(self.config["LIST_SUFFIX"])
+
     def _needed_columns(self) -> dict[str, str]:
         needed = super()._needed_columns()
-        if self.config["benchmark_filename"] is not None:
+        if self._given_lists:
             needed[self._item_list] = "ITEM_ID_FIELD and LIST_SUFFIX, for the histories"
         if self.config["min_rating"] is not None:
             needed[self.config["RATING_FIELD"]] = "RATING_FIELD, for min_rating"
@@ -110,10 +126,6 @@ class NextItemDataset(HistoryDataset):
     def _data_filtering(self) -> None:
         minimum, field = self.config["min_rating"], self.config["RATING_FIELD"]
         if minimum is not None:
-            if self.field2type[field] is not FeatureType.FLOAT:
-                raise ValueError(
-                    f"min_rating: column {field!r} of {self.dataset_name}.inter is not of type float"
-                )
             # A rating that is missing is not low: it is reported later, as in every task.
             low = self.inter_feat[field] < minimum
             if low.all():
@@ -121,15 +133,8 @@ class NextItemDataset(HistoryDataset):
                     f"min_rating: no interaction of {self.dataset_name} has {field} >= {minimum:g} (the highest "
                     f"is {self.inter_feat[field].max():g})"
                 )
-            self.inter_feat = self.inter_feat.drop(index=self.inter_feat.index[low])
-            logger.info(
-                "%s: %s of %s interactions have %s < %g and are left out",
-                self.dataset_name,
-                f"{low.sum():,}",
-                f"{len(low):,}",
-                field,
-                minimum,
-            )
+            with self._counting(f"min_rating: {field} < {minimum:g}"):
+                self.inter_feat = self.inter_feat.drop(index=self.inter_feat.index[low])
         super()._data_filtering()
 
     def _set_label_by_threshold(self) -> None:
@@ -139,7 +144,7 @@ class NextItemDataset(HistoryDataset):
 
     def _set_alias(self, alias_name: str, default_value: list[str]) -> None:
         """The items of the lists share their ids with the targets, whether or not ``alias_of_item_id`` says so."""
-        if alias_name == "item_id" and self.config["benchmark_filename"] is not None:
+        if alias_name == "item_id" and self._given_lists:
             if self.field2type[self._item_list] is not FeatureType.TOKEN_SEQ:
                 raise ValueError(
                     f"benchmark_filename: column {self._item_list!r} of {self.dataset_name} must be of type "
@@ -148,11 +153,8 @@ class NextItemDataset(HistoryDataset):
             default_value = [*default_value, self._item_list]
         super()._set_alias(alias_name, default_value)
 
-    def _benchmark_presets(self) -> None:
-        """Nothing: RecBole would prepare the lists here that :meth:`join` makes."""
-
     def _change_feat_format(self) -> None:
-        if self.history is not None or self.config["benchmark_filename"] is None:
+        if self.history is not None or not self._given_lists:
             super()._change_feat_format()
             return
         suffix = self.config["LIST_SUFFIX"]
@@ -162,28 +164,28 @@ class NextItemDataset(HistoryDataset):
             for field in super()._history_fields()
             if field in self.inter_feat and field + suffix in self.inter_feat
         }
-        if _setting(self.config, "history_ties", "order") == "strict" and self.time_field not in self._given:
+        if setting(self.config, "history_ties", "order") == "strict" and self.time_field not in self._given:
             raise ValueError(
                 f"history_ties: strict compares times, but the files of benchmark_filename lack one of the columns "
                 f"{self.time_field!r} and {self.time_field + suffix!r}"
             )
         times = self.inter_feat[self.time_field].to_numpy() if self.time_field in self._given else None
-        # Past our own method, which sorts by time: these rows stay in the order of their files.
+        # Past HistoryDataset's method, which sorts by time: these samples stay in the order of their files.
         super(HistoryDataset, self)._change_feat_format()
         self._index_given(times)
         self._given = dict.fromkeys(self._given)
 
     def _history_fields(self) -> dict[str, str]:
         fields = super()._history_fields()
-        if self.config["benchmark_filename"] is None:
+        if not self._given_lists:
             return fields
         return {field: name for field, name in fields.items() if field in self._given}
 
     def _index_given(self, times: np.ndarray | None) -> None:
-        """Index the rows of given files, each with its own list: the picture at the top of this file.
+        """Index the samples of given files, each with its own list: the picture at the top of this file.
 
         Args:
-            times: exact times of the rows ``[n]``, if their lists have times too.
+            times: exact times of the samples ``[n]``, if their lists have times too.
         """
         self._aug_presets()
         users, targets = (self.inter_feat[field].numpy() for field in (self.uid_field, self.iid_field))
@@ -199,7 +201,7 @@ class NextItemDataset(HistoryDataset):
         )
         if not len(rows):
             raise ValueError(
-                f"min_history: no row of {self.dataset_name} has a list of {self._min_history} items (the longest "
+                f"min_history: no sample of {self.dataset_name} has a list of {self._min_history} items (the longest "
                 f"has {earlier.max()}); set it lower"
             )
         by_user = rows[np.argsort(users[rows], kind="stable")]
@@ -209,7 +211,7 @@ class NextItemDataset(HistoryDataset):
         own[ends] = True
 
         def flat(past: pd.Series, present: np.ndarray, dtype: type) -> np.ndarray:
-            """One array of all lists, each followed by the row's own value."""
+            """One array of all lists, each followed by the sample's own value."""
             values = np.empty(len(own), dtype=dtype)
             values[~own] = np.concatenate([past.iloc[row] for row in by_user])
             values[own] = present[by_user]
@@ -231,7 +233,7 @@ class NextItemDataset(HistoryDataset):
                 else None
             ),
             user_start=user_start,
-            ties=_setting(self.config, "history_ties", "order"),
+            ties=setting(self.config, "history_ties", "order"),
             row_start=np.repeat(ends - sizes + 1, sizes),
         )
         position = np.empty(len(users), dtype=np.int64)
@@ -250,7 +252,7 @@ class NextItemDataset(HistoryDataset):
             empty = np.flatnonzero(ids == 0)
             if len(empty):
                 name = np.repeat(self._inter_files(), self.file_size_list)[empty[0]]
-                raise ValueError(f"{name}: {field!r} is empty in {len(empty)} rows; remove them")
+                raise ValueError(f"{name}: {field!r} is empty in {len(empty)} lines; remove them")
         for field, lists in self._given.items():
             lengths = lists.map(len).to_numpy()
             unequal = np.flatnonzero(lengths != earlier)
@@ -258,29 +260,29 @@ class NextItemDataset(HistoryDataset):
                 row = unequal[0]
                 raise ValueError(
                     f"{field + self.config['LIST_SUFFIX']!r} and {self._item_list!r} of {self.dataset_name} have "
-                    f"unequal lengths in {len(unequal)} rows (first: {lengths[row]} and {earlier[row]}, user "
+                    f"unequal lengths in {len(unequal)} lines (first: {lengths[row]} and {earlier[row]}, user "
                     f"{self.id2token(self.uid_field, int(users[row]))})"
                 )
 
     def _log_counts(self, what: str, split_of: np.ndarray, rows: np.ndarray) -> None:
-        """Warn how many ``rows`` (a mask) of each split there are, if any."""
+        """Warn how many samples of each split ``rows`` (a mask) has, if any."""
         if rows.any():
             counts = np.bincount(split_of[rows], minlength=len(SPLITS))
             parts = ", ".join(
                 f"{count:,} of {size:,} in {name}"
                 for name, count, size in zip(SPLITS, counts, self.file_size_list, strict=True)
             )
-            logger.warning("%s: %s rows %s (%s)", self.dataset_name, f"{rows.sum():,}", what, parts)
+            logger.warning("%s: %s samples %s (%s)", self.dataset_name, f"{rows.sum():,}", what, parts)
 
     # ------------------------------------------------------------------ splits
 
     def build(self) -> list[NextItemDataset]:
-        """The rows of ``[train, valid, test]``."""
+        """The samples of ``[train, valid, test]``."""
         return super().build()
 
     def _split(self) -> list[NextItemDataset]:
         if self._user_shares is None:
-            return super()._split()
+            return super()._split()  # given lists: RecBole cuts the samples by the sizes of the files
         self._change_feat_format()
         self._drop_unused_col()
         users, row_ids = (self.inter_feat[field].numpy() for field in (self.uid_field, ROW_ID))
@@ -288,7 +290,7 @@ class NextItemDataset(HistoryDataset):
         ranks = self._token_ranks(self.uid_field)
         there = np.unique(users)
         there = there[np.argsort(ranks[there])]
-        seed = [_setting(self.config, "eval_seed", 2020), zlib.crc32(b"user_split")]
+        seed = [setting(self.config, "eval_seed", 2020), zlib.crc32(b"user_split")]
         drawn = np.random.default_rng(seed).permutation(there)
         total = sum(self._user_shares)
         cuts = self._calcu_split_ids(tot=len(drawn), ratios=[share / total for share in self._user_shares])
@@ -299,21 +301,19 @@ class NextItemDataset(HistoryDataset):
         np.maximum.at(newest, users, row_ids)
         last = row_ids == newest[users]
         return [
-            self.copy(
-                _take(self.inter_feat, np.flatnonzero((part[users] == number) & (last | (number == 0))))
-            )
+            self.copy(take(self.inter_feat, np.flatnonzero((part[users] == number) & (last | (number == 0)))))
             for number in range(len(SPLITS))
         ]
 
     def inter_matrix(self, form: str = "coo", value_field: str | None = None):
-        """Users x items of these rows and what comes before them; of ready-made splits each pair once.
+        """Users x items of these samples and what comes before them; of ready-made splits each pair once.
 
-        Rows of ready-made splits repeat each other's histories, so there is no value to a pair but 1.
+        Samples of ready-made splits repeat each other's histories, so there is no value to a pair but 1.
         """
-        if self.config["benchmark_filename"] is None:
+        if not self._given_lists:
             return super().inter_matrix(form, value_field)
         if value_field is not None:
-            raise ValueError(f"value_field: {value_field!r} is not known for rows of benchmark_filename")
+            raise ValueError(f"value_field: {value_field!r} is not known for samples of benchmark_filename")
         ends = self.inter_feat[HISTORY_END].numpy()
         starts = self.history.row_start[ends]
         steps = np.zeros(len(self.history) + 1, dtype=np.int64)

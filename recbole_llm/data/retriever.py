@@ -1,7 +1,7 @@
 """The long-short modality retriever: which earlier interactions a lens (long) or a prompt (short) sees.
 
-Every retriever answers ``positions``: for each row up to ``k`` positions in the :class:`HistoryIndex`, in
-time order and padded with -1 at the end. None of them ever returns the row itself or anything after it.
+Every retriever answers ``positions``: for each sample up to ``k`` positions in the :class:`HistoryIndex`, in
+time order and padded with -1 at the end. None of them ever returns the sample itself or anything after it.
 
 Reference: Zhu et al. "Lifelong Personalized Low-Rank Adaptation of Large Language Models for Recommendation"
 (RecLoRA), arXiv 2408.03533; the semantic retrieval is that of Lin et al. "ReLLa", WWW 2024.
@@ -37,7 +37,7 @@ class Retriever:
         Args:
             user_ids: ``[B]`` internal user ids.
             item_ids: ``[B]`` internal ids of the target items.
-            ends: ``[B]`` the rows' ``history_end``.
+            ends: ``[B]`` the samples' ``history_end``.
 
         Returns:
             int64 ``[B, k]``: positions in the history, ascending in time, -1 pads at the end.
@@ -55,7 +55,7 @@ class RecentRetriever(Retriever):
 
 
 class ShuffledRetriever(Retriever):
-    """What another retriever chooses, in a random order that a row keeps: a control for what the order is worth.
+    """What another retriever chooses, in a random order that a sample keeps: a control for what the order is worth.
 
     A model that is no worse with it does not read histories as sequences (Kim et al., "Lost in Sequence", KDD 2025).
 

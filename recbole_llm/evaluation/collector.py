@@ -62,6 +62,10 @@ class RowCollector(Collector):
         """
         if not self.register.need("rec.score"):  # ranking; RecBole allows only one kind of metrics in a run
             self._collect_ranks(scores_tensor, interaction, positive_u, positive_i)
+            # RecBole asks torch for the best max(topk) items, also where there are fewer.
+            missing = max(self.topk) - scores_tensor.shape[1]
+            if missing > 0:
+                scores_tensor = torch.nn.functional.pad(scores_tensor, (0, missing), value=-torch.inf)
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
             return
         scores = scores_tensor.reshape(-1)

@@ -131,11 +131,11 @@ class Experiment(ABC):
                 valid=self.valid,
                 test=self.test,
                 rows=self.rows,
-                n_items=self.parts.dataset.item_num - 1,
+                n_items=ranked_items(self.parts.dataset),
             ),
             self.parts.ingredients,
             self.cost(),
-            self.extra(),
+            facts_of_data(self.parts.dataset) | self.extra(),
         )
 
     def clean_up(self) -> None:  # noqa: B027 - most runs have nothing to remove
@@ -152,6 +152,16 @@ class Experiment(ABC):
     @abstractmethod
     def extra(self) -> dict[str, Any]:
         """Keys of the result that only this kind of model has."""
+
+
+def ranked_items(dataset: Dataset) -> int:
+    """Number of items that targets may be ranked among: those of ``candidate_items``, else all."""
+    return int(dataset.ranked_items.sum()) if isinstance(dataset, HistoryDataset) else dataset.item_num - 1
+
+
+def facts_of_data(dataset: Dataset) -> dict[str, Any]:
+    """What the result says about the data beside its sizes: what was dropped, and which items are ranked."""
+    return dataset.facts() if isinstance(dataset, HistoryDataset) else {}
 
 
 def named(dataset: Dataset, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -124,6 +124,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
         "backbone": backbone.sha256,
         "lens": lens.identity if lens else "none",
         "configuration": configuration_hash(config),
+        **prompts.identities(),
     } | {f"{name} candidates": found.sha256 for name, found in (candidates or {}).items()}
     if lora is not None:
         lora.check(identities, config["eval_args"])

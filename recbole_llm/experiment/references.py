@@ -105,12 +105,16 @@ def untrained_ranks(parts: LLMAssembly) -> np.ndarray:
         _add(digest, parts.prompts.encode(interaction, slots=False).input_ids)
     _add(digest, parts.prompts.answers)
     digest.update(str((parts.config["eval_mode"], parts.config["two_stage"])).encode())
-    digest.update((parts.candidates["test"].sha256 if parts.candidates else parts.lens.identity).encode())
+    ranked = parts.dataset.ranked_items.tobytes()
+    digest.update(parts.candidates["test"].sha256.encode() if parts.candidates else ranked)
+    if not parts.candidates and parts.lens is not None:
+        digest.update(parts.lens.identity.encode())
 
     def ranks(batch: tuple[Interaction, Tensor | None]) -> Tensor:
         interaction, items = batch
         if items is None:
             scores = model.full_sort_predict(interaction, adapted=False).cpu()
+            scores[:, ~parts.dataset.ranked_items] = -torch.inf
         else:
             scores = torch.full((len(interaction), parts.dataset.item_num), -torch.inf, dtype=torch.float64)
             listed = model.score_items(interaction, items.tolist(), adapted=False)
@@ -140,6 +144,9 @@ def _ranks(parts: LLMAssembly, score: Callable[[Interaction], Tensor]) -> np.nda
         if items is not None:
             listed = torch.full_like(scores, -torch.inf)
             scores = listed.scatter(1, items, scores.gather(1, items))
+        else:
+            scores = scores.clone()  # popularity's is one row, expanded
+            scores[:, ~parts.dataset.ranked_items] = -torch.inf
         ranks.append(target_ranks(scores, interaction[parts.dataset.iid_field]))
     return torch.cat(ranks).numpy()
 

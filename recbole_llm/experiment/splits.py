@@ -7,15 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from recbole.data.dataloader import AbstractDataLoader, FullSortEvalDataLoader, NegSampleEvalDataLoader
+from recbole.data.dataloader import AbstractDataLoader, NegSampleEvalDataLoader
 from recbole.data.interaction import Interaction
 from recbole.sampler import RepeatableSampler
 from torch import Tensor
 
 from recbole_llm.config.configurator import Config
-from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
+from recbole_llm.data.candidates import (
+    CandidateDataLoader,
+    CandidateSet,
+    RankedItemsDataLoader,
+    draw_candidates,
+)
 from recbole_llm.data.create import create_dataset
-from recbole_llm.data.dataset import HistoryDataset, draw_rows
+from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.loading import build_splits, draw_rows
 from recbole_llm.data.retriever import CategoryRetriever, SemanticRetriever
 from recbole_llm.experiment.assembly import cache_folder, is_default_count
 
@@ -51,7 +57,7 @@ def prepare_splits(config: Config) -> Splits:
 
 def split(config: Config, dataset: HistoryDataset) -> Splits:
     """Split a dataset that was read, and draw ``few_shot`` and ``eval_rows``."""
-    full_train, full_valid, full_test = dataset.build()
+    full_train, full_valid, full_test = build_splits(dataset)
     train = few_shot_samples(config, full_train)
     valid, test = bounded(config, full_valid, "valid"), bounded(config, full_test, "test")
     sizes = {
@@ -134,6 +140,7 @@ def draw_candidate_sets(
             item_counts=counts,
             item_scores=item_scores,
             scores_identity=scores_identity,
+            allowed=samples.ranked_items,
             cache_dir=cache_folder(config),
         )
         for name, samples in splits.items()
@@ -153,7 +160,7 @@ def eval_loader(
     if candidates is not None:
         return CandidateDataLoader(config, samples, candidates[split])
     if config["eval_mode"] == "full":
-        return FullSortEvalDataLoader(config, samples, None, shuffle=False)
+        return RankedItemsDataLoader(config, samples)
     distribution = {"uni": "uniform", "pop": "popularity"}[config["eval_mode"][:3]]
     sampler = RepeatableSampler(["valid", "test"], dataset, distribution).set_phase(split)
     return NegSampleEvalDataLoader(config, samples, sampler, shuffle=False)

@@ -26,6 +26,6 @@ class LensPrompt(AnswerCTR):
         if not prompts.tells_lens:
             raise ValueError(
                 f"prompt: {config['prompt']} does not state the lens's score, without which {config['model']} is a "
-                "plain LoRA; set prompt: movie_ctr_lens, or give the template a line lens_score"
+                "plain LoRA; set prompt: ctr_lens, or give the template a line lens_score"
             )
         super().__init__(config, dataset, prompts=prompts, **parts)

@@ -59,7 +59,8 @@ def yaml_lines(path: Path) -> dict[str, str]:
 
 
 def test_overall_yaml_documents_exactly_our_keys():
-    recbole = {*yaml_lines(RECBOLE_PROPERTIES / "overall.yaml"), "threshold", "normalize_all", "load_col"}
+    recbole = {*yaml_lines(RECBOLE_PROPERTIES / "overall.yaml"), "normalize_all"}
+    recbole |= {*yaml_lines(RECBOLE_PROPERTIES / "dataset" / "sample.yaml")}
     assert set(yaml_lines(PROPERTIES / "overall.yaml")) - recbole == set(KEYS)
 
 
@@ -764,3 +765,29 @@ def test_a_protocol_is_found_by_its_name():
 def test_auto_sizes_follow_the_device_and_the_user_wins():
     config = Config("LLaRA", "ml-100k", config_dict={"device": "cpu", "eval_rows": 50})
     assert config["few_shot"] == SIZES["cpu"]["few_shot"] and config["eval_rows"] == 50
+
+
+# -------------------- other people's data
+
+
+def test_a_text_section_changes_single_keys(tmp_path):
+    yaml_file = tmp_path / "mine.yaml"
+    yaml_file.write_text("text: {noun: movie, user: critic}\n")
+    config = Config(RecLoRA, "ml-1m", [yaml_file], cmd_line=["--text={noun: picture}"])
+    text = load_yaml(PROPERTIES / "dataset" / "ml-1m.yaml")["text"]
+    assert config["text"] == {**text, "noun": "picture", "user": "critic"}
+    assert Config.from_dict(config.as_dict())["text"] == config.as_dict()["text"]
+
+
+def test_sampled_negatives_are_ignored_with_a_warning(caplog):
+    config = ours(train_neg_sample_args={"distribution": "uniform", "sample_num": 1})
+    assert config["train_neg_sample_args"]["distribution"] == "none"
+    assert "train_neg_sample_args" in caplog.text and "is ignored" in caplog.text
+
+
+def test_recboles_models_load_all_columns_of_own_data():
+    assert Config("SASRec", "shop")["load_col"] is None
+    assert Config("SASRec", "ml-100k")["load_col"] == {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    assert Config("SASRec", "shop", config_dict={"load_col": {"inter": ["user_id"]}})["load_col"] == {
+        "inter": ["user_id"]
+    }

@@ -9,7 +9,7 @@ import pytest
 from atomic_files import INTER_HEADER, random_interactions, write_atomic
 
 from recbole_llm.config.configurator import Config
-from recbole_llm.data.dataset import CTRDataset
+from recbole_llm.data.ctr import CTRDataset
 
 
 @pytest.fixture

@@ -18,11 +18,17 @@ from recbole.utils import init_seed
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.data import candidates
-from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.candidates import (
+    CandidateDataLoader,
+    CandidateSet,
+    RankedItemsDataLoader,
+    draw_candidates,
+)
+from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.next_item import NextItemDataset
 from recbole_llm.data.retriever import SemanticRetriever
+from recbole_llm.utils.run_files import ROW_ID
 
 
 class Rows:
@@ -312,7 +318,7 @@ def test_of_answers_in_the_order_asked():
 @pytest.mark.parametrize(
     "row_ids, items, targets, message",
     [
-        ([1, 1], [[1, 2], [3, 4]], [1, 3], "a row id comes more than once"),
+        ([1, 1], [[1, 2], [3, 4]], [1, 3], "a row_id comes more than once"),
         (
             [1, 2],
             [[1, 2], [3, 4]],
@@ -487,7 +493,7 @@ def test_candidates_of_other_rows_are_refused(next_items):
         CandidateDataLoader(config, valid, found)
     swapped = CandidateSet(found.row_ids, found.items, np.where(
         found.items[:, 0] == found.targets, found.items[:, 1], found.items[:, 0]))  # fmt: skip
-    with pytest.raises(ValueError, match=rf"another target item now \({len(test)} of {len(test)} rows\)"):
+    with pytest.raises(ValueError, match=rf"another target item now \({len(test)} of {len(test)} samples\)"):
         CandidateDataLoader(config, test, swapped)
 
 
@@ -535,3 +541,46 @@ def test_candidates_do_not_depend_on_the_model_or_the_run(next_items):
         init_seed(seed, True)
         drawn.append(draw(next_items(model, seed=seed)[3], num_negatives=9))
     assert len({found.sha256 for found in drawn}) == 1
+
+
+# ---------------------------------------- items that nobody met
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity", "hard"])
+def test_only_allowed_items_are_drawn(tmp_path, kind):
+    rows = single_rows(40, n_items=30)
+    allowed = np.arange(30) < 12
+    keys = {
+        "kind": kind,
+        "item_counts": np.ones(30),
+        "item_scores": lambda batch: torch.arange(30.0).expand(len(batch), -1),
+        "scores_identity": "a",
+        "cache_dir": tmp_path,
+    }
+    few = draw(rows, allowed=allowed, **keys)
+    assert few.items.max() < 12 and few.items.min() > 0
+    every = draw(rows, **keys)
+    assert every.items.max() >= 12 and len(list((tmp_path / "candidates").iterdir())) == 2
+    assert draw(rows, allowed=np.ones(30, dtype=bool), **keys).sha256 == every.sha256
+    with pytest.raises(ValueError, match="only 10 can be drawn"):
+        draw(rows, allowed=allowed, **{**keys, "num_negatives": 11})
+    with pytest.raises(ValueError, match=r"allowed: a mask of shape \(3,\) does not fit 30 items"):
+        draw(rows, allowed=np.ones(3, dtype=bool), **keys)
+
+
+@pytest.mark.parametrize("which", ["seen", "all"])
+def test_the_items_that_are_ranked(tmp_path, make_config, which):
+    write_atomic(tmp_path, "toy", "inter", INTER_HEADER, random_interactions())
+    write_atomic(
+        tmp_path, "toy", "item", "item_id:token title:token", [(i, f"Film {i}") for i in range(1, 101)]
+    )
+    dataset = NextItemDataset(make_config("SASRec", task="next_item", min_history=1, candidate_items=which))
+    test = dataset.build()[2]
+    ranked = 15 if which == "seen" else 100
+    assert dataset.ranked_items.sum() == ranked and not dataset.ranked_items[0]
+    assert dataset.facts()["candidate_items"] == {"which": which, "items": ranked, "catalogue": 100}
+    interaction, excluded, _, targets = next(iter(RankedItemsDataLoader(dataset.config, test)))
+    scores = torch.zeros(len(interaction), dataset.item_num)
+    scores[excluded] = -torch.inf
+    assert ((scores > -torch.inf).sum(dim=1) == ranked).all()
+    assert (scores[torch.arange(len(targets)), targets] == 0).all()

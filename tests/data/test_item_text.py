@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from atomic_files import random_interactions, write_atomic
 
-from recbole_llm.data.dataset import CTRDataset
-from recbole_llm.data.item_text import ItemText, UserText, clean, natural_order, read_atomic, shorten
+from recbole_llm.data.atomic_files import read_atomic
+from recbole_llm.data.ctr import CTRDataset
+from recbole_llm.data.item_text import ItemText, UserText, clean, natural_order, shorten
 from recbole_llm.data.next_item import NextItemDataset
 
 INTER_COLUMNS = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
@@ -66,7 +68,7 @@ def test_files_are_read_as_they_are(tmp_path):
         ("6", ""),
     ]
     path = write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token_seq", rows)
-    assert read_atomic(path).values.tolist() == [list(row) for row in rows]
+    assert read_atomic(path).table.values.tolist() == [list(row) for row in rows]
 
 
 def test_scripts_that_join_letters_keep_their_marks():
@@ -99,7 +101,7 @@ NAMED = "item_id:token name:token tag:token"
 def raw_file(tmp_path: Path, lines: str, header: str = NAMED, **kwargs) -> list[list[str]]:
     path = tmp_path / "toy.item"
     path.write_bytes((header.replace(" ", "\t") + "\n" + lines).encode(kwargs.pop("written", "utf-8")))
-    return read_atomic(path, **kwargs).to_numpy().tolist()
+    return read_atomic(path, **kwargs).table.to_numpy().tolist()
 
 
 @pytest.mark.parametrize(
@@ -144,24 +146,17 @@ def test_the_encoding_of_a_file_may_be_set(tmp_path):
         raw_file(tmp_path, "1\tAmélie\tx\n", written="latin-1")
 
 
-def test_recboles_reader_must_not_lose_rows_to_quotes(tmp_path, make_config, caplog):
-    """Its csv reader makes one row of items 2 to 4 here, and filter_inter_by_user_or_item drops the other two."""
+def test_no_line_is_lost_to_quotes(tmp_path, make_config):
+    """RecBole's csv reader makes one line of items 2 to 4 here, and filter_inter_by_user_or_item drops two of them."""
     write_atomic(tmp_path, "toy", "inter", "user_id:token item_id:token rating:float", random_three())
     titles = [(str(i), f"Film {i}", 1980 + i) for i in range(1, 16)]
     titles[1], titles[3] = ("2", '"Open', 1982), ("4", 'The end"', 1984)
     write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token release_year:token", titles)
-    item = {"inter": ["user_id", "item_id", "rating"], "item": ["item_id", "release_year"]}
-    with pytest.raises(
-        ValueError, match=r"toy\.item has 15 rows, of which 13 are read\. RecBole takes a cell"
-    ):
-        CTRDataset(make_config(load_col=item))
-    write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token release_year:token", titles[:3])
-    with pytest.raises(ValueError, match=r"toy\.item cannot be read .*leave the file out of load_col"):
-        CTRDataset(make_config(load_col=item))
-    write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token release_year:token", titles)
-    dataset = CTRDataset(make_config(load_col={"inter": item["inter"]}))
+    dataset = CTRDataset(make_config())
+    assert len(dataset.item_feat) == 16 and len(dataset) == len(random_three())
     dataset.build()
-    assert of(dataset, ItemText(dataset).titles, "2") == '"Open'
+    titles = ItemText(dataset).titles
+    assert (of(dataset, titles, "2"), of(dataset, titles, "4")) == ('"Open', 'The end"')
 
 
 def random_three() -> list[tuple]:
@@ -177,10 +172,10 @@ ITEM_HEADER = "item_id:token movie_title:token_seq release_year:token genre:toke
 def films(tmp_path: Path, toy):
     """``films(rows, **text)``: the toy dataset with these rows in ``.item`` instead of plain ones, built."""
 
-    def make(rows=(), header: str = ITEM_HEADER, **text):
+    def make(rows=(), header: str = ITEM_HEADER, absent: str | None = None, **text):
         given = {str(row[0]): row for row in rows}
         plain = [(str(i), f"Film {i}", 1980 + i, "Drama") for i in range(1, 16)]
-        table = [given.get(row[0], row) for row in plain]
+        table = [given.get(row[0], row) for row in plain if row[0] != absent]
         write_atomic(tmp_path, "toy", "item", header, table)
         dataset = toy(text=text or None, load_col=INTER_COLUMNS)
         dataset.build()
@@ -238,14 +233,11 @@ def test_items_without_title_may_get_a_placeholder(films, caplog):
     assert len(set(titles)) == 16
 
 
-def test_an_item_that_is_not_in_the_file_has_no_title(films, tmp_path):
-    dataset = films()
-    path = tmp_path / "toy" / "toy.item"
-    path.write_text(
-        "\n".join(line for line in path.read_text().splitlines() if not line.startswith("4\t")) + "\n"
-    )
-    with pytest.raises(ValueError, match=r"no title for 1 of the 15 items that occur \(first: 4\)"):
-        ItemText(dataset)
+def test_an_item_without_a_line_is_called_by_a_number(films, caplog):
+    dataset = films(absent="4")
+    assert dataset.unmatched == {"item_id not in .item": sum(row[1] == "4" for row in random_interactions())}
+    assert re.fullmatch(r"Item \d+", of(dataset, ItemText(dataset).titles, "4"))
+    assert "has no line for 1 of the 15 items that occur (first: 4)" in caplog.text
 
 
 def test_obfuscated_titles_hide_everything_and_never_change(films):
@@ -436,7 +428,7 @@ def test_a_profile_column_that_is_missing_is_named(tmp_path, toy):
 def test_ml100k_text(ml100k, ml100k_splits, caplog):
     caplog.set_level(logging.WARNING)
     text = ItemText(ml100k)
-    raw = read_atomic(Path(ml100k.dataset_path) / "ml-100k.item")
+    raw = read_atomic(Path(ml100k.dataset_path) / "ml-100k.item").table
     assert of(ml100k, text.titles, "12") == "The Usual Suspects" and of(ml100k, text.years, "12") == "1995"
     assert of(ml100k, text.genres, "1") == "Animation, Children's, Comedy"
     assert "(first: 267)" in caplog.text  # the one row of the file without data

@@ -165,7 +165,10 @@ def test_low_ratings_are_removed_before_anything_else(next_item, caplog):
     rows = random_interactions(4)
     kept = [row for row in rows if row[2] >= 3]
     filtered = next_item(rows, min_rating=3, user_inter_num_interval="[5,inf)")
-    assert f"{len(rows) - len(kept)} of {len(rows)} interactions have rating < 3" in caplog.text
+    assert (
+        f"{len(rows) - len(kept)} of {len(rows)} interactions are dropped: min_rating: rating < 3"
+        in caplog.text
+    )
     alone = next_item(kept, user_inter_num_interval="[5,inf)")
     assert 0 < len(kept) < len(rows)
     hashes = [[split.content_hash() for split in dataset.build()] for dataset in (filtered, alone)]
@@ -177,12 +180,15 @@ def test_low_ratings_need_ratings(next_item):
     rows = [(user, item, time) for user, item, _, time in random_interactions()]
     with pytest.raises(ValueError, match=r"toy\.inter: column 'rating' \(RATING_FIELD, for min_rating\)"):
         next_item(rows, PLAIN_HEADER, min_rating=3)
+    words = [(user, item, "good", time) for user, item, _, time in random_interactions()]
+    as_token = INTER_HEADER.replace("rating:float", "rating:token")
+    with pytest.raises(ValueError, match="column 'rating': 'good' is not a finite number .*must be numbers"):
+        next_item(words, as_token, min_rating=3)
+    assert len(next_item(words, as_token)) == len(words)  # not needed without min_rating
     with pytest.raises(
         ValueError, match="min_rating: no interaction of toy has rating >= 6 .the highest is 5"
     ):
         next_item(min_rating=6)
-    with pytest.raises(ValueError, match="min_rating: column 'rating' of toy.inter is not of type float"):
-        next_item(header=INTER_HEADER.replace("rating:float", "rating:token"), min_rating=3)
 
 
 # ---------------------------------------- user_split
@@ -262,7 +268,7 @@ def test_every_row_has_its_own_history(ready_made, caplog):
     row_ids = np.concatenate([split.inter_feat["row_id"].numpy() for split in splits])
     assert row_ids.tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert dataset.item_num == 1 + len(set("abcdeqxyz"))  # lists and targets share their ids
-    assert "1 rows have a history of fewer than 1 items" in caplog.text
+    assert "1 samples have a history of fewer than 1 items" in caplog.text
     assert "(1 of 4 in train, 0 of 2 in valid, 0 of 2 in test)" in caplog.text
     assert "in their own history" not in caplog.text
     again = ready_made(PARTS).build()
@@ -276,12 +282,12 @@ def test_every_row_has_its_own_history(ready_made, caplog):
 def test_short_histories_may_be_left_out(ready_made, caplog):
     splits = ready_made(PARTS, min_history=3).build()
     assert [len(split) for split in splits] == [1, 1, 1]
-    assert "4 rows" not in caplog.text and "5 rows have a history of fewer than 3 items" in caplog.text
+    assert "4 samples" not in caplog.text and "5 samples have a history of fewer than 3 items" in caplog.text
     splits = ready_made(PARTS, min_history=0).build()
     assert [len(split) for split in splits] == [4, 2, 2]
     batch = everything(splits[0])
     assert batch["item_length"].tolist() == [3, 2, 2, 1] and not batch["item_id_list"][3].any()
-    with pytest.raises(ValueError, match="no row of toy has a list of 9 items .the longest has 7"):
+    with pytest.raises(ValueError, match="no sample of toy has a list of 9 items .the longest has 7"):
         ready_made(PARTS, min_history=9).build()
 
 
@@ -293,10 +299,10 @@ def test_a_target_in_its_own_history_is_counted(ready_made, caplog):
     ]
     ready_made(parts).build()
     assert (
-        "3 rows have their target in their own history (2 of 3 in train, 1 of 1 in valid, 0 of 1 in test)"
+        "3 samples have their target in their own history (2 of 3 in train, 1 of 1 in valid, 0 of 1 in test)"
         in caplog.text
     )
-    assert "2 rows have their target as the last item of their own history (1 of 3 in train" in caplog.text
+    assert "2 samples have their target as the last item of their own history (1 of 3 in train" in caplog.text
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -368,7 +374,7 @@ def test_lists_of_unequal_length_are_refused(ready_made):
     parts = [[("1", "a b c", "d", "1 2", 4, "1 2 3", 4)], *RATED[1:]]
     with pytest.raises(
         ValueError,
-        match="'rating_list' and 'item_id_list' of toy have unequal .* 1 rows .first: 2 and 3, user 1",
+        match="'rating_list' and 'item_id_list' of toy have unequal .* 1 lines .first: 2 and 3, user 1",
     ):
         ready_made(parts, RATED_HEADER).build()
 
@@ -376,11 +382,6 @@ def test_lists_of_unequal_length_are_refused(ready_made):
 @pytest.mark.parametrize(
     ("header", "keys", "message"),
     [
-        (
-            GIVEN_HEADER.replace("item_id_list", "items"),
-            {},
-            r"toy\.train\.inter: column 'item_id_list' \(ITEM_ID",
-        ),
         (GIVEN_HEADER.replace("user_id", "user"), {}, r"toy\.train\.inter: column 'user_id'"),
         (
             GIVEN_HEADER.replace("token_seq", "float_seq"),
@@ -405,7 +406,7 @@ def test_a_given_file_that_is_missing_is_named(ready_made):
 
 
 def test_a_given_row_without_target_is_refused(ready_made):
-    with pytest.raises(ValueError, match=r"toy\.valid\.inter: 'item_id' is empty in 1 rows"):
+    with pytest.raises(ValueError, match=r"toy\.valid\.inter: 'item_id' is empty in 1 lines"):
         ready_made([PARTS[0], [("7", "a b", "")], PARTS[2]]).build()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recbole_llm.config.configurator import Config
-from recbole_llm.data.dataset import CTRDataset
+from recbole_llm.data.ctr import CTRDataset
 
 
 def _synthetic():

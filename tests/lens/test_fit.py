@@ -14,7 +14,7 @@ from recbole.trainer import Trainer
 from sklearn.metrics import roc_auc_score
 
 from recbole_llm.config.configurator import Config
-from recbole_llm.data.dataset import CTRDataset
+from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.retriever import SemanticRetriever
 from recbole_llm.lens import fit as fit_module
 from recbole_llm.lens.fit import fit_lens, lens_identity, resolve_scope, without_rows

@@ -53,10 +53,10 @@ def test_extreme_scores_are_said_and_none_is_missing_from_the_sample_of_lines(pa
     assert sample == [f"{cent / 100:.2f}" for cent in range(101)]
 
 
-def test_everything_else_of_the_prompt_is_that_of_movie_ctr(parts_of):
+def test_everything_else_of_the_prompt_is_that_of_ctr(parts_of):
     parts, plain = (
         parts_of("LensPrompt"),
-        parts_of("TALLRec", prompt="movie_ctr", lens=None, lens_config=None),
+        parts_of("TALLRec", prompt="ctr", lens=None, lens_config=None),
     )
     rows = parts.test[np.arange(5)]
     for i in range(5):
@@ -119,23 +119,23 @@ def test_dry_run_shows_three_prompts_with_their_scores(ctr):
 
 
 def test_without_a_lens_there_is_nothing_to_say(ctr):
-    with pytest.raises(ValueError, match="prompt: movie_ctr_lens says the score of a lens, but lens is ~"):
+    with pytest.raises(ValueError, match="prompt: ctr_lens says the score of a lens, but lens is ~"):
         run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "lens": None, "lens_config": None})
 
 
 def test_a_prompt_without_the_score_would_be_another_model(ctr):
-    with pytest.raises(ValueError, match="prompt: movie_ctr does not say the lens's score"):
-        run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "prompt": "movie_ctr"})
+    with pytest.raises(ValueError, match="prompt: ctr does not say the lens's score"):
+        run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "prompt": "ctr"})
 
 
 def test_a_line_of_the_lens_without_its_number_is_refused():
-    template = load_yaml(properties_dir() / "prompt" / "movie_ctr_lens.yaml")
+    template = load_yaml(properties_dir() / "prompt" / "ctr_lens.yaml")
     with pytest.raises(ValueError, match="mine: lens_score must hold {lens_score}"):
         check_prompt_config({**template, "lens_score": "It is likely."}, "mine")
 
 
 def test_the_placeholder_belongs_to_its_line(ctr, tmp_path):
-    template = load_yaml(properties_dir() / "prompt" / "movie_ctr_lens.yaml")
+    template = load_yaml(properties_dir() / "prompt" / "ctr_lens.yaml")
     template["question"] = "Like it, at {lens_score}? Answer:"
     path = tmp_path / "mine.yaml"
     path.write_text("\n".join(f"{key}: {value!r}" for key, value in template.items()))

@@ -14,7 +14,7 @@ from recbole_llm.backbone.answers import mean_pooled_vectors
 from recbole_llm.backbone.loader import load_backbone
 from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
-from recbole_llm.data.dataset import CTRDataset
+from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.prompts.lines import item_token_ids
 from recbole_llm.data.retriever import RecentRetriever
 from recbole_llm.experiment.conventional import llm_arguments

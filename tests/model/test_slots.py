@@ -11,7 +11,7 @@ from synthetic import write_dataset
 
 from recbole_llm.backbone.answers import answer_logits
 
-TEMPLATES = {"tallrec_vectors": "CoLLM", "movie_ctr_vectors": "ReLLaX"}
+TEMPLATES = {"tallrec_vectors": "CoLLM", "ctr_vectors": "ReLLaX"}
 
 
 @pytest.fixture(params=TEMPLATES)

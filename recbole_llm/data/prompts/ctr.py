@@ -1,43 +1,49 @@
-"""From rows to token ids.
+"""From samples to token ids.
 
 A prompt is a sequence of *lines* made from the templates of ``properties/prompt/<name>.yaml``::
 
-    instruction                        the same for all rows
+    instruction                        the same for all samples
     profile                            one per user
-    user_slot                          the same for all rows; a slot follows it
-    history_header                     the same for all rows
+    user_slot                          the same for all samples; a slot follows it
+    history_header                     the same for all samples
     history_item                       one per (item, stars), oldest first
     ...
     target                             one per item
     lens_score                         one per probability in per cent; only where a template wants it
-    question                           the same for all rows; ends where the answer word follows
+    question                           the same for all samples; ends where the answer word follows
 
 In a hybrid prompt a *slot* follows some lines: one input embedding that the model makes from a vector of the lens.
-Among the token ids the slot of item ``i`` is ``-i``, behind its title, and that of the row's user ``-n_items``.
+Among the token ids the slot of item ``i`` is ``-i``, behind its title, and that of the sample's user ``-n_items``.
 
 How lines become token ids, and why that is exact: :mod:`~recbole_llm.data.prompts.lines`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
 from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
-from recbole_llm.data.dataset import HISTORY_END, RECENT_TEXT, CTRDataset
-from recbole_llm.data.item_text import UserText
+from recbole_llm.data.ctr import CTRDataset
+from recbole_llm.data.dataset import HISTORY_END, RECENT_TEXT
 from recbole_llm.data.prompts.lines import (
     ITEM_PLACEHOLDERS,
     EncodedPrompts,
     Line,
     LinePrompts,
     TemplateKind,
+    _sha256,
+    rating_text,
 )
 from recbole_llm.data.retriever import RecentRetriever, Retriever
+
+logger = logging.getLogger(__name__)
 
 _BOOL = (True, False)
 _SHOW = (True, False, "history", "target")
@@ -53,6 +59,7 @@ _KIND = TemplateKind(
         "user_slot": "",
         "lens_score": "",
         "instruction": "",
+        "instruction_labels": "",
         "stars_format": "{stars} ",
         "year_format": " ({year})",
         "genre_format": " [{genre}]",
@@ -66,7 +73,8 @@ _KIND = TemplateKind(
     },
     required=("history_item", "target", "question", "answers"),
     placeholders={
-        "instruction": {"threshold", "max_rating"},
+        "instruction": {"threshold", "max_rating", "of_max"},
+        "instruction_labels": set(),
         "profile": {"profile"},
         "history_header": set(),
         "liked_header": set(),
@@ -126,22 +134,22 @@ def check_prompt_config(config: Mapping[str, Any], where: str = "prompt") -> dic
 
 
 class PromptBuilder(LinePrompts):
-    """Turns rows into prompts.
+    """Turns samples into prompts.
 
     Args:
-        dataset: a built dataset; rows of any of its splits can be encoded.
+        dataset: a built dataset; samples of any of its splits can be encoded.
         tokenizer: the LLM's.
         prompt_config: a template, see :func:`load_prompt_config`.
         max_prompt_tokens: longer prompts lose their oldest history.
         retriever: which earlier interactions are shown. May be replaced later.
-        lens_scores: ``lens_scores(rows) -> probabilities [B]``, what the line ``lens_score`` says of rows of the
+        lens_scores: ``lens_scores(samples) -> probabilities [B]``, what the line ``lens_score`` says of samples of the
             dataset. May be given later, but before the first prompt.
 
     Attributes:
         assembled: whether prompts are put together from lines tokenised once; otherwise whole strings are
             tokenised.
         item_slots: which titles a slot follows in hybrid prompts: none (``False``), all (``True``) or ``target``.
-        user_slot: whether hybrid prompts have a slot of the row's user.
+        user_slot: whether hybrid prompts have a slot of the sample's user.
 
     Raises:
         ValueError: for an impossible template, or a chat template that the tokenizer does not have.
@@ -160,17 +168,50 @@ class PromptBuilder(LinePrompts):
         super().__init__(
             dataset,
             tokenizer,
+            _KIND,
             check_prompt_config(prompt_config),
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )
         self.lens_scores = lens_scores
+        self._instruction = self._instruction_text()
+        by_label = self.config["liked_header"] and self.config["disliked_header"] and not self._shows_stars
+        if by_label and self.config["history"] == "timeline" and self.config["show_stars"]:
+            logger.info("the history is shown as liked and other items, as there are no ratings to show")
+            self.config["history"] = "by_label"
         self._profiles = (
-            UserText(dataset).profiles if self.config["show_profile"] and self.config["profile"] else None
+            dataset.user_text().profiles if self.config["show_profile"] and self.config["profile"] else None
         )
         self.item_slots: bool | str = self.config["item_slots"]
         self.user_slot = bool(self.config["user_slot"])
         self._choose_assembly(self._sample(slots) for slots in {False, self.has_slots})
+
+    def _instruction_text(self) -> str:
+        """The first line, for labels that a threshold makes or that the data has.
+
+        Raises:
+            ValueError: if it names the highest rating, and ratings have no scale.
+        """
+        template, threshold = self.config["instruction"], self._dataset.threshold
+        names = {name for _, name, _, _ in Formatter().parse(template) if name}
+        if not threshold and names:  # no ratings to speak of
+            return self.config["instruction_labels"].format()
+        scale = self._dataset.text_settings.scale_of(self._history.ratings)
+        if scale is None and "max_rating" in names:
+            raise ValueError(
+                f"prompt: the instruction says {{max_rating}}, but the ratings of {self._dataset.dataset_name} are no "
+                "scale; set text.rating_scale, e.g. [1, 5], or write {of_max}, which is empty then"
+            )
+        highest = "" if scale is None else rating_text(np.float32(scale[1]))
+        return template.format(
+            threshold=f"{next(iter(threshold.values())):g}" if threshold else "",
+            max_rating=highest,
+            of_max=highest and f" of {highest}",
+        )
+
+    def identities(self) -> dict[str, str]:
+        """As of every prompt, and the profiles."""
+        return super().identities() | {"profiles": _sha256([self._profiles, self._instruction])}
 
     @property
     def answer_words(self) -> tuple[str, str]:
@@ -223,7 +264,7 @@ class PromptBuilder(LinePrompts):
             slots: whether the prompt is a hybrid one.
             cut: whether there is more history than that; if so, an empty one is not called empty.
         """
-        lines: list[Line] = [("instruction",)] if self.config["instruction"] else []
+        lines: list[Line] = [("instruction",)] if self._instruction else []
         if self._profiles is not None and self._profiles[user]:
             lines.append(("profile", user))
         if slots and self.user_slot:
@@ -256,12 +297,7 @@ class PromptBuilder(LinePrompts):
         kind, *about = line
         template = self.config[kind]
         if kind == "instruction":
-            threshold = self._dataset.config["threshold"]
-            values = {
-                "threshold": f"{next(iter(threshold.values())):g}" if threshold else "1",
-                "max_rating": self._star_texts[-1] if self._shows_stars else f"{self._largest_rating():g}",
-            }
-            text = template.format(**values)
+            text = self._instruction
         elif kind == "profile":
             text = template.format(profile=self._profiles[about[0]])
         elif kind == "lens_score":
@@ -272,17 +308,13 @@ class PromptBuilder(LinePrompts):
             text = template.format()
         return text if kind == "question" else text + "\n"
 
-    def _largest_rating(self) -> float:
-        ratings = self._history.ratings
-        return 1 if ratings is None else float(ratings.max())
-
     # ------------------------------------------------------------------ prompts
 
     def encode(self, interaction: Interaction, *, slots: bool = False) -> EncodedPrompts:
-        """Token ids of each row's prompt, at most ``max_prompt_tokens`` long.
+        """Token ids of each sample's prompt, at most ``max_prompt_tokens`` long.
 
         Args:
-            interaction: rows of the dataset, with ``user_id``, ``item_id`` and ``history_end``; where there is
+            interaction: samples of the dataset, with ``user_id``, ``item_id`` and ``history_end``; where there is
                 ``recent_text`` (:meth:`HistoryDataset.mixed`), it says whose history is the recent one.
             slots: hybrid prompts, where the template has them.
 
@@ -293,7 +325,7 @@ class PromptBuilder(LinePrompts):
         return EncodedPrompts([ids for ids, _, _ in prompts], sum(shortened for _, _, shortened in prompts))
 
     def text(self, interaction: Interaction, i: int, *, slots: bool = True) -> str:
-        """The prompt of row ``i``, in full, as the LLM gets it (with the turns of a chat template).
+        """The prompt of sample ``i``, in full, as the LLM gets it (with the turns of a chat template).
 
         Slots, where the template has them, are shown as ``[item vector]`` and ``[user vector]``.
         """
@@ -301,7 +333,7 @@ class PromptBuilder(LinePrompts):
         return self._full_text(lines)
 
     def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray, str | None]]:
-        """User, target, positions of the history to show, and the lens's score in words of each row."""
+        """User, target, positions of the history to show, and the lens's score as text of each sample."""
         users, items, ends = (
             interaction[field].cpu().numpy()
             for field in (self._dataset.uid_field, self._dataset.iid_field, HISTORY_END)
@@ -318,7 +350,7 @@ class PromptBuilder(LinePrompts):
         ]
 
     def _scores(self, interaction: Interaction) -> list[str | None]:
-        """The lens's probability of each row to two decimals, as the prompt says it; ``None`` where it does not."""
+        """The lens's probability of each sample to two decimals, as the prompt says it; ``None`` where it does not."""
         if not self.tells_lens:
             return [None] * len(interaction)
         if self.lens_scores is None:

@@ -10,23 +10,23 @@ strings are tokenised.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.item_text import WORDS, ItemText
 from recbole_llm.data.retriever import Retriever
 from recbole_llm.utils.yaml_files import load_yaml, properties_dir
-
-if TYPE_CHECKING:
-    from recbole_llm.data.dataset import HistoryDataset
-    from recbole_llm.data.item_text import ItemText
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ SLOT_TEXT, USER_SLOT_TEXT = "[item vector]", "[user vector]"
 ITEM_PLACEHOLDERS = frozenset({"title", "stars", "year", "genre"})
 STABILITY_SAMPLE = 512
 
+PROMPT_VERSION = 1
+"""Part of every run's identity: to be raised when the same template, text and sample come to give another prompt."""
+
 
 # ---------------------------------------------------------------------------------------------- templates
 
@@ -55,7 +58,8 @@ class TemplateKind:
         task: the task's name.
         defaults: keys that may be left out, and their values.
         required: keys that must be given.
-        placeholders: for each key that holds text, the placeholders it may hold.
+        placeholders: for each key that holds text, the placeholders it may hold beside the words of the ``text``
+            section (:meth:`~recbole_llm.data.item_text.TextSettings.words`).
         titled: keys that must hold ``{title}``.
         choices: for each key that is not text, what it may be.
     """
@@ -108,10 +112,11 @@ class TemplateKind:
                 names = {name for _, name, _, _ in Formatter().parse(full[key]) if name is not None}
             except ValueError as error:
                 raise ValueError(f"{where}: {key}: {error}; write {{{{ and }}}} for braces") from error
-            if not names <= allowed:
-                unknown = sorted(names - allowed)
+            if not names <= allowed | WORDS:
+                unknown = sorted(names - allowed - WORDS)
                 raise ValueError(
-                    f"{where}: {key} has no value for {unknown}; it may hold {sorted(allowed) or 'no braces'}"
+                    f"{where}: {key} has no value for {unknown}; it may hold {sorted(allowed) or 'none of its own'} "
+                    f"and the words {sorted(word for word in WORDS if word.islower())}"
                 )
         for key in self.titled:
             if "{title}" not in full[key]:
@@ -121,6 +126,25 @@ class TemplateKind:
                 *others, last = (str(c).lower() if isinstance(c, bool) else c for c in allowed)
                 raise ValueError(f"{where}: {key} must be {', '.join(others)} or {last}, not {full[key]!r}")
         return full
+
+    def in_words(self, config: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
+        """A checked template with the words of a domain in place; other placeholders stay."""
+        return {**config, **{key: _with_words(config[key], words) for key in self.placeholders}}
+
+
+def _with_words(template: str, words: Mapping[str, str]) -> str:
+    """
+    >>> _with_words("{{a}} {a_noun}: {title}", {"a_noun": "a {book}"})
+    '{{a}} a {{book}}: {title}'
+    """
+    text = ""
+    for literal, name, spec, conversion in Formatter().parse(template):
+        text += literal.replace("{", "{{").replace("}", "}}")
+        if name in words:
+            text += words[name].replace("{", "{{").replace("}", "}}")
+        elif name is not None:
+            text += "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+    return text
 
 
 # ----------------------------------------------------------------------------------------------- token ids
@@ -163,8 +187,8 @@ class EncodedPrompts:
     """Prompts of a batch.
 
     Attributes:
-        input_ids: int64 arrays, one per row; a negative entry ``-i`` is the slot of item ``i``, and ``-n_items``, one
-            past the last item, that of the row's user.
+        input_ids: int64 arrays, one per sample; a negative entry ``-i`` is the slot of item ``i``, and ``-n_items``,
+            one past the last item, that of the sample's user.
         n_shortened: how many of them lost history to fit into ``max_prompt_tokens``.
     """
 
@@ -173,11 +197,12 @@ class EncodedPrompts:
 
 
 class LinePrompts:
-    """Prompts assembled from lines. A subclass says which lines a row has, and how each of them reads.
+    """Prompts assembled from lines. A subclass says which lines a sample has, and how each of them reads.
 
     Args:
-        dataset: a built dataset; rows of any of its splits can be encoded.
+        dataset: a built dataset; samples of any of its splits can be encoded.
         tokenizer: the LLM's.
+        kind: which keys its templates have.
         config: a checked template.
         max_prompt_tokens: longer prompts lose their oldest history.
         retriever: which earlier interactions are shown. May be replaced later.
@@ -196,6 +221,7 @@ class LinePrompts:
         self,
         dataset: HistoryDataset,
         tokenizer: PreTrainedTokenizerBase,
+        kind: TemplateKind,
         config: dict[str, Any],
         *,
         max_prompt_tokens: int,
@@ -203,7 +229,7 @@ class LinePrompts:
     ):
         if dataset.history is None:
             raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        self.config = config
+        self.config = kind.in_words(config, dataset.text_settings.words())
         self.retriever = retriever
         self.max_prompt_tokens = max_prompt_tokens
         self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
@@ -223,7 +249,7 @@ class LinePrompts:
             logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
         if self._shows_stars:
             values, self._star = np.unique(ratings, return_inverse=True)
-            self._star_texts = [f"{value:g}" for value in values]
+            self._star_texts = [rating_text(value) for value in values]
 
     def _frame(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids before and after the text: BOS if the tokenizer itself adds it, or the chat turns."""
@@ -242,6 +268,15 @@ class LinePrompts:
         ).partition(mark)
         frame = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
         return tuple(np.asarray(ids, dtype=np.int64) for ids in frame)
+
+    def identities(self) -> dict[str, str]:
+        """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
+        items = self._items
+        return {
+            "template": _sha256(self.config),
+            "titles": _sha256([items.titles, items.years, items.genres]),
+            "prompt version": str(PROMPT_VERSION),
+        }
 
     def _choose_assembly(self, samples: Iterable[list[Line]]) -> None:
         """Set ``assembled``: whether line by line gives the tokens of the whole string, on these prompts."""
@@ -359,3 +394,16 @@ class LinePrompts:
 
     def _name(self, field: str, internal_id: int) -> str:
         return str(self._dataset.id2token(field, internal_id))
+
+
+def rating_text(value: float) -> str:
+    """A rating as the file has it: 5, 3.5, 1234567.
+
+    >>> rating_text(np.float32(5)), rating_text(np.float32(4.1)), rating_text(np.float32(1234567))
+    ('5', '4.1', '1234567')
+    """
+    return np.format_float_positional(value, trim="-")
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

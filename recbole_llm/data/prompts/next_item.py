@@ -2,12 +2,12 @@
 
 A prompt is a sequence of *lines* made from the templates of ``properties/prompt/<name>.yaml``::
 
-    instruction                        the same for all rows
-    history_header                     the same for all rows
+    instruction                        the same for all samples
+    history_header                     the same for all samples
     history_item                       one per (item, stars), oldest first
-    candidates_header                  the same for all rows
+    candidates_header                  the same for all samples
     candidate_item                     one per candidate, in the order they are given
-    question                           the same for all rows; ends where the answer follows
+    question                           the same for all samples; ends where the answer follows
 
 and the answer is a title and a line break. In a *hybrid* prompt (LLaRA: Liao et al. "LLaRA: Large
 Language-Recommendation Assistant", SIGIR 2024) each title is followed by a *slot*, one input embedding that the
@@ -25,13 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.prompts.lines import (
     ITEM_PLACEHOLDERS,
     EncodedPrompts,
@@ -41,9 +41,7 @@ from recbole_llm.data.prompts.lines import (
     tokenize_inert,
 )
 from recbole_llm.data.retriever import Retriever, SemanticRetriever
-
-if TYPE_CHECKING:
-    from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.utils.run_files import ROW_ID
 
 _BOOL = (True, False)
 _KIND = TemplateKind(
@@ -112,15 +110,15 @@ def check_title_prompt_config(config: Mapping[str, Any], where: str = "prompt") 
 
 
 class TitlePromptBuilder(LinePrompts):
-    """Turns rows into prompts, and items into answers.
+    """Turns samples into prompts, and items into answers.
 
     Args:
-        dataset: a built dataset; rows of any of its splits can be encoded.
+        dataset: a built dataset; samples of any of its splits can be encoded.
         tokenizer: the LLM's.
         prompt_config: a template, see :func:`load_title_prompt_config`.
         max_prompt_tokens: longer prompts lose their oldest history. A slot counts as a token.
         retriever: which earlier interactions are shown. May be replaced later.
-        candidates: ``candidates(row_ids [B]) -> items [B, C]``, the candidates of rows in the order to show them;
+        candidates: ``candidates(row_ids [B]) -> items [B, C]``, the candidates of samples in the order to show them;
             ``None``: there are none to show. May be replaced later.
 
     Attributes:
@@ -148,6 +146,7 @@ class TitlePromptBuilder(LinePrompts):
         super().__init__(
             dataset,
             tokenizer,
+            _KIND,
             check_title_prompt_config(prompt_config),
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
@@ -264,10 +263,10 @@ class TitlePromptBuilder(LinePrompts):
     # ------------------------------------------------------------------ prompts
 
     def encode(self, interaction: Interaction, *, slots: bool) -> EncodedPrompts:
-        """Token ids of each row's prompt, at most ``max_prompt_tokens`` long.
+        """Token ids of each sample's prompt, at most ``max_prompt_tokens`` long.
 
         Args:
-            interaction: rows of the dataset, with ``user_id``, ``history_end`` and, where candidates are listed,
+            interaction: samples of the dataset, with ``user_id``, ``history_end`` and, where candidates are listed,
                 ``row_id``. The target is not looked at.
             slots: whether a slot ``-i`` follows the title of each item ``i``.
 
@@ -280,10 +279,10 @@ class TitlePromptBuilder(LinePrompts):
         return EncodedPrompts([ids for ids, _, _ in prompts], sum(shortened for _, _, shortened in prompts))
 
     def text(self, interaction: Interaction, i: int, *, slots: bool | None = None) -> str:
-        """The prompt of row ``i``, in full, as the LLM gets it (with the turns of a chat template).
+        """The prompt of sample ``i``, in full, as the LLM gets it (with the turns of a chat template).
 
         Args:
-            interaction: rows of the dataset.
+            interaction: samples of the dataset.
             i: which of them.
             slots: whether slots, shown as ``[item vector]``, follow the titles. ``None``: ``item_slots``.
         """
@@ -292,7 +291,7 @@ class TitlePromptBuilder(LinePrompts):
         return self._full_text(lines)
 
     def _rows(self, interaction: Interaction) -> list[tuple[int, np.ndarray, list[int] | None]]:
-        """User, positions of the history to show, and candidates of each row."""
+        """User, positions of the history to show, and candidates of each sample."""
         self._check_retriever()
         users, ends = (interaction[field].cpu().numpy() for field in (self._dataset.uid_field, HISTORY_END))
         # Item 0 in place of the target: no retriever can let it decide what is shown.
@@ -306,14 +305,14 @@ class TitlePromptBuilder(LinePrompts):
         items = np.asarray(self.candidates(row_ids))
         if items.ndim != 2 or len(items) != len(row_ids):
             raise ValueError(
-                f"candidates of shape {items.shape} for {len(row_ids)} rows; [rows, candidates] expected"
+                f"candidates of shape {items.shape} for {len(row_ids)} samples; [samples, candidates] expected"
             )
         wrong = (items < 1) | (items >= self._dataset.item_num)
         if wrong.any():
             row = int(wrong.any(axis=1).argmax())
             raise ValueError(
-                f"candidates of row {row_ids[row]}: {items[row].tolist()} are not all items, which are numbered from 1 "
-                f"to {self._dataset.item_num - 1}"
+                f"candidates of row_id {row_ids[row]}: {items[row].tolist()} are not all items, which are numbered "
+                f"from 1 to {self._dataset.item_num - 1}"
             )
         return items.tolist()
 

@@ -360,10 +360,10 @@ def test_history_that_looks_at_the_target_is_refused(shelf, tokenizers):
 def test_candidates_that_are_no_items_are_an_error(shelf, tokenizers):
     row = row_of(shelf, 1, 1)
     for bad, message in [
-        (np.array([[1, 0, 3]]), r"candidates of row \d+: \[1, 0, 3\] are not all items, .* from 1 to 40"),
+        (np.array([[1, 0, 3]]), r"candidates of row_id \d+: \[1, 0, 3\] are not all items, .* from 1 to 40"),
         (np.array([[1, 41]]), r"\[1, 41\] are not all items"),
-        (np.array([1, 2]), r"candidates of shape \(2,\) for 1 rows"),
-        (np.array([[1], [2]]), r"candidates of shape \(2, 1\) for 1 rows"),
+        (np.array([1, 2]), r"candidates of shape \(2,\) for 1 samples"),
+        (np.array([[1], [2]]), r"candidates of shape \(2, 1\) for 1 samples"),
     ]:
         with pytest.raises(ValueError, match=message):
             builder(shelf, tokenizers["gpt2"], candidates=lambda rows, bad=bad: bad).encode(row, slots=True)
@@ -583,7 +583,10 @@ def test_packaged_templates_are_complete_and_documented(name):
         ({"answer": " {title}{genre}"}, r"answer has no value for \['genre'\]"),
         ({"candidate_item": "-"}, r"candidate_item must hold \{title\}"),
         ({"candidate_item": "{stars}{title}"}, r"candidate_item has no value for \['stars'\]"),
-        ({"history_header": "{n} before"}, r"history_header has no value for \['n'\]; it may hold no braces"),
+        (
+            {"history_header": "{n} before"},
+            r"history_header has no value for \['n'\]; it may hold none of its own",
+        ),
         ({"instruction": "{"}, r"instruction: .*write \{\{ and \}\} for braces"),
         ({"show_year": "history"}, "show_year must be true or false, not 'history'"),
         ({"list_candidates": "always"}, "list_candidates must be true, false or auto, not 'always'"),

@@ -1,0 +1,328 @@
+"""Interactions and features from checked files: what is loaded, what is dropped, and why.
+
+:class:`AtomicDataset` is RecBole's SequentialDataset up to the point where samples and histories are made of the
+interactions (:class:`~recbole_llm.data.dataset.HistoryDataset`): files are read by
+:mod:`~recbole_llm.data.atomic_files`, columns that are missing are named, and every filter counts what it drops.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from recbole.data.dataset import SequentialDataset
+from recbole.utils import FeatureType
+
+from recbole_llm.data.atomic_files import AtomicFile, AtomicFiles
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
+LIST_TYPES = (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ)
+
+
+class AtomicDataset(SequentialDataset):
+    """The interactions and features of a dataset, checked.
+
+    Args:
+        config: RecBole's Config, with the key ``max_dropped`` (0.5 where a plain Config has none).
+
+    Attributes:
+        dropped: interactions of the files that are no part of the data, their number by cause.
+        unmatched: interactions that are kept although their user has no line in ``.user`` or their item none in
+            ``.item``, their number by cause.
+        n_read: interactions in the files.
+
+    Raises:
+        FileNotFoundError: if the folder or the ``.inter`` file is missing.
+        ValueError: if a file cannot be read as it is meant, a column is missing or empty, a setting would spoil it,
+            or more than ``max_dropped`` of the interactions would be dropped unasked.
+    """
+
+    def __init__(self, config):
+        self.dropped: dict[str, int] = {}
+        self.unmatched: dict[str, int] = {}
+        self.n_read = 0
+        self._plain_splits = False
+        self._check_settings(config)
+        super().__init__(config)
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_settings(self, config) -> None:
+        raw = set(self._raw_fields(config))
+        names = config["benchmark_filename"]
+        if names is not None and (
+            not isinstance(names, (list, tuple)) or len(names) not in (2, 3) or len(set(names)) < len(names)
+        ):
+            raise ValueError(
+                f"benchmark_filename: {names!r} must hold three names ({', '.join(SPLITS)}) or two (train, test)"
+            )
+        if config["normalize_all"]:
+            raise ValueError(
+                "normalize_all: True would scale ratings and timestamps to [0, 1]; set it to False"
+            )
+        for key in ("normalize_field", "numerical_features", "discretization"):
+            clash = sorted(raw.intersection(config[key] or ()))
+            if clash:
+                raise ValueError(f"{key}: {clash} must keep the raw values; take them out")
+
+    def _raw_fields(self, config) -> list[str]:
+        """Columns whose values must reach the samples as they are in the file."""
+        return [config["RATING_FIELD"], config["TIME_FIELD"]]
+
+    def _needed_columns(self) -> dict[str, str]:
+        """Columns of ``.inter`` without which there are no samples, and the configuration key that asks for them."""
+        return {self.uid_field: "USER_ID_FIELD", self.iid_field: "ITEM_ID_FIELD"}
+
+    def _inter_files(self) -> list[str]:
+        """Names of the files of interactions: one, or RecBole's ``benchmark_filename``, one per split."""
+        names = self.config["benchmark_filename"]
+        return [f"{self.dataset_name}.{name + '.' if name else ''}inter" for name in names or [""]]
+
+    def _open_splits(self, types: dict[Path, dict[str, str]]) -> None:
+        """Decide how the files of ``benchmark_filename`` are read, from the headers of all files."""
+        self._plain_splits = self.config["benchmark_filename"] is not None
+
+    def _check_columns(self, types: dict[Path, dict[str, str]]) -> None:
+        """Name every column that is asked for and not there, before a line of data is read."""
+        load_col = self.config["load_col"]
+        for path, columns in types.items():
+            asked = (load_col or {}).get(path.suffix[1:]) or ()
+            missing = [column for column in asked if asked != "*" and column not in columns]
+            if missing:
+                raise ValueError(f"load_col: {path} has no column {missing}; it has {list(columns)}")
+        for path in self._files.interactions:
+            loaded = self._loaded(path)
+            for field, key in self._needed_columns().items():
+                if field not in loaded:
+                    raise ValueError(
+                        f"{path}: column {field!r} ({key}) is not loaded, so there are no samples to "
+                        f"learn from. The file has {list(types[path])}, load_col and unload_col keep {loaded}"
+                    )
+
+    def _loaded(self, path: Path) -> list[str]:
+        """The columns of a file that ``load_col`` and ``unload_col`` keep."""
+        columns, source = list(self._files.types[path]), path.suffix[1:]
+        load_col, unload_col = self.config["load_col"], self.config["unload_col"] or {}
+        if load_col is not None and load_col.get(source) != "*":
+            columns = [column for column in columns if column in (load_col.get(source) or ())]
+        return [column for column in columns if column not in (unload_col.get(source) or ())]
+
+    # ------------------------------------------------------------------ loading
+
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        folder = Path(dataset_path)
+        if not folder.is_dir():
+            if self._get_download_url("url", allow_none=True) is None:
+                parent = folder.parent
+                found = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else None
+                there = (
+                    f"{parent} holds {found or 'no folders'}"
+                    if found is not None
+                    else f"{parent} does not exist"
+                )
+                raise FileNotFoundError(
+                    f"the data folder {folder} does not exist ({there}), and RecBole knows no download "
+                    f"for {token!r}. "
+                    f"Set data_path to the folder that holds {token}/{token}.inter"
+                )
+            self._download()
+        self._files = AtomicFiles(
+            folder,
+            self._inter_files(),
+            {f"{token}.user": self.uid_field, f"{token}.item": self.iid_field},
+            self.config["field_separator"],
+            self.config["encoding"],
+        )
+        types = self._files.types
+        self._open_splits(types)
+        self._check_columns(types)
+        self._files.read((self.uid_field, self.iid_field))
+        super()._load_data(token, dataset_path)
+        self._files.close_interactions()
+
+    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
+        super()._load_inter_feat(token, dataset_path)
+        self.n_read = len(self.inter_feat)
+        if self._plain_splits:
+            self._split_of = pd.Series(np.repeat(np.arange(len(self.file_size_list)), self.file_size_list))
+            self.benchmark_filename_list = None  # filtered like any other interactions
+
+    def _load_feat(self, filepath: str, source) -> pd.DataFrame | None:
+        """The table that RecBole would make of a file, from its checked cells."""
+        path = Path(filepath)
+        if path not in self._files:  # additional_feat_suffix
+            return super()._load_feat(filepath, source)
+        file, columns = self._files[path], self._loaded(path)
+        if not columns or not len(file):
+            return None
+        table = {}
+        for column in columns:
+            values, kind = self._column(file, column)
+            table[column] = values
+            self.field2source[column], self.field2type[column] = source, kind
+            if kind in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ):
+                self.field2bucketnum[column] = 2
+            self.field2seqlen[column] = 1
+            if kind in LIST_TYPES:
+                longest = max(map(len, values))
+                limit = (self.config["seq_len"] or {}).get(column)
+                if limit:
+                    table[column] = [value[:limit] for value in values]
+                self.field2seqlen[column] = min(limit or longest, longest)
+        return pd.DataFrame({name: pd.Series(values) for name, values in table.items()})
+
+    def _column(self, file: AtomicFile, column: str) -> tuple[np.ndarray | list, FeatureType]:
+        """The values of a column by its role, else by the type in the header, and their type."""
+        kind = FeatureType(file.types[column])
+        if file.path.suffix == ".inter" and not self._is_list(column):
+            if column == self.time_field:
+                return file.times(column), FeatureType.FLOAT
+            if column in self._raw_fields(self.config):
+                needed = column in self._needed_columns()
+                try:
+                    values = file.numbers(column, needed=needed)
+                except ValueError as error:
+                    if needed or kind is FeatureType.FLOAT:
+                        raise
+                    logger.warning("%s; the column is not used as a rating", error)
+                else:
+                    if kind is not FeatureType.FLOAT:
+                        logger.warning(
+                            "%s: column %r is read as numbers, not as %s", file.path, column, kind.value
+                        )
+                    return values, FeatureType.FLOAT
+        cells = file.table[column]
+        if kind is FeatureType.FLOAT:
+            return file.numbers(column), kind
+        if kind is FeatureType.TOKEN:
+            return cells.where(cells != "", np.nan).to_numpy(object), kind
+        separator = self.config["seq_separator"]
+        parts = [[part for part in cell.split(separator) if part] for cell in cells]
+        if kind is FeatureType.TOKEN_SEQ:
+            return [np.array(part) for part in parts], kind
+        values = []
+        for row, part in enumerate(parts):
+            try:
+                values.append(np.array([float(number) for number in part]))
+            except ValueError:
+                raise ValueError(f"{file.where(row, column)} is not a list of numbers") from None
+        return values, kind
+
+    def _is_list(self, column: str) -> bool:
+        """Whether a column of the interactions holds a list per line."""
+        return False
+
+    # ------------------------------------------------------------------ filtering
+
+    @contextmanager
+    def _counting(self, cause: str) -> Iterator[None]:
+        """Count under ``cause`` by how much ``inter_feat`` gets shorter.
+
+        Raises:
+            ValueError: if nothing is left.
+        """
+        before = len(self.inter_feat)
+        yield
+        lost = before - len(self.inter_feat)
+        if lost:
+            self.dropped[cause] = lost
+            logger.warning(
+                "%s: %s of %s interactions are dropped: %s",
+                self.dataset_name,
+                f"{lost:,}",
+                f"{self.n_read:,}",
+                cause,
+            )
+        if not len(self.inter_feat):
+            raise ValueError(f"{self.dataset_name}: no interaction is left; dropped were {self.dropped}")
+
+    def _data_filtering(self) -> None:
+        """RecBole's filters, each counted in :attr:`dropped`, and that of exact duplicates."""
+        with self._counting("no user or item id"):
+            self._filter_nan_user_or_item()
+        with self._counting("exact duplicate"):
+            self._drop_duplicates()
+        self._match_features()
+        unasked = sum(self.dropped.get(cause, 0) for cause in ("no user or item id", "exact duplicate"))
+        limit = setting(self.config, "max_dropped", 0.5)
+        if unasked > limit * self.n_read:
+            raise ValueError(
+                f"max_dropped: of {self.n_read:,} interactions of {self.dataset_name} {unasked:,} are dropped "
+                f"({self.dropped}), more than the share {limit:g}; mend the files, or set max_dropped higher"
+            )
+        with self._counting("rm_dup_inter"):
+            self._remove_duplication()
+        with self._counting("val_interval"):
+            self._filter_by_field_value()
+        with self._counting("filter_inter_by_user_or_item"):
+            self._filter_inter_by_user_or_item()
+        with self._counting("user_inter_num_interval and item_inter_num_interval"):
+            self._filter_by_inter_num()
+        self._reset_index()
+
+    def _drop_duplicates(self) -> None:
+        """Keep one of the interactions that agree in user, item, time, rating and label.
+
+        Without times the data does not tell a repeated line from a repeated event: all are kept.
+        """
+        fields = [self.uid_field, self.iid_field, *self._raw_fields(self.config)]
+        fields = [field for field in dict.fromkeys(fields) if field in self.inter_feat]
+        if self.time_field in fields:
+            self.inter_feat = self.inter_feat.drop_duplicates(subset=fields)
+
+    def _match_features(self) -> None:
+        """Count the interactions whose user or item has no line of its own in ``.user`` or ``.item``."""
+        if self.config["filter_inter_by_user_or_item"]:
+            return  # they are dropped, and counted there
+        for path, field in self._files.others.items():
+            known = self._files[path].table[field]
+            lost = ~self.inter_feat[field].isin(known)
+            if len(known) and lost.any():
+                self.unmatched[f"{field} not in {path.suffix}"] = int(lost.sum())
+                logger.warning(
+                    "%s of %s interactions have %s %s that is not in %s (first: %s); they are kept, without its "
+                    "features and text. filter_inter_by_user_or_item: True drops them",
+                    f"{lost.sum():,}",
+                    f"{len(lost):,}",
+                    "an" if field[0] in "aeio" else "a",
+                    field,
+                    path,
+                    self.inter_feat[field][lost].iloc[0],
+                )
+
+    def _reset_index(self) -> None:
+        if self._plain_splits:
+            self._split_of = self._split_of.loc[self.inter_feat.index].reset_index(drop=True)
+        for name in self.feat_name_list:
+            feat = getattr(self, name)
+            if feat.empty:
+                raise ValueError(
+                    f"{self.dataset_name}: no line of {name} is left; check user_inter_num_interval, "
+                    "item_inter_num_interval and val_interval"
+                )
+            feat.reset_index(drop=True, inplace=True)
+
+    def _fill_nan(self) -> None:
+        """RecBole would fill a missing rating or time with the mean: a made-up label or order."""
+        for field in dict.fromkeys(name for name in self._raw_fields(self.config) if name in self.inter_feat):
+            empty = np.flatnonzero(self.inter_feat[field].isna())
+            if len(empty):
+                row = self.inter_feat.iloc[empty[0]]
+                raise ValueError(
+                    f"{self.dataset_name}.inter: {field!r} is empty in {len(empty)} lines (first: user "
+                    f"{self.id2token(self.uid_field, int(row[self.uid_field]))}, item "
+                    f"{self.id2token(self.iid_field, int(row[self.iid_field]))}); fill them in or remove them"
+                )
+        super()._fill_nan()
+
+
+def setting(config, key: str, default):
+    """A key that a plain RecBole Config does not have."""
+    value = config[key]
+    return default if value is None else value
