@@ -16,7 +16,7 @@ from recbole_llm.utils import recbole_repairs
 OWN_MODELS = ("RecLoRA", "TALLRec", "ReLLa", "ReLLaX", "CoLLM", "LensPrompt", "iLoRA", "LLaRA", "TALLRecNext")
 """Names of our models; the class of that name is in ``recbole_llm.model.<lower-case name>``."""
 
-CONVENTIONAL_MODELS = ("SIM", "TitleKNN", "MoRec")
+CONVENTIONAL_MODELS = ("SIM", "TitleKNN", "MoRec", "Stream", "HLLM")
 """Names of our models that tune no language model: the same place, but RecBole's Trainer trains them, on all rows."""
 
 _PACKAGES = (

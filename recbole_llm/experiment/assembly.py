@@ -169,7 +169,7 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
     The ID history becomes the one that ``id_retrieval`` says, if the class reads that key.
 
     Returns:
-        Arguments of its constructor (``item_vectors``, or nothing), and the identity of the LLM that was asked, if
+        Arguments of its constructor (``item_vectors``, ``backbone``, or nothing), and the identity of the LLM that was asked, if
         any was.
 
     Raises:
@@ -178,12 +178,7 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
     model_class, identity = config.model_class, {}
 
     @functools.cache
-    def vectors() -> np.ndarray:
-        if not dataset.item_text().titled:
-            raise ValueError(
-                f"{config['model']} reads the titles of items, and {dataset.dataset_name}.item has no column of "
-                "them; name it in text.title"
-            )
+    def language_model() -> Backbone:
         backbone = load_backbone(
             config["backbone"],
             device=config["device"],
@@ -199,12 +194,25 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
             source=backbone.source,
             dtype=str(backbone.dtype).removeprefix("torch."),
         )
+        return backbone
+
+    @functools.cache
+    def vectors() -> np.ndarray:
+        if not dataset.item_text().titled:
+            raise ValueError(
+                f"{config['model']} reads the titles of items, and {dataset.dataset_name}.item has no column of "
+                "them; name it in text.title"
+            )
+        backbone = language_model()
         return item_vectors(config, item_token_ids(dataset.item_text(), backbone.tokenizer), backbone)
 
     if "id_retrieval" in getattr(model_class, "reads", ()):
         set_id_retrieval(config, dataset, vectors)
     wanted = getattr(model_class, "wants_item_vectors", None)
     arguments = {"item_vectors": vectors()} if wanted is not None and wanted(config) else {}
+    wanted = getattr(model_class, "wants_backbone", None)
+    if wanted is not None and wanted(config):
+        arguments["backbone"] = language_model()
     return arguments, identity or None
 
 

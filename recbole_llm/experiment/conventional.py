@@ -171,8 +171,12 @@ def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDat
         train = few_shot_rows(config, train)
     if config["task"] == "ctr" and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
         train = train.liked()
-    train_sampler, *_ = create_samplers(config, dataset, [train, *splits[1:]])
-    train_data = get_dataloader(config, "train")(config, train, train_sampler, shuffle=True)
+    make_loader = getattr(config.model_class, "training_loader", None)
+    if make_loader is not None:
+        train_data = make_loader(config, train)
+    else:
+        train_sampler, *_ = create_samplers(config, dataset, [train, *splits[1:]])
+        train_data = get_dataloader(config, "train")(config, train, train_sampler, shuffle=True)
     loaders = []
     for name, rows in (("valid", valid), ("test", test)):
         candidates = None

@@ -233,12 +233,15 @@ def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) 
     logger.info("lens %s: training on %d rows, validating on %d", name, len(train), len(valid))
     task, metric = lens_task(settings), settings["valid_metric"].lower()
     eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
+    make_loader = getattr(model, "training_loader", None)
     # The folder stays empty: nothing is pickled with the configuration.
     with tempfile.TemporaryDirectory() as scratch, recbole_repairs.no_tensorboard():
         settings["checkpoint_dir"] = scratch
         training = EpochTraining(
             Trainer(settings, model),
-            TrainDataLoader(settings, train, None, shuffle=True),
+            make_loader(settings, train)
+            if make_loader
+            else TrainDataLoader(settings, train, None, shuffle=True),
             file,
             {"lens": identity},
             keep_best=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from recbole_llm.config.keys import Key
@@ -18,15 +19,22 @@ class Conventional:
         reads: keys of :data:`recbole_llm.config.keys.KEYS` that are otherwise the LLM recommenders' alone. Any other of
             them is refused.
         keys: what each key of its own may hold.
+        training_loader: what makes its training batches of configuration and samples; ``None``: RecBole's loader.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...]] = ()
     keys: ClassVar[dict[str, Key]] = {}
+    training_loader: ClassVar[Callable | None] = None
 
     @classmethod
     def wants_item_vectors(cls, config) -> bool:
         """Whether its constructor is given ``item_vectors``, the LLM's vectors of all titles, in this run."""
+        return False
+
+    @classmethod
+    def wants_backbone(cls, config) -> bool:
+        """Whether its constructor is given ``backbone``, the language model, in this run."""
         return False
 
     @classmethod
