@@ -1,0 +1,308 @@
+"""Users' interactions as sequences in which every interaction can be a target.
+
+A *chunk* is a run of one user's interactions in time order. What each interaction is rendered as (a line of text, an
+embedding) and what it costs (tokens, or 1) is left to the caller::
+
+    position      0   1   2   3   4   5   6   7   8   9        of one user, in the HistoryIndex
+    sample                            x   x       x   x        of the training split, drawn by few_shot
+                      |-----------|---------------|
+    a chunk           context      body: the samples in it are its targets (5, 6 and 8)
+
+The body of one chunk begins where the body of the one before ends, so that every sample is the target of exactly one
+chunk. A target sees everything before it in its chunk, with the true stars, and nothing else. A chunk ends with its
+last target.
+
+- **Training.** The user's interactions are cut from his first one to his last sample. Where the first body ends is
+  drawn for each user from ``(seed, epoch)``, so that every epoch cuts elsewhere, and a sample meets histories of all
+  lengths from ``lead`` on.
+- **Evaluation.** The user's interactions are cut from his first one on, always in the same places, which depend on no
+  later interaction, no split and no draw: the score of a sample is a function of the sample. Context is ``context``
+  interactions, so that histories are as long as those of training, without its shortest ones.
+
+In both, context takes at most half of the budget, so that a chunk always has room for targets.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from recbole.data.dataloader import TrainDataLoader
+from recbole.data.interaction import Interaction
+
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
+from recbole_llm.data.history import HistoryIndex
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of one user's interactions.
+
+    Attributes:
+        user: internal user id.
+        start: position of the first interaction in the :class:`HistoryIndex`.
+        targets: positions to be predicted, int64 ``[k]``, ascending; the last one ends the chunk.
+    """
+
+    user: int
+    start: int
+    targets: np.ndarray
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions of all interactions of the chunk, int64 ``[S]``."""
+        return np.arange(self.start, self.targets[-1] + 1)
+
+    @property
+    def target_places(self) -> np.ndarray:
+        """Where in the chunk its targets are, int64 ``[k]`` in ``[0, S)``."""
+        return self.targets - self.start
+
+    def __len__(self) -> int:
+        return int(self.targets[-1]) + 1 - self.start
+
+
+class StreamCutter:
+    """Cuts users' interactions into chunks.
+
+    Args:
+        history: the interactions of all users.
+        budget: what a chunk may cost.
+        costs: what each interaction costs, int ``[n]``, at least 1; ``None``: 1 each.
+        prefix_costs: what precedes the interactions of a user's chunk costs, int ``[n_users]``; ``None``: nothing.
+        lead: interactions before the body of a training chunk.
+        context: interactions before the body of an evaluation chunk, at least ``lead``.
+        unit: what costs are counted in, for messages.
+
+    Raises:
+        ValueError: if histories are bounded by their split (``history_scope: split``), an interaction does not fit into
+            a chunk, or ``context`` is less than ``lead``.
+    """
+
+    def __init__(
+        self,
+        history: HistoryIndex,
+        *,
+        budget: int,
+        costs: np.ndarray | None = None,
+        prefix_costs: np.ndarray | None = None,
+        lead: int = 5,
+        context: int = 25,
+        unit: str = "interactions",
+    ) -> None:
+        if history.row_start is not None:
+            raise ValueError(
+                "history_scope: split hides the interactions of other splits from a sample, and a stream shows all "
+                "earlier ones; set history_scope: all, or layout: prompt"
+            )
+        if not 0 <= lead <= context:
+            raise ValueError(
+                f"a training chunk shows at least {lead} earlier interactions and an evaluation chunk {context}: "
+                "evaluation must not show shorter histories than training"
+            )
+        n, n_users = len(history), len(history.user_start) - 1
+        costs = np.ones(n, dtype=np.int64) if costs is None else np.asarray(costs, dtype=np.int64)
+        prefix = np.zeros(n_users, dtype=np.int64) if prefix_costs is None else np.asarray(prefix_costs)
+        owners = np.repeat(np.arange(n_users), np.diff(history.user_start))
+        needed = costs + prefix[owners]
+        if n and needed.max() > budget:
+            worst = int(needed.argmax())
+            raise ValueError(
+                f"a chunk of {budget} {unit} is too small: the interaction of user {owners[worst]} with item "
+                f"{history.item_ids[worst]} (internal ids) needs {needed[worst]}, {prefix[owners[worst]]} of them "
+                "for what precedes it; allow longer chunks or shorter titles"
+            )
+        self.history, self.lead, self.context = history, lead, context
+        self._room = budget - prefix  # of each user's chunks
+        self._before = np.concatenate([[0], np.cumsum(costs)])  # cost of all interactions before a position
+        self._owners = owners
+        self._windows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    # ------------------------------------------------------------------ cutting
+
+    def _first_shown(self, user: int, body: int, n_context: int) -> int:
+        """First of at most ``n_context`` interactions before ``body`` that cost at most half of the room."""
+        first = max(int(self.history.user_start[user]), body - n_context)
+        least = self._before[body] - self._room[user] // 2
+        return max(first, min(body, int(np.searchsorted(self._before, least))))
+
+    def _cut(
+        self, user: int, end: int, n_context: int, first_share: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cut a user's interactions up to ``end``: first position shown and end of the body, each ``[n_chunks]``.
+
+        ``first_share`` of the room are given to the first body.
+        """
+        body, starts, ends = int(self.history.user_start[user]), [], []
+        while body < end:
+            first = self._first_shown(user, body, n_context)
+            room = self._room[user] * (1.0 if starts else first_share)
+            stop = int(np.searchsorted(self._before, self._before[first] + room, side="right")) - 1
+            if stop <= body:  # the next interaction is too long to stand behind this context
+                affordable = self._before[body + 1] - self._room[user]
+                first = max(first, int(np.searchsorted(self._before, affordable)))
+            stop = min(max(stop, body + 1), end)
+            starts.append(first)
+            ends.append(stop)
+            body = stop
+        return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
+
+    def _checked(self, targets: np.ndarray) -> np.ndarray:
+        targets = np.unique(np.asarray(targets, dtype=np.int64))
+        if len(targets) and not 0 <= targets[0] <= targets[-1] < len(self.history):
+            raise ValueError("targets of a stream must be positions of the history")
+        return targets
+
+    def training_chunks(self, targets: np.ndarray, seed: int, epoch: int) -> list[Chunk]:
+        """Chunks in which every target occurs once, for one epoch.
+
+        Args:
+            targets: positions of the samples that are to be learned from, in any order.
+            seed, epoch: all that the cuts of a user depend on, beside his interactions.
+
+        Returns:
+            Chunks by user and time.
+        """
+        targets = self._checked(targets)
+        rng = np.random.default_rng([seed, epoch, zlib.crc32(b"stream")])
+        shares = rng.random(len(self._room))
+        chunks = []
+        for user, mine in self._by_user(targets):
+            starts, ends = self._cut(user, int(mine[-1]) + 1, self.lead, shares[user])
+            chunks += self._chunks(user, mine, starts, ends)
+        return chunks
+
+    def evaluation_chunks(self, targets: np.ndarray) -> list[Chunk]:
+        """Chunks in which every target occurs once and sees what it sees beside any other targets.
+
+        Args:
+            targets: positions of the samples to be scored, in any order.
+
+        Returns:
+            Chunks by user and time.
+        """
+        chunks = []
+        for user, mine in self._by_user(self._checked(targets)):
+            if user not in self._windows:
+                self._windows[user] = self._cut(user, int(self.history.user_start[user + 1]), self.context)
+            chunks += self._chunks(user, mine, *self._windows[user])
+        return chunks
+
+    def _by_user(self, targets: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Users and their targets; ``targets`` are ascending, as are the users of positions."""
+        users, first = np.unique(self._owners[targets], return_index=True)
+        return list(zip(users.tolist(), np.split(targets, first[1:]), strict=True)) if len(users) else []
+
+    @staticmethod
+    def _chunks(user: int, targets: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[Chunk]:
+        of_chunk = np.searchsorted(ends, targets, side="right")
+        places, first = np.unique(of_chunk, return_index=True)
+        parts = np.split(targets, first[1:])
+        return [
+            Chunk(user, int(starts[place]), part) for place, part in zip(places.tolist(), parts, strict=True)
+        ]
+
+    def cost(self, chunk: Chunk) -> int:
+        """What the interactions of a chunk cost, without what precedes them."""
+        return int(self._before[chunk.targets[-1] + 1] - self._before[chunk.start])
+
+
+def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:
+    """For each interaction of a chunk how many of those before it it may see, int64 ``[S]``.
+
+    Args:
+        history: its ``ties`` decide: with ``strict`` an interaction sees none that carries its own timestamp.
+        chunk: some interactions.
+
+    Returns:
+        Interaction ``j`` may see the interactions ``[0, found[j])`` of the chunk, and itself. ``None`` where that is
+        all before it, so that plain causal attention is exact.
+    """
+    if history.ties == "order":
+        return None
+    found = np.maximum(history.tie_start[chunk.positions] - chunk.start, 0)
+    return None if np.array_equal(found, np.arange(len(chunk))) else found
+
+
+def optimizer_steps(chunks: Sequence[Chunk], labels: int, seed: int, epoch: int) -> list[list[Chunk]]:
+    """Chunks in random order, as many per optimizer step as it takes to have at least ``labels`` targets.
+
+    Counting targets and not chunks keeps the gradient's noise, and so the learning rate that suits it, the same for
+    short chunks and long ones. The last step may have fewer.
+    """
+    rng = np.random.default_rng([seed, epoch, zlib.crc32(b"steps")])
+    steps: list[list[Chunk]] = []
+    held = labels
+    for place in rng.permutation(len(chunks)).tolist():
+        if held >= labels:
+            steps.append([])
+            held = 0
+        steps[-1].append(chunks[place])
+        held += len(chunks[place].targets)
+    return steps
+
+
+@dataclass
+class StreamBatch:
+    """The chunks of one optimizer step.
+
+    Attributes:
+        chunks: the chunks.
+        interaction: the samples that are their targets, chunk by chunk, with the dataset's own fields alone.
+    """
+
+    chunks: list[Chunk]
+    interaction: Interaction
+
+    def __len__(self) -> int:
+        return len(self.interaction)
+
+
+class StreamLoader(TrainDataLoader):
+    """Training samples in chunks; every sample once per epoch.
+
+    Args:
+        config: the run's configuration; ``train_batch_size`` is the least number of targets per optimizer step.
+        dataset: the samples to learn from.
+        cutter: cuts them into chunks.
+    """
+
+    def __init__(self, config, dataset: HistoryDataset, cutter: StreamCutter) -> None:
+        super().__init__(config, dataset, None)  # the order is that of `epoch_batches`
+        self.cutter, self._seed = cutter, config["seed"]
+        self._labels = config["train_batch_size"]
+        positions = dataset.inter_feat[HISTORY_END].numpy()
+        self._order = np.argsort(positions, kind="stable")
+        self._positions = positions[self._order]
+
+    def epoch_batches(self, epoch: int) -> list[list[Chunk]]:
+        """The chunks of each optimizer step of an epoch; depends on the seed and ``epoch`` alone."""
+        chunks = self.cutter.training_chunks(self._positions, self._seed, epoch)
+        steps = optimizer_steps(chunks, self._labels, self._seed, epoch)
+        shown = sum(map(len, chunks))
+        users = [len({chunk.user for chunk in step}) for step in steps]
+        logger.info(
+            "epoch %d: %s labels of %s users in %s chunks of %.1f interactions (%.1f%% of them context only, without "
+            "a label to learn); %s optimizer steps of at least %s labels, %.1f users each",
+            epoch,
+            f"{len(self._positions):,}",
+            f"{len({chunk.user for chunk in chunks}):,}",
+            f"{len(chunks):,}",
+            shown / max(1, len(chunks)),
+            100 * (1 - len(self._positions) / max(1, shown)),
+            f"{len(steps):,}",
+            f"{self._labels:,}",
+            np.mean(users) if users else 0.0,
+        )
+        return steps
+
+    def collate_fn(self, chunks: list[Chunk]) -> StreamBatch:
+        """The samples of some chunks."""
+        targets = np.concatenate([chunk.targets for chunk in chunks])
+        found = self._order[np.searchsorted(self._positions, targets)]
+        return StreamBatch(chunks, self._dataset.__getitem__(found, join=False))
