@@ -169,8 +169,8 @@ def conventional_parts(config: Config, dataset: HistoryDataset) -> tuple[dict, d
     The ID history becomes the one that ``id_retrieval`` says, if the class reads that key.
 
     Returns:
-        Arguments of its constructor (``item_vectors``, ``backbone``, or nothing), and the identity of the LLM that was asked, if
-        any was.
+        Arguments of its constructor (``item_vectors``, ``backbone``, or nothing), and the identity of the LLM that was
+        asked, if any was.
 
     Raises:
         ValueError: if vectors of titles are wanted, and the data has no titles.

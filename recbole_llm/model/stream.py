@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from recbole_llm.config.keys import PROBABILITY, Choice, Flag, Key, ListOf, Number, Text, Whole
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
-from recbole_llm.data.stream_batches import HIGH, LOW, START, TARGETS, StreamLoader, check_chunks, chunk_start
+from recbole_llm.data.stream_batches import (
+    HIGH,
+    LOW,
+    TARGETS,
+    VectorStreamLoader,
+    chunk_start,
+    vector_cutter,
+)
 from recbole_llm.lens.embedding import FieldEmbedding, RatingLevels, choose_fields
 from recbole_llm.model.conventional import Conventional
 from recbole_llm.model.stream_network import (
@@ -38,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 GAPS = 34
 """Buckets of the time since the previous interaction: 0 none, then the powers of two of seconds, up to 272 years."""
+MOST_AT_ONCE = 1 << 15
+"""Interactions in one pass through the network, padding included."""
 
 
 class StreamRecommender(Conventional, SequentialRecommender):
@@ -62,7 +71,7 @@ class StreamRecommender(Conventional, SequentialRecommender):
     input_type = InputType.POINTWISE
     tasks = ("ctr", "next_item")
     reads = ("lens_ratings",)
-    training_loader = StreamLoader
+    training_loader = VectorStreamLoader
     keys: ClassVar[dict[str, Key]] = {
         "stream_length": Key("most interactions in a chunk", Whole(2)),
         "stream_context": Key("interactions before the first target of a chunk", Whole(0)),
@@ -87,8 +96,8 @@ class StreamRecommender(Conventional, SequentialRecommender):
         super().__init__(config, dataset)
         name = type(self).__name__
         self.length, self.context = config["stream_length"], config["stream_context"]
-        check_chunks(self.length, self.context)
         self.history: HistoryIndex = dataset.history
+        vector_cutter(config, self.history)  # refuses what is no stream
         if self.history.ties == "strict":
             raise ValueError(
                 f"history_ties: strict is not possible with {name}: interactions of one time would see each other in "
@@ -99,7 +108,7 @@ class StreamRecommender(Conventional, SequentialRecommender):
                 f"id_retrieval: {config['id_retrieval']} is not possible with {name}, which reads the whole stream; "
                 "set id_retrieval: recent"
             )
-        self.scored_at_once = max(self.length + 1, 1 << 15)
+        self.register_buffer("stream_begin", torch.from_numpy(self.history.user_start), persistent=False)
         self.register_buffer("stream_items", torch.from_numpy(self.history.item_ids), persistent=False)
         self.register_buffer("stream_levels", torch.from_numpy(self._levels(config)), persistent=False)
         gaps = time_buckets(self.history) if config["time_gaps"] else np.zeros(len(self.history), np.uint8)
@@ -173,13 +182,12 @@ class StreamRecommender(Conventional, SequentialRecommender):
     # ------------------------------------------------------------------ states
 
     def states(
-        self, users: Tensor, start: Tensor, low: Tensor, high: Tensor, target: Tensor | None = None
+        self, users: Tensor, low: Tensor, high: Tensor, target: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """States of chunks of streams.
 
         Args:
             users: ``[B]`` whose they are.
-            start: ``[B]`` positions where the streams begin.
             low, high: ``[B]`` the chunks are ``[low, high)``; ``high`` may be ``low``.
             target: ``[B]`` items to stand in the last place of the chunks, instead of what the history has there;
                 0: the history's own.
@@ -196,7 +204,7 @@ class StreamRecommender(Conventional, SequentialRecommender):
         if target is not None:
             last = inside & (positions == high[:, None] - 1) & (target[:, None] != 0)
             items = torch.where(last, target[:, None], items)
-        follows = inside & (positions > start[:, None])
+        follows = inside & (positions > self.stream_begin[users][:, None])
         before = (positions - 1).clamp(min=0, max=len(self.stream_items) - 1)
         x = self.inputs(
             items,
@@ -209,19 +217,31 @@ class StreamRecommender(Conventional, SequentialRecommender):
             first = first + self.of_user(self.user_fields("user", users))
         return self.user_model(torch.cat([first.unsqueeze(1).to(x.dtype), x], dim=1)), items
 
-    def _in_pieces(self, low: np.ndarray, high: np.ndarray):
-        """Chunks of similar length together, as many as fit into one pass."""
-        order, done = np.argsort(low - high, kind="stable"), 0
-        while done < len(order):
-            size = int(high[order[done]] - low[order[done]]) + 1
-            count = max(1, self.scored_at_once // size)
-            yield order[done : done + count]
-            done += count
+    def _target_states(self, batch: Interaction, before: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """States, items and positions of all targets of a training batch, ``[N, w]``, ``[N]``, ``[N]``.
+
+        Chunks of similar length go through the network together: a batch is many users, whatever their lengths.
+
+        Args:
+            batch: from :class:`VectorStreamLoader`.
+            before: whether the states are those before the targets, or have seen them.
+        """
+        low, high, targets = batch[LOW], batch[HIGH], batch[TARGETS]
+        states, positions = [], []
+        for piece in pieces((high - low).cpu().numpy(), MOST_AT_ONCE):
+            piece = torch.from_numpy(piece).to(low.device)
+            size = int((high[piece] - low[piece]).max())
+            mine = targets[piece, :size]
+            # A chunk ends with a target, which need not be read where it is only to be predicted.
+            hidden, _ = self.states(batch[self.USER_ID][piece], low[piece], high[piece] - int(before))
+            states.append(hidden[:, :size][mine] if before else hidden[:, 1:][mine])
+            positions.append((low[piece, None] + torch.arange(size, device=low.device))[mine])
+        where = torch.cat(positions)
+        return torch.cat(states), self.stream_items[where], where
 
     def chunk_states(
         self,
         users: np.ndarray,
-        start: np.ndarray,
         low: np.ndarray,
         high: np.ndarray,
         target: np.ndarray,
@@ -231,34 +251,29 @@ class StreamRecommender(Conventional, SequentialRecommender):
         """States at some places of chunks.
 
         Args:
-            users, start, low, high, target: ``[C]`` the chunks, as in :meth:`states`.
-            chunk, place: ``[N]`` which chunk, and after how many interactions of it.
+            users, low, high, target: ``[C]`` the chunks, as in :meth:`states`.
+            chunk, place: ``[N]`` which chunk, and after how many interactions of it; every chunk occurs.
 
         Returns:
             ``[N, w]``.
         """
-        found: list[Tensor] = []
         device = self.before.device
         members = np.argsort(chunk, kind="stable")
         bounds = np.searchsorted(chunk[members], np.arange(len(low) + 1))
-        rows: list[np.ndarray] = []
-        for piece in self._in_pieces(low, high):
+        found, rows = [], []
+        for piece in pieces(high - low, MOST_AT_ONCE):
             mine = [members[bounds[c] : bounds[c + 1]] for c in piece]
-            where = np.repeat(np.arange(len(piece)), [len(m) for m in mine])
             rows.append(np.concatenate(mine))
-            arguments = (torch.from_numpy(a[piece]).to(device) for a in (users, start, low, high, target))
+            row = torch.from_numpy(np.repeat(np.arange(len(piece)), [len(m) for m in mine])).to(device)
+            arguments = (torch.from_numpy(a[piece]).to(device) for a in (users, low, high, target))
             hidden, _ = self.states(*arguments)
-            found.append(
-                hidden[torch.from_numpy(where).to(device), torch.from_numpy(place[rows[-1]]).to(device)]
-            )
+            found.append(hidden[row, torch.from_numpy(place[rows[-1]]).to(device)])
         order = torch.from_numpy(np.argsort(np.concatenate(rows))).to(device)
         return torch.cat(found)[order]
 
-    def _rows(self, interaction: Interaction) -> tuple[np.ndarray, ...]:
-        """Users, positions and streams of samples, each int64 ``[B]``."""
-        users = interaction[self.USER_ID].cpu().numpy()
-        ends = interaction[HISTORY_END].cpu().numpy()
-        return users, ends, self.history.bounds(users, ends)[0]
+    def _samples(self, interaction: Interaction) -> tuple[np.ndarray, np.ndarray]:
+        """Users and positions of samples, int64 ``[B]`` each."""
+        return interaction[self.USER_ID].cpu().numpy(), interaction[HISTORY_END].cpu().numpy()
 
 
 class Stream(StreamRecommender):
@@ -299,17 +314,14 @@ class Stream(StreamRecommender):
 
     def calculate_loss(self, batch: Interaction) -> Tensor:
         """Mean cross-entropy of the stars of all targets of a batch of chunks, scalar."""
-        targets, low = batch[TARGETS], batch[LOW]
-        hidden, items = self.states(batch[self.USER_ID], batch[START], low, batch[HIGH])
-        logits = self.head(hidden[:, 1:][targets], items[targets])
-        positions = low[:, None] + torch.arange(targets.shape[1], device=low.device)
-        return F.cross_entropy(logits, self.stream_classes[positions[targets]])
+        states, items, positions = self._target_states(batch, before=False)
+        return F.cross_entropy(self.head(states, items), self.stream_classes[positions])
 
     def represent(self, interaction: Interaction, gate_scope: str = "user_item") -> tuple[Tensor, Tensor]:
         """State ``[B, w]`` and logit ``[B]`` of samples; of any item in the sample's place."""
-        users, ends, start = self._rows(interaction)
+        users, ends = self._samples(interaction)
         items = interaction[self.ITEM_ID].cpu().numpy()
-        low = chunk_start(start, ends, self.length, self.context)
+        low = chunk_start(self.history.user_start[users], ends, self.length, self.context)
         inside = np.minimum(ends, len(self.history) - 1)
         # Samples of the history share a chunk; another item, or one still to come, has a chunk of its own.
         own = (self.history.item_ids[inside] == items) & (ends < self.history.user_start[users + 1])
@@ -320,7 +332,6 @@ class Stream(StreamRecommender):
         np.maximum.at(high, chunk, ends + 1)
         states = self.chunk_states(
             users[first],
-            start[first],
             low[first],
             high,
             np.where(own[first], 0, items[first]),
@@ -374,13 +385,8 @@ class NextItemStream(StreamRecommender):
 
     def calculate_loss(self, batch: Interaction) -> Tensor:
         """Mean loss of all targets of a batch of chunks, scalar."""
-        targets = batch[TARGETS]
-        # The last interaction of a chunk is only predicted.
-        high = torch.maximum(batch[HIGH] - 1, batch[LOW])
-        hidden, _ = self.states(batch[self.USER_ID], batch[START], batch[LOW], high)
-        positions = batch[LOW][:, None] + torch.arange(targets.shape[1], device=targets.device)
-        items = self.stream_items[positions[targets]]
-        states = self.similarity.prepared(hidden[targets])
+        states, items, _ = self._target_states(batch, before=True)
+        states = self.similarity.prepared(states)
         candidates = self.negative_items(items)
         needed, place = torch.cat([items, candidates]).unique(return_inverse=True)
         vectors = self.similarity.prepared(self.inputs.items.embed(needed))
@@ -406,12 +412,11 @@ class NextItemStream(StreamRecommender):
 
     def state(self, interaction: Interaction) -> Tensor:
         """The prepared state before each sample, ``[B, w]``; samples that repeat are computed once."""
-        users, ends, start = self._rows(interaction)
+        users, ends = self._samples(interaction)
         _, first, chunk = np.unique(np.stack([users, ends]), axis=1, return_index=True, return_inverse=True)
-        users, ends, start = users[first], ends[first], start[first]
-        low = np.maximum(start, ends - (self.length - 1))
-        nothing = np.zeros_like(ends)
-        found = self.chunk_states(users, start, low, ends, nothing, np.arange(len(first)), ends - low)
+        users, ends = users[first], ends[first]
+        low = np.maximum(self.history.user_start[users], ends - (self.length - 1))
+        found = self.chunk_states(users, low, ends, np.zeros_like(ends), np.arange(len(first)), ends - low)
         return self.similarity.prepared(found)[torch.from_numpy(chunk.reshape(-1)).to(found.device)]
 
     def predict(self, interaction: Interaction) -> Tensor:
@@ -426,9 +431,28 @@ class NextItemStream(StreamRecommender):
 
 
 def time_buckets(history: HistoryIndex) -> np.ndarray:
-    """The time since the same user's previous interaction, ``1 + floor(log2(1 + seconds))``; 0 for the first. ``[n]``"""
+    """``1 + floor(log2(1 + seconds))`` since the user's previous interaction, 0 for the first; uint8 ``[n]``."""
     gaps = np.diff(history.timestamps, prepend=history.timestamps[:1])
     buckets = 1 + np.floor(np.log2(1 + np.maximum(gaps, 0)))
     starts = history.user_start[:-1]
     buckets[starts[starts < len(history)]] = 0
     return np.minimum(buckets, GAPS - 1).astype(np.uint8)
+
+
+def pieces(sizes: np.ndarray, most: int) -> list[np.ndarray]:
+    """Chunks of similar length together: the longest first, none padded to twice its length.
+
+    Args:
+        sizes: lengths of the chunks, ``[C]``.
+        most: interactions in a piece, padding included; a piece has at least one chunk.
+
+    Returns:
+        Indices into ``sizes``, each in one of the pieces.
+    """
+    found: list[list[int]] = []
+    for chunk in np.argsort(-sizes, kind="stable").tolist():
+        longest = sizes[found[-1][0]] if found else 0
+        if not found or (len(found[-1]) + 1) * longest > most or 2 * sizes[chunk] < longest:
+            found.append([])
+        found[-1].append(chunk)
+    return [np.array(piece) for piece in found]
