@@ -17,6 +17,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
+from recbole_llm.backbone.loader import Backbone
 from recbole_llm.config.keys import PROBABILITY, Choice, Flag, Key, ListOf, Number, Text, Whole
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
@@ -62,6 +63,7 @@ class StreamRecommender(Conventional, SequentialRecommender):
         config: the run's configuration, or the lens's own.
         dataset: the training samples.
         item_vectors: text vectors of the items, ``[n_items, d]``, row 0 is the padding item; ``None``: not used.
+        backbone: the language model, for a user model that is made of it.
 
     Raises:
         ValueError: for sizes that do not fit each other, ``history_ties: strict`` (interactions of one time would see
@@ -92,7 +94,13 @@ class StreamRecommender(Conventional, SequentialRecommender):
         "softmax_temperature": Key("where the temperature of cosines starts", Number(0.01, 1)),
     }
 
-    def __init__(self, config, dataset, item_vectors: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        config,
+        dataset,
+        item_vectors: np.ndarray | None = None,
+        backbone: Backbone | None = None,
+    ) -> None:
         super().__init__(config, dataset)
         name = type(self).__name__
         self.length, self.context = config["stream_length"], config["stream_context"]
@@ -114,7 +122,8 @@ class StreamRecommender(Conventional, SequentialRecommender):
         gaps = time_buckets(self.history) if config["time_gaps"] else np.zeros(len(self.history), np.uint8)
         self.register_buffer("stream_gaps", torch.from_numpy(gaps), persistent=False)
 
-        width, dropout = self.state_width(config), config["hidden_dropout_prob"]
+        user_model = self.build_user_model(config, backbone)
+        width = user_model.width
         fields = {side: choose_fields(dataset, side, config[f"{side}_fields"]) for side in ("user", "item")}
         fields["item"] = [field for field in fields["item"] if field != dataset.iid_field]
         fields["user"] = [field for field in fields["user"] if field != dataset.uid_field]
@@ -136,23 +145,19 @@ class StreamRecommender(Conventional, SequentialRecommender):
             levels=int(self.stream_levels.max()) + 1 if self.reads_stars(config) else 0,
             previous_item=config["previous_item"],
             gaps=GAPS if config["time_gaps"] else 0,
-            dropout=dropout,
+            dropout=config["hidden_dropout_prob"],
         )
         self.before = nn.Parameter(torch.randn(width) * width**-0.5)
         self.user_fields = embedding("user")
         self.of_user = (
             None if self.user_fields is None else nn.Linear(self.user_fields.width("user"), width, bias=False)
         )
-        self.user_model = self.build_user_model(config)
+        self.user_model = user_model
 
     # ------------------------------------------------------------------ what the network is made of
 
-    def state_width(self, config) -> int:
-        """Width ``w`` of interactions and states."""
-        return config["hidden_size"]
-
-    def build_user_model(self, config) -> nn.Module:
-        """From ``x`` to ``h``: ``[B, S, w] -> [B, S, w]``, causal."""
+    def build_user_model(self, config, backbone: Backbone | None) -> nn.Module:
+        """From ``x`` to ``h``: ``[B, S, w] -> [B, S, w]``, causal; its ``width`` is ``w``."""
         return SmallTransformer(
             config["hidden_size"],
             config["n_layers"],
@@ -292,8 +297,14 @@ class Stream(StreamRecommender):
 
     gate_scopes = ("user_item",)
 
-    def __init__(self, config, dataset, item_vectors: np.ndarray | None = None) -> None:
-        super().__init__(config, dataset, item_vectors)
+    def __init__(
+        self,
+        config,
+        dataset,
+        item_vectors: np.ndarray | None = None,
+        backbone: Backbone | None = None,
+    ) -> None:
+        super().__init__(config, dataset, item_vectors, backbone)
         self.LABEL_FIELD = config["LABEL_FIELD"]
         labels = self.history.labels
         levels = self.stream_levels.numpy()
@@ -359,8 +370,14 @@ class NextItemStream(StreamRecommender):
     A sample is scored from the last ``stream_length - 1`` interactions before it; all items by one matrix product.
     """
 
-    def __init__(self, config, dataset, item_vectors: np.ndarray | None = None) -> None:
-        super().__init__(config, dataset, item_vectors)
+    def __init__(
+        self,
+        config,
+        dataset,
+        item_vectors: np.ndarray | None = None,
+        backbone: Backbone | None = None,
+    ) -> None:
+        super().__init__(config, dataset, item_vectors, backbone)
         if self.n_items < 3:
             raise ValueError(f"{dataset.dataset_name} has {self.n_items - 1} items: there are no negatives")
         self.negatives, self.num_negatives = config["train_negatives"], config["num_train_negatives"]
