@@ -208,14 +208,14 @@ def test_next_item_loss_is_the_plain_sum(small, similarity, negatives):
         hidden, _ = model.states(batch["user_id"][[row]], low, low + place)
         u, target = hidden[0, place], int(model.stream_items[int(low) + place])
 
-        def score(item: int) -> float:
-            if similarity == "dot":
-                return (u @ vectors[item]).item()
-            scale = model.similarity.log_scale.exp()
-            return (scale * torch.nn.functional.cosine_similarity(u, vectors[item], dim=0)).item()
-
-        others = sum(np.exp(score(item)) for item in candidates - {target})
-        losses.append(-np.log(np.exp(score(target)) / (np.exp(score(target)) + others)))
+        if similarity == "dot":
+            scores = vectors @ u
+        else:
+            cosines = torch.nn.functional.cosine_similarity(u[None], vectors, dim=1)
+            scores = model.similarity.log_scale.exp() * cosines
+        weight = scores.detach().exp().tolist()
+        others = sum(weight[item] for item in candidates - {target})
+        losses.append(-np.log(weight[target] / (weight[target] + others)))
     torch.set_rng_state(state)
     assert model.calculate_loss(batch).item() == pytest.approx(np.mean(losses), rel=1e-6)
     wanted = {"all": model.n_items - 1, "uniform": 7}.get(negatives)
