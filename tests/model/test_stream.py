@@ -319,6 +319,9 @@ def test_as_a_lens(small, tmp_path):
     assert saved["lens"]["name"] == "Stream" and saved["lens"]["metrics"]["test"]["auc"] is not None
     again = quick_start.run_recbole_llm("RecLoRA", "toy", config_dict=options)  # the lens from the cache
     assert again["lens"]["metrics"] == result["lens"]["metrics"]
+    with pytest.raises(ValueError, match=r"n_layers=0 \(lens_config\): expected an int >= 1"):
+        bad = {**options, "lens_config": {**lens, "n_layers": 0}}
+        quick_start.run_recbole_llm("RecLoRA", "toy", config_dict=bad)
     with pytest.raises(ValueError, match="id_retrieval"):
         quick_start.run_recbole_llm("RecLoRA", "toy", config_dict={**options, "id_retrieval": "category"})
 
