@@ -14,7 +14,8 @@ from recbole_llm.utils import recbole_repairs
 from recbole_llm.utils.names import nearest
 
 BUILT_IN_MODELS = (
-    "CoLLM", "LLaRA", "LensPrompt", "MoRec", "ReLLa", "ReLLaX", "RecLoRA", "SIM", "TALLRec", "TALLRecNext", "TitleKNN",
+    "CoLLM", "HLLM", "LLaRA", "LensPrompt", "MoRec", "ReLLa", "ReLLaX", "RecLoRA", "SIM", "Stream", "TALLRec",
+    "TALLRecNext", "TitleKNN",
     "iLoRA",
 )  # fmt: skip
 """The class of each name is in ``recbole_llm.model.<lower-case name>``."""

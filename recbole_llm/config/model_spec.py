@@ -7,13 +7,17 @@ RecBole's classes `spec_of` derives it from ``type`` and ``input_type``; what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from recbole.utils import InputType, ModelType
 
 from recbole_llm.config.keys import Key
+
+
+def _never(config: Mapping[str, Any]) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class ModelSpec:
         lens_retrieval: value of ``id_retrieval`` in a run with this lens, unless the user sets it.
         takes_item_vectors: whether the constructor takes ``item_vectors``, the LLM's vectors of all titles.
         negative_history: whether the loss reads a history of items that the user has not met.
-        ctr_class: the class that is built in the task ctr, if it is another one.
+        wants_backbone: whether the constructor is given ``backbone``, the language model, in a run.
+        training_loader: makes the training batches of configuration and samples; ``None``: RecBole's loader.
+        task_classes: the class that is built in a task, where it is another one than the named.
     """
 
     family: Literal["llm", "conventional", "recbole"]
@@ -49,7 +55,9 @@ class ModelSpec:
     lens_retrieval: str | None = None
     takes_item_vectors: bool = False
     negative_history: bool = False
-    ctr_class: type | None = None
+    wants_backbone: Callable[[Mapping[str, Any]], bool] = _never
+    training_loader: Callable[..., Any] | None = None
+    task_classes: Mapping[str, type] = field(default_factory=dict)
 
     @property
     def is_llm(self) -> bool:
@@ -125,5 +133,5 @@ def spec_of(model_class: type) -> ModelSpec:
 
 
 def class_for(model_class: type, task: str | None) -> type:
-    """The class to build in a task: the model's own, or the one that it names for the task ctr."""
-    return (spec_of(model_class).ctr_class or model_class) if task == "ctr" else model_class
+    """The class to build in a task: the model's own, or the one that it names for the task."""
+    return spec_of(model_class).task_classes.get(task or "", model_class)

@@ -141,7 +141,7 @@ class StreamCutter:
         body, starts, ends = int(self.history.user_start[user]), [], []
         while body < end:
             first = self._first_shown(user, body, n_context)
-            room = self._room[user] * (1.0 if starts else first_share)
+            room = int(self._room[user] * (1.0 if starts else first_share))  # a float would convert all costs
             stop = int(np.searchsorted(self._before, self._before[first] + room, side="right")) - 1
             if stop <= body:  # the next interaction is too long to stand behind this context
                 affordable = self._before[body + 1] - self._room[user]

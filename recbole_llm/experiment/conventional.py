@@ -22,6 +22,7 @@ from recbole.data.utils import get_dataloader
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import EvaluatorType, InputType, get_trainer, init_seed
 
+from recbole_llm.backbone.loader import Backbone
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.model_spec import class_for, spec_of
 from recbole_llm.data.candidates import CandidateSet
@@ -224,25 +225,35 @@ def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateS
     if config["task"] == "ctr" and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
         train = train.liked()
     evaluated = {"valid": splits.full_valid, "test": splits.test}
-    sampler, *_ = create_samplers(config, splits.dataset, [train, splits.full_valid, splits.full_test])
-    train_data = get_dataloader(config, "train")(config, train, sampler, shuffle=True)
+    make_loader = spec_of(config.model_class).training_loader
+    if make_loader is not None:
+        train_data = make_loader(config, train)
+    else:
+        sampler, *_ = create_samplers(config, splits.dataset, [train, splits.full_valid, splits.full_test])
+        train_data = get_dataloader(config, "train")(config, train, sampler, shuffle=True)
     return train_data, *(
         eval_loader(config, splits.dataset, samples, candidates, name) for name, samples in evaluated.items()
     )
 
 
-def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, np.ndarray], dict | None]:
+def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, Any], dict | None]:
     """What the class of a built-in conventional model wants of a language model.
 
     The ID history becomes the one that ``id_retrieval`` names, if the class reads that key.
 
     Returns:
-        Arguments of its constructor (``item_vectors``, or nothing), and the LLM they come from, if any.
+        Arguments of its constructor (``item_vectors``, ``backbone``, or nothing), and the LLM they come from, if any.
 
     Raises:
         ValueError: if vectors of titles are wanted, and the data has no titles.
     """
     spec, found = spec_of(config.model_class), {}
+
+    @functools.cache
+    def language_model() -> Backbone:
+        backbone = backbone_of(config, dataset.item_texts())
+        found.update(described(backbone))
+        return backbone
 
     @functools.cache
     def vectors() -> np.ndarray:
@@ -251,12 +262,15 @@ def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, np.ndarra
                 f"{config['model']} reads the titles of items, and {dataset.dataset_name}.item has no column of "
                 "them; name it in text.title"
             )
-        backbone = backbone_of(config, dataset.item_texts())
-        found.update(described(backbone))
+        backbone = language_model()
         tokens = item_token_ids(dataset.item_text(), backbone.tokenizer)
         return item_vectors(backbone, tokens, cache_folder(config))
 
     if "id_retrieval" in spec.reads:
         set_id_retrieval(config, dataset, vectors)
-    arguments = {"item_vectors": vectors()} if spec.wants_item_vectors(config) else {}
+    arguments: dict[str, Any] = {}
+    if spec.wants_item_vectors(config):
+        arguments["item_vectors"] = vectors()
+    if spec.wants_backbone(config):
+        arguments["backbone"] = language_model()
     return arguments, found or None

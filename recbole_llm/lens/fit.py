@@ -15,6 +15,7 @@ from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoa
 from recbole.trainer import Trainer
 from torch import nn
 
+from recbole_llm.config.model_spec import spec_of
 from recbole_llm.lens.lens import DESCRIPTION, Lens, LensError
 from recbole_llm.lens.next_item import NextItemSequence
 from recbole_llm.lens.settings import build_model, lens_settings, lens_task
@@ -234,12 +235,15 @@ def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) 
     logger.info("lens %s: training on %d samples, validating on %d", name, len(train), len(valid))
     task, metric = lens_task(settings), settings["valid_metric"].lower()
     eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
+    make_loader = spec_of(type(model)).training_loader
     # The folder stays empty: nothing is pickled with the configuration.
     with tempfile.TemporaryDirectory() as scratch, recbole_repairs.no_tensorboard():
         settings = settings.override(checkpoint_dir=scratch)
         training = EpochTraining(
             Trainer(settings, model),
-            TrainDataLoader(settings, train, None, shuffle=True),
+            make_loader(settings, train)
+            if make_loader
+            else TrainDataLoader(settings, train, None, shuffle=True),
             file,
             {"lens": identity},
             keep_best=True,

@@ -107,7 +107,7 @@ def lens_settings(config, dataset):
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(keys))}"
             raise ValueError(f"lens_config: the lens {name} has no key {key!r}: {hint}")
     keys |= given
-    check_values(keys, dict.fromkeys(given, "lens_config"))
+    check_values(keys, dict.fromkeys(given, "lens_config"), spec_of(get_model(name)).keys)
     if keys["epochs"] < 1:
         raise ValueError("lens_config epochs: a lens is trained for at least one epoch")
 

@@ -66,7 +66,7 @@ class MoRec(SASRec):
         },
         learns_from="loss_type",
         takes_item_vectors=True,
-        ctr_class=LabelledMoRec,
+        task_classes={"ctr": LabelledMoRec},
     )
 
     def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
