@@ -48,7 +48,7 @@ from recbole_llm.utils.run_files import ROW_ID
 from recbole_llm.utils.timing import stage
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class LLMAssembly(Assembly):
     """The parts of an LLM recommender's run.
 
