@@ -44,9 +44,8 @@ from recbole_llm.evaluation.significance import (
     paired_permutation,
     quantile_groups,
 )
-from recbole_llm.experiment.result import RESULT_FILE, ROWS_FILE
+from recbole_llm.utils.run_files import RESULT_FILE, TEST_ROWS_FILE, VALID_ROWS_FILE
 
-VALID_ROWS_FILE = "valid_rows.npz"
 ALPHA = 0.05
 GROUPS = {"history_length": "history length", "user_rows": "user activity", "item_rows": "item popularity"}
 """Columns of ``test_rows.npz`` that samples are grouped by, and their titles."""
@@ -83,12 +82,12 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
     Raises:
         FileNotFoundError: if the run is not finished, or left no scores.
     """
-    result_file, rows_file = folder / RESULT_FILE, folder / ROWS_FILE
+    result_file, rows_file = folder / RESULT_FILE, folder / TEST_ROWS_FILE
     if not result_file.is_file():
         raise FileNotFoundError(f"{folder} holds no {RESULT_FILE}: the run is not finished")
     if not rows_file.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {ROWS_FILE}: without per-sample scores this run cannot be compared; run it again"
+            f"{folder} holds no {TEST_ROWS_FILE}: without per-sample scores this run cannot be compared; run it again"
         )
     result = json.loads(result_file.read_text(encoding="utf-8"))
     with np.load(rows_file, allow_pickle=False) as file:
@@ -97,6 +96,11 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
         raise ValueError(
             f"{rows_file} has no row_id: {result['model']} was not run on the samples of task ctr or next_item"
         )
+    if (
+        rows.get("candidates", rows["row_id"]).ndim == 2
+    ):  # the items, where only their number is asked for here
+        rows["candidates"] = np.full(len(rows["row_id"]), rows["candidates"].shape[1])
+        del rows["candidate_scores"]
     order = np.argsort(rows["row_id"], kind="stable")
     rows = {column: values[order] for column, values in rows.items()}
     return FinishedRun(name or result["name"], int(result["seed"]), folder, result, rows)

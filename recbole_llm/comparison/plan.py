@@ -22,8 +22,8 @@ from recbole_llm.config.configurator import Config
 from recbole_llm.config.keys import KEYS, RUN_ONLY_KEYS, SHARED_KEYS, VOLATILE_KEYS, keys_not_passed_to
 from recbole_llm.config.model_spec import spec_of
 from recbole_llm.config.sources import given_values
-from recbole_llm.experiment.run_folder import RESULT_FILE
 from recbole_llm.registry import get_model
+from recbole_llm.utils.run_files import RESULT_FILE
 
 logger = logging.getLogger(__name__)
 

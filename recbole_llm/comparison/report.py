@@ -26,8 +26,8 @@ from recbole_llm.comparison import charts, tables
 from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_run
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
 from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, checked, clean, failure_lines
-from recbole_llm.experiment.run_folder import RESULT_FILE
 from recbole_llm.utils.files import write_atomically, write_json
+from recbole_llm.utils.run_files import RESULT_FILE
 
 NAME = "compare"
 TEMPLATES = Path(__file__).parent / "templates"

@@ -15,9 +15,8 @@ from recbole_llm.comparison.workers import side_by_side
 from recbole_llm.config.configurator import Config
 from recbole_llm.experiment.assembly import lasting_configuration
 from recbole_llm.experiment.run import run_one
-from recbole_llm.experiment.run_folder import RESULT_FILE
-from recbole_llm.trainer.checkpoint import LAST_FILE
 from recbole_llm.utils.files import write_json
+from recbole_llm.utils.run_files import LAST_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,9 @@ from sklearn.model_selection import ParameterGrid, ParameterSampler
 from recbole_llm.comparison.plan import Plan, PlannedRun, plan_run
 from recbole_llm.comparison.running import run_all
 from recbole_llm.config.command_line import parse_model, parse_value, slug
-from recbole_llm.experiment.run_folder import RESULT_FILE
 from recbole_llm.utils.files import write_json
 from recbole_llm.utils.names import nearest
+from recbole_llm.utils.run_files import RESULT_FILE
 
 logger = logging.getLogger(__name__)
 

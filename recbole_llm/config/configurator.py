@@ -170,6 +170,7 @@ class Config(RecBoleConfig):
             self.origins.update(dict.fromkeys(changes, f"model {model!r}"))
             user.update(changes)
             model = get_model(name)
+        recbole_repairs.model_class(model)
         self.spec = spec_of(model)
         return super()._get_model_and_dataset(model, str(dataset))
 
@@ -239,6 +240,14 @@ class Config(RecBoleConfig):
             negatives = user.get("train_neg_sample_args") or recbole_defaults()["train_neg_sample_args"]
             final["train_neg_sample_args"] = copy.deepcopy(negatives)
             final["repeatable"] = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        if (
+            final["task"] == "next_item"
+            and self.spec.family == "recbole"
+            and self.spec.learns_from == "labels"
+        ):
+            # There are no labels here: RecBole gives targets the label 1 and sampled items the label 0.
+            negatives = user.get("train_neg_sample_args") or recbole_defaults()["train_neg_sample_args"]
+            final["train_neg_sample_args"] = copy.deepcopy(negatives)
         super()._set_default_parameters()
         user_path = user.get("data_path")
         final["data_path"], replaced = data_folder(self.dataset, user_path, final["data_path"])
@@ -348,7 +357,7 @@ class Config(RecBoleConfig):
     def __setstate__(self, state: dict) -> None:
         """In another process RecBole has to be repaired, and to be told of the metrics, there, too."""
         recbole_repairs.install()
-        get_model(state["model"])  # has repairs of its own
+        recbole_repairs.model_class(state["model_class"])
         register_metrics()
         self.__dict__.update(state)
 

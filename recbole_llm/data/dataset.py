@@ -29,6 +29,7 @@ from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText, TextSettings, read_atomic, read_header
 from recbole_llm.data.retriever import RecentRetriever, Retriever
+from recbole_llm.utils.fields import ROW_ID
 
 try:
     import resource
@@ -37,7 +38,6 @@ except ImportError:  # Windows has no getrusage
 
 logger = logging.getLogger(__name__)
 
-ROW_ID = "row_id"
 HISTORY_END = "history_end"
 RECENT_TEXT = "recent_text"
 """A field that only mixed training rows have: 1 where the prompt shows the recent history, whatever the retriever."""
