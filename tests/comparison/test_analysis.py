@@ -78,7 +78,7 @@ def test_one_seed_is_named_and_models_at_chance_are_named():
     rng = np.random.default_rng(8)
     rows = rows_of(rng, "ctr")
     noise = scores(rng, rows["label"], 0.0)
-    # The order of the rows is but a little better than the other's, everywhere: significant, and worth nothing.
+    # The order of the samples is only a little better than the other's, everywhere: significant, and worth nothing.
     better = expit(logit(noise) + 0.02 * rows["label"])
     strong = scores(rng, rows["label"], 2.0)
     found = build_comparison([run("A", rows, better), run("B", rows, noise), run("C", rows, strong)])

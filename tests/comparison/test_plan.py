@@ -54,7 +54,7 @@ def test_models_are_split_at_commas_outside_of_brackets_and_quotes(models):
     assert split_models(",".join(models)) == models
 
 
-def test_a_plan_has_every_model_with_every_seed_on_the_rows_of_the_first_of_ours(settings):
+def test_a_plan_has_every_model_with_every_seed_on_the_samples_of_the_first_llm_recommender(settings):
     plan = make_plan(
         ["DIN", "TALLRec lora_r=4", "RecLoRA"], "toy", config_dict={**settings, "seeds": 2, "epochs": 3}
     )
@@ -123,7 +123,7 @@ BAD = {
     "controls of a plain LoRA": (["TALLRec"], {"controls": True}, "nothing to control"),
     "no changes after the name": (["RecLoRA", "DIN epochs"], {}, "write 'NAME key=value'"),
     "redrawn negatives": (["iLoRA", "Pop"], {"eval_mode": "uni9", "lens_config": None}, "other negatives"),
-    "test rows unread": (["RecLoRA", "DIN"], {"read_test": False}, "leaves no scores to compare"),
+    "test samples unread": (["RecLoRA", "DIN"], {"read_test": False}, "leaves no scores to compare"),
     "a conflict of one model": (["RecLoRA", "TALLRec"], {"gate": "uniform"}, "nothing to mix"),
 }
 
@@ -174,7 +174,7 @@ def test_controls_are_of_the_model_as_it_was_asked_for(settings):
     assert ranks == [4, 8]
 
 
-def test_conventional_models_of_ours_bring_their_task(settings):
+def test_built_in_conventional_models_set_their_task(settings):
     given = {
         key: value for key, value in settings.items() if key not in ("few_shot", "eval_step", "lens_config")
     }
@@ -226,7 +226,7 @@ def test_a_comparison_writes_its_report_and_is_continued_where_it_was_killed(set
     assert len(gates["users"]) == len(gates["values"]) == found["rows"]["users"]
     np.testing.assert_allclose(np.sum(gates["values"], axis=1), 1, atol=1e-3)
 
-    # The saved rows alone give the same report, and nothing is run again.
+    # The saved scores alone give the same report, and nothing is run again.
     again = report(Path(found["files"][0]).parent)
     for key in ("models", "differences", "sentences"):
         assert again[key] == found[key]
@@ -254,7 +254,7 @@ def test_processes_are_for_comparisons(settings):
         quick_start.run_recbole_llm("Pop", "toy", config_dict={**settings, "nproc": 2})
 
 
-def test_a_failing_model_is_reported_and_the_others_go_on(settings, capsys):
+def test_a_failing_model_is_reported_and_the_others_continue(settings, capsys):
     arguments = [f"--{key}={value}" for key, value in settings.items() if key not in ("text", "lens_config")]
     arguments += [f"--text={TEXT}", "--dataset=toy", "--model=GRU4Rec loss_type=XX,Pop", "--task=ctr"]
     assert cli.main(arguments) == 1
@@ -285,7 +285,7 @@ def test_models_of_the_next_item_task_share_candidates(settings):
     found = compared(["Pop", "SASRec epochs=1", "TALLRecNext", "iLoRA"], {**settings, "lens_config": None})
     assert found["leading"] == "hr@1" and not found["failed"]
     popularity = lines(found)
-    # RecBole's Pop is our reference on the same candidates; the reference is there by its own name.
+    # RecBole's Pop is the popularity reference on the same candidates; the reference keeps its own name.
     assert (
         popularity["Pop"]["metrics"]["hr@1"]["values"]
         == popularity["popularity"]["metrics"]["hr@1"]["values"]

@@ -112,7 +112,7 @@ def settings(toy_settings):
     }
 
 
-def test_trials_read_no_test_row_and_the_best_on_validation_rows_is_compared(settings, tmp_path):
+def test_trials_read_no_test_sample_and_the_best_on_validation_is_compared(settings, tmp_path):
     space_file(tmp_path, "learning_rate choice [0.1, 1e-9]\n", "DIN")
     space_file(tmp_path, "learning_rate loguniform -9,-3\nlora_r choice [2, 4]\n", "RecLoRA")
     options = {**settings, "search": str(tmp_path)}
@@ -157,7 +157,7 @@ def test_trials_of_all_models_share_the_processes(settings, tmp_path, monkeypatc
     assert [name.split(",")[0] for name in trials] == ["DIN", "DIN", "DeepFM", "DeepFM"]
 
 
-def test_a_single_run_that_reads_no_test_row_says_so(settings, capsys):
+def test_a_single_run_that_reads_no_test_sample_says_so(settings, capsys):
     given = {k: v for k, v in settings.items() if k in ("data_path", "cache_dir", "show_progress")}
     arguments = [f"--{key}={value}" for key, value in given.items()]
     arguments += ["--model=DIN", "--dataset=toy", "--task=ctr", "--epochs=1", "--read_test=False"]

@@ -48,7 +48,7 @@ def test_weighted_auc_equals_sklearn_sample_weight(rows, weights):
 
 
 @pytest.mark.parametrize("metric", VALUES)
-def test_a_replicate_equals_the_metric_on_the_rows_drawn(metric):
+def test_a_replicate_equals_the_metric_on_the_samples_drawn(metric):
     users, labels, scores = data()
     weights = np.bincount(np.random.default_rng(3).integers(0, 40, 40), minlength=40)
     rows = np.concatenate([np.flatnonzero(users == u) for u in range(40) for _ in range(weights[u])])
@@ -113,7 +113,7 @@ def test_a_planted_difference_is_found_and_pairing_narrows_it():
 
 
 def test_intervals_cover_the_truth_by_user_and_not_by_row():
-    # Every user's 8 rows are one and the same: there are 60 observations, not 480.
+    # Every user's 8 samples are identical: there are 60 observations, not 480.
     # AUC of N(1, 1) against N(0, 1) is Phi(1 / sqrt 2).
     truth = 0.7602499389065233
     generator = np.random.default_rng(7)
@@ -195,7 +195,7 @@ def rank_data(n_users=40, per_user=3, seed=0):
     return users, np.clip(level + generator.integers(-3, 4, users.size), 1, 20)
 
 
-def test_rank_replicates_equal_the_metrics_of_the_rows_drawn():
+def test_rank_replicates_equal_the_metrics_of_the_samples_drawn():
     users, ranks = rank_data()
     result = bootstrap_ranks(users, {"m": ranks}, RANK_METRICS, n=5, seed=8)
     assert result.values["m"] == pytest.approx(rank_metrics(ranks, RANK_METRICS), abs=1e-14)
