@@ -323,12 +323,12 @@ def test_of_answers_in_the_order_asked():
             [1, 2],
             [[1, 2], [3, 4]],
             [1, 1],
-            r"candidates of row 2: \[3, 4\] are not distinct items with the target 1",
+            r"candidates of row_id 2: \[3, 4\] are not distinct items with the target 1",
         ),
-        ([1, 2], [[1, 2, 2], [3, 4, 5]], [1, 3], "candidates of row 1"),
-        ([1, 2], [[1, 2], [3, 0]], [1, 3], "candidates of row 2"),
-        ([1, 2], [[1, 2]], [1, 3], "do not fit 2 rows"),
-        ([1], [1], [1], "do not fit 1 rows"),
+        ([1, 2], [[1, 2, 2], [3, 4, 5]], [1, 3], "candidates of row_id 1"),
+        ([1, 2], [[1, 2], [3, 0]], [1, 3], "candidates of row_id 2"),
+        ([1, 2], [[1, 2]], [1, 3], "do not fit 2 samples"),
+        ([1], [1], [1], "do not fit 1 samples"),
     ],
 )
 def test_sets_that_contradict_themselves(row_ids, items, targets, message):

@@ -433,7 +433,9 @@ def test_ratings_that_look_like_a_scale(ratings, scale):
 
 
 def test_counts_are_no_scale(toy, tokenizers):
-    rows = [(u, i, 1 + (7 * u * i) % 4989, 100 * i + u) for u in range(1, 9) for i in range(1, 13)]
+    rows = [
+        (u, i, (3, 4989, 7 * u * i)[(u + i) % 3], 100 * i + u) for u in range(1, 19) for i in range(1, 13)
+    ]
     dataset = small(toy, rows, threshold={"rating": 100})
     text = builder(dataset, tokenizers["gpt2"], "ctr").text(dataset[np.array([0])], 0)
     assert text.startswith("A user likes an item when giving it 100 or more points.\n")
@@ -499,7 +501,8 @@ def test_any_template_is_checked_or_refused(content):
 # ---------------------------------------- identity, and titles that mean harm
 
 
-def test_the_identity_of_prompts_covers_template_titles_and_words(story, tokenizers, tmp_path):
+def test_the_identity_of_prompts_covers_template_titles_and_words(toy, tokenizers):
+    story = small(toy)
     first = builder(story, tokenizers["gpt2"]).identities()
     assert builder(story, tokenizers["gpt2"]).identities() == first
     assert set(first) == {"template", "titles", "profiles", "prompt version"}
@@ -527,8 +530,8 @@ def test_a_hostile_title_is_one_short_line(toy, tokenizers, tmp_path, title):
     ]
     write_atomic(tmp_path, "toy", "item", "item_id:token title:token genre:token_seq", cells)
     dataset = small(toy)
-    prompts = builder(dataset, tokenizers["gpt2"], "ctr", show_genre=True)
-    hidden = builder(dataset, tokenizers["gpt2"], "ctr", obfuscate_titles=True)
+    prompts = builder(dataset, tokenizers["gpt2"], "ctr", show_genre=True, max_prompt_tokens=8000)
+    hidden = builder(dataset, tokenizers["gpt2"], "ctr", obfuscate_titles=True, max_prompt_tokens=8000)
     plain = len(hidden.text(dataset[np.array([0])], 0).split("\n"))
     for row in range(0, len(dataset), 7):
         text = prompts.text(dataset[np.array([row])], 0)
