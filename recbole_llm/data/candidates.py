@@ -29,8 +29,8 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
+from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import write_atomically
-from recbole_llm.utils.run_files import ROW_ID
 
 logger = logging.getLogger(__name__)
 

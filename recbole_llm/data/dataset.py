@@ -29,7 +29,7 @@ from recbole_llm.data.atomic_files import AtomicFile
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText, TextSettings, UserText
 from recbole_llm.data.retriever import RecentRetriever, Retriever
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 try:
     import resource

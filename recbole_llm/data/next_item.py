@@ -34,7 +34,7 @@ from recbole.utils import FeatureType
 from recbole_llm.data.atomic_dataset import SPLITS, setting
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, take
 from recbole_llm.data.history import HistoryIndex
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 logger = logging.getLogger(__name__)
 

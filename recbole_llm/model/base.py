@@ -24,7 +24,7 @@ from recbole_llm.config.configurator import SAVED_RUN
 from recbole_llm.config.settings import ModelSettings, adapter_config
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
 from recbole_llm.utils.causal_lm import decoder_layers
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.loader import Backbone

@@ -31,7 +31,7 @@ from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.curriculum import is_hybrid
 from recbole_llm.model.slots import build_projector, fill_slots, mean_embedding
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.loader import Backbone

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-ROW_ID = "row_id"
-"""Name of the field that numbers samples: the rank among all interactions in exact time order."""
-
 CONFIG_FILE = "config.json"
 """The configuration of a run, written before it is trained."""
 RESULT_FILE = "result.json"

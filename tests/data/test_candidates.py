@@ -28,7 +28,7 @@ from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.next_item import NextItemDataset
 from recbole_llm.data.retriever import SemanticRetriever
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 
 class Rows:

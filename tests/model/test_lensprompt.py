@@ -119,12 +119,12 @@ def test_dry_run_shows_three_prompts_with_their_scores(ctr):
 
 
 def test_without_a_lens_there_is_nothing_to_say(ctr):
-    with pytest.raises(ValueError, match="prompt: ctr_lens says the score of a lens, but lens is ~"):
+    with pytest.raises(ValueError, match="prompt: ctr_lens states the lens's score, but lens is ~"):
         run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "lens": None, "lens_config": None})
 
 
 def test_a_prompt_without_the_score_would_be_another_model(ctr):
-    with pytest.raises(ValueError, match="prompt: ctr does not say the lens's score"):
+    with pytest.raises(ValueError, match="prompt: ctr does not state the lens's score"):
         run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "prompt": "ctr"})
 
 

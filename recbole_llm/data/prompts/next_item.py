@@ -41,7 +41,7 @@ from recbole_llm.data.prompts.lines import (
     tokenize_inert,
 )
 from recbole_llm.data.retriever import Retriever, SemanticRetriever
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 _BOOL = (True, False)
 _KIND = TemplateKind(
