@@ -123,7 +123,7 @@ TABLE: dict[str, dict[str, Key]] = {
         "search": Key("choose hyper-parameters on validation samples first", Text(), optional=True, **_ONE_RUN),
         "trials": Key("settings that a search tries for each model", Whole(1), **_ONE_RUN),
         "read_test": Key("evaluate on the test samples", Flag(), llm=False),
-        "score_valid": Key("also keep the scores of the validation samples", Flag()),
+        "score_valid": Key("also keep the scores of the validation samples", Flag(), llm=False),
         "zero_shot": Key("also score the test samples with the untrained LLM", Flag()),
     },
     "samples and histories": {

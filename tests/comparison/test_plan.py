@@ -249,6 +249,13 @@ def test_side_by_side_gives_what_one_after_another_gives(settings, tmp_path):
     assert found[1]["failed"] == found[2]["failed"]
 
 
+def test_conventional_models_that_score_validation_samples_have_their_best_stack(settings):
+    models = ["DIN epochs=1", "DeepFM epochs=1"]
+    found = compared(models, settings, task="ctr", score_valid=True)
+    assert not found["failed"] and list(lines(found)) == [*models, "best conventional stack"]
+    assert any("weights DIN epochs=1 " in note and "DeepFM epochs=1 " in note for note in found["notes"])
+
+
 def test_processes_are_for_comparisons(settings):
     with pytest.raises(ValueError, match="nproc: 2 spreads the runs of a comparison"):
         quick_start.run_recbole_llm("Pop", "toy", config_dict={**settings, "nproc": 2})
