@@ -1,20 +1,20 @@
 """Repairs of RecBole 1.2.1 for today's libraries: one function each, the reason stated.
 
 Every repair is idempotent, is applied only where it is needed, and returns whether it changed anything.
-`install` applies them all; :class:`recbole_llm.config.configurator.Config` calls it first, so that no import has side
+`install` applies them all; :class:`recbole_llm.config.configurator.Config` calls it first, and so does an import of
+``recbole.quick_start`` (:mod:`recbole_llm.utils.quick_start_loader`), so that importing recbole_llm has no other side
 effects. Line numbers are those of the RecBole 1.2.1 wheel.
 
 What can be repaired by subclassing is not patched here but in :mod:`recbole_llm.config.configurator`:
 ``CUDA_VISIBLE_DEVICES`` overwritten, the forced ``data_path`` of ml-100k, `eval` of the command line, reading
-another program's ``sys.argv``, module-wide lists and yaml loaders changed by every Config. Two more are
-avoided by never calling the code: ``get_flops`` (utils/utils.py:262 deep-copies the model, and thop needs
-distutils, which left Python in 3.12) and ``recbole.quick_start`` (imports ray).
+another program's ``sys.argv``, module-wide lists and yaml loaders changed by every Config.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -207,6 +207,73 @@ def popularity_counts(module: ModuleType) -> bool:
 
     changed = _wrap_method(module.Pop, "__init__", make_init)
     return _wrap_method(module.Pop, "calculate_loss", make) or changed
+
+
+class _Absent(ModuleType):
+    """Stands in for a package that is not installed, and says so when something of it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            "ray is not installed. RecBole uses it for hyper-parameter tuning only (objective_function): install it "
+            "with pip install 'ray[tune]', or search with recbole_llm's key `search` instead"
+        )
+
+
+@contextmanager
+def ray_when_used() -> Iterator[None]:
+    """Inside the block ``from ray import tune`` succeeds without ray; the first use of ``tune`` raises ImportError.
+
+    For the import of quick_start/quick_start.py, whose line 20 it is. Where ray is installed nothing changes.
+    """
+    if "ray" in sys.modules or importlib.util.find_spec("ray") is not None:
+        yield
+        return
+    absent = {name: _Absent(name) for name in ("ray", "ray.tune")}
+    absent["ray"].tune = absent["ray.tune"]
+    sys.modules.update(absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+def quick_start(module: ModuleType) -> bool:
+    """Let ``run_recbole`` run without thop, and ``load_data_and_model`` read RecBole's own checkpoints.
+
+    ``get_flops`` (utils/utils.py:262, called by quick_start/quick_start.py:141) imports thop, which needs distutils,
+    gone from Python 3.12. ``torch.load`` (quick_start/quick_start.py:250) refuses the pickled Config since torch 2.6,
+    see `checkpoint_loading`; it is imported inside the function, so the function's one call is redirected.
+    `RepairedLoader` calls this for the module.
+    """
+    if getattr(module, "recbole_llm_repair", False):
+        return False
+    original_flops, original_load = module.get_flops, module.load_data_and_model
+
+    @functools.wraps(original_flops)
+    def get_flops(*args: Any, **kwargs: Any) -> Any:
+        missing = [name for name in ("thop", "distutils") if importlib.util.find_spec(name) is None]
+        return f"unknown, {missing[0]} is not installed" if missing else original_flops(*args, **kwargs)
+
+    @functools.wraps(original_load)
+    def load_data_and_model(model_file: str | Path) -> tuple:
+        safe = torch.load
+
+        def load_once(path: str | Path, **options: Any) -> dict:
+            torch.load = safe
+            return load_recbole_checkpoint(path, **options)
+
+        torch.load = load_once
+        try:
+            return original_load(model_file)
+        finally:
+            torch.load = safe
+
+    module.get_flops, module.load_data_and_model = get_flops, load_data_and_model
+    module.recbole_llm_repair = True
+    return True
 
 
 def load_recbole_checkpoint(path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> dict:
