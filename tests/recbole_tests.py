@@ -1,7 +1,8 @@
 """Runs RecBole's own test files under the repairs, on the installed RecBole:  make recbole-tests RECBOLE=path
 
 The path is that of a checkout of RecBole 1.2.1 (tag v1.2.1). Its tests and its example data are copied to a temporary
-folder, without its package, so that the installed one is tested. Each file runs in a process of its own; the table at the end counts its tests.
+folder, without its package, so that the installed one is tested. Each file runs in a process of its own; the table at
+the end counts its tests.
 """
 
 from __future__ import annotations
@@ -43,7 +44,17 @@ def run_file(name: str, folder: Path) -> dict[str, int]:
     """Run one test file below ``folder/tests``; its counts. What fails is printed."""
     report = folder / "report.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-c", os.devnull, "--rootdir=."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "--tb=short",
+        "-c",
+        os.devnull,
+        "--rootdir=.",
+    ]
     command += ["-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}", f"tests/{name}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:

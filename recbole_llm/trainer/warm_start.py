@@ -7,7 +7,6 @@ needed only while that run is trained.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.utils.hashing import hash_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,7 @@ class PlainLora:
     @property
     def sha256(self) -> str:
         """Hash of the tensors, with their names."""
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            digest.update(name.encode() + self.tensors[name].contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors(self.tensors)
 
     def check(self, identities: dict[str, str], config) -> None:
         """Refuse another backbone; warn where this run's test rows may have tuned the LoRA.
