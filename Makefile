@@ -1,6 +1,7 @@
 # make demo    train and compare the models on a small data set, in minutes
-# make test    run all tests, two at a time  (make test ARGS="tests/test_install.py -x" runs some)
-# make lint    check the code's style
+# make test    run all tests and docstring examples, two at a time  (make test ARGS="tests/test_install.py -x" runs some)
+# make lint    check style, format and types
+# make recbole-tests RECBOLE=path    run RecBole's own tests under the repairs, from a checkout of its tag v1.2.1
 # make clean   remove what the commands above wrote, except .venv;  make distclean removes .venv too
 #
 # The first command creates .venv and installs into it; later ones start at once.
@@ -12,8 +13,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Without its dependencies, because RecBole requires an old ray that Python 3.12 cannot install and that is not used
 # here; setup.cfg lists what RecBole really needs.
-RECBOLE ?= --no-deps recbole==1.2.1
-# Added to the command of `make demo` or `make test`.
+RECBOLE_PACKAGE ?= --no-deps recbole==1.2.1
+# Added to the command of `make demo`, `make test` or `make recbole-tests`.
 ARGS ?=
 
 VENV := .venv
@@ -25,10 +26,10 @@ quoted = $(foreach word,$(1),'$(word)')
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install clean distclean
+.PHONY: help demo test lint recbole-tests install clean distclean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)
 	$(RUN) -m recbole_llm.demo $(ARGS)
@@ -38,10 +39,16 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+recbole-tests: $(STAMP)
+	@test -n "$(RECBOLE)" || { echo "Name a checkout of RecBole 1.2.1: make recbole-tests RECBOLE=path" >&2; exit 1; }
+	$(RUN) tests/recbole_tests.py "$(RECBOLE)" $(ARGS)
 
 install: $(STAMP)
 
-# The stamp is written last: an installation that was cut off is done again, as is one older than setup.cfg.
+# The stamp is written last: an interrupted installation is done again, as is one older than setup.cfg.
 # --no-warn-conflicts: where RecBole is there already, pip would report each of its unmet requirements as an error.
 $(STAMP): setup.cfg pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
@@ -60,11 +67,11 @@ $(STAMP): setup.cfg pyproject.toml
 	$(PIP_INSTALL) --quiet --upgrade pip
 	$(PIP_INSTALL) $(call quoted,$(TORCH))
 	$(PIP_INSTALL) --no-warn-conflicts --editable '.[test]'
-	$(PIP_INSTALL) $(RECBOLE)
+	$(PIP_INSTALL) $(RECBOLE_PACKAGE)
 	@touch $(STAMP)
 
 clean:
-	rm -rf build dist recbole_llm.egg-info .pytest_cache .ruff_cache .hypothesis .demo
+	rm -rf build dist recbole_llm.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .demo
 	find recbole_llm tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

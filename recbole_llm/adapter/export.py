@@ -1,6 +1,6 @@
-"""Folders on disk: the personalised adapter in our own format, and one instance's LoRA in PEFT's.
+"""Folders on disk: the personalised adapter in its own format, and one instance's LoRA in PEFT's.
 
-Our format is ``adapter_config.json`` (with a ``peft_type`` that PEFT does not know, so that PEFT and
+The own format is ``adapter_config.json`` (with a ``peft_type`` that PEFT does not know, so that PEFT and
 transformers refuse the folder instead of reading A and B as a plain LoRA) and
 ``personalized_adapter.safetensors``. Reading either never unpickles anything.
 """
@@ -29,7 +29,7 @@ PEFT_TYPE = (
 
 
 def write_personalized(config: AdapterConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Write our format.
+    """Write a personalised adapter.
 
     Args:
         config: of the adapter.
@@ -44,7 +44,7 @@ def write_personalized(config: AdapterConfig, tensors: dict[str, Tensor], folder
 
 
 def read_personalized(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read our format.
+    """Read a personalised adapter.
 
     Args:
         folder: written by :func:`write_personalized`.

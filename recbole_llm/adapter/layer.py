@@ -2,8 +2,8 @@
 
 Three pieces, all of them documented by PEFT as ways in (and as "prone to change", hence the pin
 ``peft>=0.20,<0.22``): a :class:`LoraConfig` with one field more that selects a variant, a subclass of PEFT's
-``Linear`` that knows the variant (``_register_custom_module``), and the :class:`LoraVariant` itself. PEFT
-goes on to own freezing, dtypes, devices, adapter on/off; nothing of it is replaced.
+``Linear`` that knows the variant (``_register_custom_module``), and the :class:`LoraVariant` itself.
+Freezing, dtypes, devices and switching the adapter on and off stay PEFT's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.gate import Gate, build_gate
-from recbole_llm.adapter.mixer import MIXERS
+from recbole_llm.adapter.mixer import MIXERS, Mixer
 from recbole_llm.utils.causal_lm import PROJECTIONS
 
 
@@ -167,6 +167,8 @@ class PersonalizedLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.personalization is None:
+            raise ValueError("a personalised LoRA needs the settings of its mixer and gate (personalization)")
         self.router = Router(self.personalization)
         self._register_custom_module(dict.fromkeys(PROJECTIONS, PersonalizedLinear))
 
@@ -199,8 +201,10 @@ class PersonalizedVariant(LoraVariant):
         module.name = kwargs.get("target_name", "")
         module.router = config.router
         module.last_gate = None
-        module.mixer = MIXERS[config.personalization.mixer]
-        if not hasattr(module, "lora_gate"):  # PEFT's constructor calls this: ours would come too late
+        module.mixer = MIXERS[config.router.config.mixer]
+        if not hasattr(
+            module, "lora_gate"
+        ):  # PEFT's constructor calls this before a subclass's own could add it
             module.lora_gate = nn.ModuleDict()
         # Never below float32; float64 where the whole model is float64.
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -257,13 +261,13 @@ class PersonalizedLinear(Linear):
 
     name: str
     router: Router
-    mixer: type
+    mixer: type[Mixer]
     last_gate: Tensor | None
     adapter_layer_names = (*Linear.adapter_layer_names, "lora_gate")
 
     @property
     def lora_variants(self) -> dict:
-        """PEFT's variants and ours."""
+        """PEFT's variants and the personalised one."""
         return {**super().lora_variants, ("personalization",): PersonalizedVariant}
 
     def get_delta_weight(self, adapter: str) -> Tensor:

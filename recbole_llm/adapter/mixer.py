@@ -8,9 +8,23 @@ exists.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Mixer(Protocol):
+    """What the layer needs of a mixer; ``weights`` are what the gate gives, ``[B, K]`` or ``[B, r, r]``."""
+
+    @staticmethod
+    def update(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scale: float, /) -> Tensor:
+        """``s B M(z) A x``, ``[B, T, d_out]``."""
+
+    @staticmethod
+    def fold(a: Tensor, b: Tensor, weights: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The pair ``(A', B')`` with ``B' A' = B M A`` for one instance."""
 
 
 class DiagonalMixer:
@@ -82,4 +96,9 @@ class DenseMixer:
         return matrix.squeeze(0).to(a.dtype) @ a, b
 
 
-MIXERS = {"expert": DiagonalMixer, "output": DiagonalMixer, "factor": FactorMixer, "dense": DenseMixer}
+MIXERS: dict[str, type[Mixer]] = {
+    "expert": DiagonalMixer,
+    "output": DiagonalMixer,
+    "factor": FactorMixer,
+    "dense": DenseMixer,
+}

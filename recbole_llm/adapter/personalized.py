@@ -127,7 +127,7 @@ class PersonalizedAdapter:
         Raises:
             ValueError: if no instance was set.
         """
-        z = self._router.instance
+        z = None if self._router is None else self._router.instance
         if z is None:
             raise ValueError("the gate's penalty is of a batch: call set_instance before")
         total, gates = z.new_zeros(()), self._gates().values()
@@ -268,6 +268,8 @@ class PersonalizedAdapter:
                     f"got {got}"
                 )
             z = self._checked(z)
+        else:
+            z = None
         pairs = {name: self._plain_pair(layer, z) for name, layer in self._layers.items()}
         write_plain_lora(
             pairs,
@@ -279,7 +281,7 @@ class PersonalizedAdapter:
 
     def _plain_pair(self, layer: LoraLayer, z: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
-        if self.config.mixer == "identity":
+        if z is None:  # mixer identity
             return a, b
         gate = layer.lora_gate[_NAME]
         training = gate.training

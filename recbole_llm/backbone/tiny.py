@@ -7,13 +7,14 @@ before.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from recbole_llm.utils.hashing import hash_tensors
 
 UNKNOWN, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -35,7 +36,7 @@ def tiny_tokenizer(
     """Byte-level BPE trained on ``texts``; every byte is in its alphabet, so any text can be written.
 
     Args:
-        texts: What to learn merges from, beside a few sentences of ours.
+        texts: What to learn merges from, beside a few built-in sentences.
         words: Answer words that must begin with different tokens, such as ``(" Yes", " No")``.
         vocab_size: Upper bound of the vocabulary.
 
@@ -110,8 +111,5 @@ def tiny_backbone(
         torch.manual_seed(seed)
         with torch.device("cpu"):
             model = LlamaForCausalLM(config)
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.float().numpy().tobytes())
-    return model, tokenizer, digest.hexdigest()
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    return model, tokenizer, hash_tensors(weights, tokenizer.backend_tokenizer.to_str())

@@ -235,53 +235,53 @@ def score_titles(
         ValueError: shapes, lengths or token ids that do not fit, or a model that cannot be asked this way.
     """
     shared = isinstance(tries, TitleTrie)
-    tries = [tries] if shared else list(tries)
-    if not shared and len(tries) != len(prompt_embeds):
+    trees = [tries] if isinstance(tries, TitleTrie) else list(tries)
+    if not shared and len(trees) != len(prompt_embeds):
         raise ValueError(
-            f"{len(tries)} tries for {len(prompt_embeds)} prompts: give one for each, or a single TitleTrie for all"
+            f"{len(trees)} tries for {len(prompt_embeds)} prompts: give one for each, or a single TitleTrie for all"
         )
     chained = _reads_positions_from_mask(unwrapped(model))
-    pieces = [trie.chains() if chained else trie.chunks(max_nodes) for trie in tries]
-    longest = max(int(trie.lengths.max()) for trie in tries)
+    pieces = [trie.chains() if chained else trie.chunks(max_nodes) for trie in trees]
+    longest = max(int(trie.lengths.max()) for trie in trees)
     prompts = _Prompts(model, prompt_embeds, prompt_lengths, longest)
     vocabulary = prompts.logits.shape[-1]
-    if (largest := max(int(trie.tokens.max()) for trie in tries)) >= vocabulary:
+    if (largest := max(int(trie.tokens.max()) for trie in trees)) >= vocabulary:
         raise ValueError(f"a title has token {largest}, but the model's vocabulary has {vocabulary} tokens")
 
     # One column per node, and a last one that takes whatever padding writes and that no title reads.
     device, dtype = prompts.logits.device, at_least_float32(prompts.logits.dtype)
-    width = max(trie.n_edges for trie in tries)
+    width = max(trie.n_edges for trie in trees)
     rows = torch.arange(len(prompt_embeds), device=device)[:, None]
     log_p = torch.zeros(len(rows), width + 1, dtype=dtype, device=device)
 
     def read(logits: Tensor, owners: list[np.ndarray]) -> None:
         """Writes log p of the owners' children; ``logits [B, o, V]`` are those behind the owners."""
         edges = [
-            trie.children(nodes) if len(nodes) else nodes for trie, nodes in zip(tries, owners, strict=True)
+            trie.children(nodes) if len(nodes) else nodes for trie, nodes in zip(trees, owners, strict=True)
         ]
         of = [
             np.searchsorted(nodes, trie.parents[children])
-            for trie, nodes, children in zip(tries, owners, edges, strict=True)
+            for trie, nodes, children in zip(trees, owners, edges, strict=True)
         ]
-        tokens = [trie.tokens[children] for trie, children in zip(tries, edges, strict=True)]
+        tokens = [trie.tokens[children] for trie, children in zip(trees, edges, strict=True)]
         of, tokens = _stacked(of, 0, device), _stacked(tokens, 0, device)
         values = logits[rows, of, tokens].to(dtype) - _log_normaliser(logits)[rows, of]
         log_p[rows, _stacked(edges, width, device)] = values
 
-    read(prompts.logits, [np.array([-1])] * len(tries))
+    read(prompts.logits, [np.array([-1])] * len(trees))
     computed = int(prompts.lengths.sum())
     for step in range(max(map(len, pieces))):
-        # A row that is through early goes along with padding: the batch must stay what the adapter was told.
+        # A prompt that is finished early stays in the batch as padding: the adapter has one instance per row.
         nothing = TriePiece(np.empty(0, dtype=np.int64), 0)
         now = [own[step] if step < len(own) else nothing for own in pieces]
         nodes = [piece.nodes for piece in now]
         owners = [piece.nodes[piece.n_ancestors :] for piece in now]
         size = max(map(len, nodes))
-        sees = np.broadcast_to(np.eye(size, dtype=bool), (len(tries), size, size)).copy()
-        for seen, trie, own in zip(sees, tries, nodes, strict=True):
+        sees = np.broadcast_to(np.eye(size, dtype=bool), (len(trees), size, size)).copy()
+        for seen, trie, own in zip(sees, trees, nodes, strict=True):
             seen[: len(own), : len(own)] = trie.sees(own)
-        depth = _stacked([trie.depth[own] for trie, own in zip(tries, nodes, strict=True)], 0, "cpu")
-        tokens = _stacked([trie.tokens[own] for trie, own in zip(tries, nodes, strict=True)], 0, "cpu")
+        depth = _stacked([trie.depth[own] for trie, own in zip(trees, nodes, strict=True)], 0, "cpu")
+        tokens = _stacked([trie.tokens[own] for trie, own in zip(trees, nodes, strict=True)], 0, "cpu")
         keep = _stacked([np.arange(piece.n_ancestors, len(piece.nodes)) for piece in now], 0, "cpu")
         logits = prompts.forward(tokens, depth, depth, torch.from_numpy(sees), keep)
         read(logits, owners)
@@ -289,14 +289,14 @@ def score_titles(
         prompts.forget(size)
         computed += sum(map(len, nodes)) * (len(rows) if shared else 1)
 
-    levels = [trie.levels() for trie in tries]
+    levels = [trie.levels() for trie in trees]
     for level in range(1, max(map(len, levels))):
         nodes = [own[level] if level < len(own) else own[0][:0] for own in levels]
-        above = [trie.parents[own] for trie, own in zip(tries, nodes, strict=True)]
+        above = [trie.parents[own] for trie, own in zip(trees, nodes, strict=True)]
         nodes, above = _stacked(nodes, width, device), _stacked(above, width, device)
         log_p[rows, nodes] += log_p[rows, above]
-    leaves = [torch.from_numpy(trie.leaf).to(device) for trie in tries]
-    lengths = [torch.from_numpy(trie.lengths).to(device) for trie in tries]
+    leaves = [torch.from_numpy(trie.leaf).to(device) for trie in trees]
+    lengths = [torch.from_numpy(trie.lengths).to(device) for trie in trees]
     if shared:
         leaves, lengths = leaves * len(rows), lengths * len(rows)
     return TitleScores([row[leaf] for row, leaf in zip(log_p, leaves, strict=True)], lengths, computed)
@@ -365,7 +365,7 @@ def generate_titles(
     """What the model writes behind each prompt, always taking the most likely token.
 
     This does not go through the model's ``generate``, which fills in what the model's own
-    ``generation_config`` says (sampling, repetition penalties, suppressed tokens, other stops).
+    ``generation_config`` holds (sampling, repetition penalties, suppressed tokens, other stops).
 
     Args:
         model: As in ``score_titles``.
@@ -497,8 +497,8 @@ class _Prompts:
 
         window = getattr(self._config, "sliding_window", None)
         kinds = getattr(self._config, "layer_types", None)
-        slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-        if not slides or int(places.max()) < window:
+        slides = kinds is None or "sliding_attention" in kinds
+        if window is None or not slides or int(places.max()) < window:
             return four(mask)
         near = mask & (key_places[:, None, :] > places[:, :, None] - window)
         if kinds is None:

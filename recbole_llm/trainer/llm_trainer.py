@@ -38,7 +38,8 @@ from recbole_llm.trainer.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from recbole_llm.trainer.score_cache import KeptScores, hash_of
+from recbole_llm.trainer.score_cache import KeptScores
+from recbole_llm.utils.hashing import hash_tensors
 from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
 
 logger = logging.getLogger(__name__)
@@ -329,7 +330,7 @@ class LLMTrainer(Trainer):
     def _kept(self, eval_data) -> Iterator[KeptScores]:
         """Keep the scores of an evaluation: with the same weights and samples it resumes where it was interrupted."""
         texts = [f"{key} {value}" for key, value in self.identities.items()]
-        identity = hash_of(self.model.trained_state(), *texts, eval_data._dataset.content_hash())
+        identity = hash_tensors(self.model.trained_state(), *texts, eval_data._dataset.content_hash())
         file = self.scores_folder / f"{identity[:32]}.safetensors"
         with KeptScores(file, identity, self.model.counts, self.checkpoint_seconds) as kept:
             self.model.kept_scores = kept

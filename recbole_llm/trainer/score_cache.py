@@ -7,12 +7,11 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -86,16 +85,6 @@ class KeptScores:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self.file, self._scores, {"identity": self.identity, "costs": self._costs})
         self._unsaved, self._saved_at = 0, time.monotonic()
-
-
-def hash_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
-    """Sha256 of named tensors and of texts."""
-    digest = hashlib.sha256("\n".join(texts).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(
-            name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
 
 
 def batch_key(*columns: Tensor) -> str:

@@ -7,7 +7,6 @@ only while that run is trained.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.utils.hashing import hash_tensors
 from recbole_llm.utils.run_files import BEST_FILE, CONFIG_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,7 @@ class PlainLora:
     @property
     def sha256(self) -> str:
         """Hash of the tensors, with their names."""
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            digest.update(name.encode() + self.tensors[name].contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors(self.tensors)
 
     def check(self, identities: dict[str, str], eval_args: dict) -> None:
         """Refuse another backbone; warn where this run's test samples may have tuned the LoRA.

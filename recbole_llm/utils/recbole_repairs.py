@@ -1,20 +1,20 @@
 """Repairs of RecBole 1.2.1 for today's libraries: one function each, the reason stated.
 
 Every repair is idempotent, is applied only where it is needed, and returns whether it changed anything.
-`install` applies them all; :class:`recbole_llm.config.configurator.Config` calls it first, so that no import has side
+`install` applies them all; :class:`recbole_llm.config.configurator.Config` calls it first, and so does an import of
+``recbole.quick_start`` (:mod:`recbole_llm.utils.quick_start_loader`), so that importing recbole_llm has no other side
 effects. Line numbers are those of the RecBole 1.2.1 wheel.
 
 What can be repaired by subclassing is not patched here but in :mod:`recbole_llm.config.configurator`:
 ``CUDA_VISIBLE_DEVICES`` overwritten, the forced ``data_path`` of ml-100k, `eval` of the command line, reading
-another program's ``sys.argv``, module-wide lists and yaml loaders changed by every Config. Two more are
-avoided by never calling the code: ``get_flops`` (utils/utils.py:262 deep-copies the model, and thop needs
-distutils, which left Python in 3.12) and ``recbole.quick_start`` (imports ray).
+another program's ``sys.argv``, module-wide lists and yaml loaders changed by every Config.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -53,14 +53,14 @@ def _wrap_method(owner: type, name: str, make: Callable[[Callable], Callable]) -
     original = owner.__dict__[name]
     if getattr(original, "recbole_llm_repair", False):
         return False
-    repaired = functools.wraps(original)(make(original))
+    repaired: Any = functools.wraps(original)(make(original))
     repaired.recbole_llm_repair = True
     setattr(owner, name, repaired)
     return True
 
 
 def supported_versions() -> bool:
-    """Refuse pandas 3, and say so where RecBole is not the version that was tested.
+    """Refuse pandas 3, and warn where RecBole is not the version that was tested.
 
     pandas 3 copies on write: ``feat[field].fillna(inplace=True)`` (data/dataset/dataset.py:501, 648, 650) has
     no effect, the padding row stays NaN and becomes a huge negative index; ``Series.agg(len)``
@@ -152,7 +152,7 @@ def anomaly_detection() -> bool:
     else:
         with anomaly_detection_kept():
             importlib.import_module(package)
-    sys.modules[package]._recbole_llm_anomaly_repaired = True
+    vars(sys.modules[package])["_recbole_llm_anomaly_repaired"] = True
     return True
 
 
@@ -167,13 +167,13 @@ def checkpoint_loading(module: ModuleType | None = None) -> bool:
 
     Warning:
         Reading such a file runs the code pickled in it. They are local files that RecBole wrote in this or an
-        earlier run; do not load one that came from somebody else. Our own models' checkpoints are safetensors
+        earlier run; do not load one from an untrusted source. Checkpoints of the built-in models are safetensors
         files.
     """
-    module = module or importlib.import_module("recbole.trainer.trainer")
-    if getattr(module, "torch", None) is not torch:
+    names = vars(module or importlib.import_module("recbole.trainer.trainer"))
+    if names.get("torch") is not torch:
         return False
-    module.torch = ModuleView(torch, load=load_recbole_checkpoint)
+    names["torch"] = ModuleView(torch, load=load_recbole_checkpoint)
     return True
 
 
@@ -195,7 +195,7 @@ def popularity_counts(module: ModuleType) -> bool:
     """Let Pop count every interaction, and positive ones only.
 
     ``item_cnt[item] = item_cnt[item] + 1`` (general_recommender/pop.py:44) adds one to an item however often it comes
-    in a batch, and sampled negatives come in the same batches: with 2,048 rows per batch popular items are all alike.
+    in a batch, and sampled negatives come in the same batches: with 2,048 samples per batch popular items are alike.
     """
 
     def make_init(original: Callable) -> Callable:
@@ -220,6 +220,72 @@ def popularity_counts(module: ModuleType) -> bool:
 
     changed = _wrap_method(module.Pop, "__init__", make_init)
     return _wrap_method(module.Pop, "calculate_loss", make) or changed
+
+
+class _Absent(ModuleType):
+    """Stands in for a package that is not installed; using anything of it raises ImportError."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            "ray is not installed. RecBole uses it for hyper-parameter tuning only (objective_function): install it "
+            "with pip install 'ray[tune]', or search with recbole_llm's key `search` instead"
+        )
+
+
+@contextmanager
+def ray_when_used() -> Iterator[None]:
+    """Inside the block ``from ray import tune`` succeeds without ray; the first use of ``tune`` raises ImportError.
+
+    For the import of quick_start/quick_start.py, whose line 20 it is. Where ray is installed nothing changes.
+    """
+    if "ray" in sys.modules or importlib.util.find_spec("ray") is not None:
+        yield
+        return
+    absent = {name: _Absent(name) for name in ("ray", "ray.tune")}
+    vars(absent["ray"])["tune"] = absent["ray.tune"]
+    sys.modules.update(absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+def quick_start(module: ModuleType) -> bool:
+    """Let ``run_recbole`` run without thop, and ``load_data_and_model`` read RecBole's own checkpoints.
+
+    ``get_flops`` (utils/utils.py:262, called by quick_start/quick_start.py:141) imports thop, which needs distutils,
+    gone from Python 3.12. ``torch.load`` (quick_start/quick_start.py:250) refuses the pickled Config since torch 2.6,
+    see `checkpoint_loading`; it is imported inside the function, so the function's one call is redirected.
+    `RepairedLoader` calls this for the module.
+    """
+    if getattr(module, "recbole_llm_repair", False):
+        return False
+    original_flops, original_load = module.get_flops, module.load_data_and_model
+
+    @functools.wraps(original_flops)
+    def get_flops(*args: Any, **kwargs: Any) -> Any:
+        missing = [name for name in ("thop", "distutils") if importlib.util.find_spec(name) is None]
+        return f"unknown, {missing[0]} is not installed" if missing else original_flops(*args, **kwargs)
+
+    @functools.wraps(original_load)
+    def load_data_and_model(model_file: str | Path) -> tuple:
+        safe = torch.load
+
+        def load_once(path: str | Path, **options: Any) -> dict:
+            torch.load = safe
+            return load_recbole_checkpoint(path, **options)
+
+        torch.load = load_once
+        try:
+            return original_load(model_file)
+        finally:
+            torch.load = safe
+
+    vars(module).update(get_flops=get_flops, load_data_and_model=load_data_and_model, recbole_llm_repair=True)
+    return True
 
 
 def load_recbole_checkpoint(path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> dict:
@@ -266,12 +332,12 @@ def download_barrier() -> bool:
         if distributed.is_available() and distributed.is_initialized():
             return distributed.barrier(*args, **kwargs)
 
-    module.torch = ModuleView(torch, distributed=ModuleView(torch.distributed, barrier=barrier))
+    vars(module)["torch"] = ModuleView(torch, distributed=ModuleView(torch.distributed, barrier=barrier))
     return True
 
 
 def download_error() -> bool:
-    """Say which folder is missing where RecBole cannot download a dataset, and leave no empty folder behind.
+    """Name the missing folder where RecBole cannot download a dataset, and leave no empty folder behind.
 
     Dataset._download (data/dataset/dataset.py:225) creates the folder first; when the network fails, the user
     sees a URLError, and the next run "File ... not exist".
@@ -297,7 +363,7 @@ def download_error() -> bool:
 
 
 def _sorts_by_time(dataset: Any) -> bool:
-    """Whether RecBole will sort this dataset by time. Ours are left alone: they keep exact times."""
+    """Whether RecBole will sort this dataset by time. Built-in ones are left alone: they keep exact times."""
     return (
         not type(dataset).__module__.startswith("recbole_llm.")
         and dataset.config["benchmark_filename"] is None
@@ -314,7 +380,7 @@ def exact_time_order() -> bool:
     order within such a step. On ml-100k 908 of 943 users get a wrong order (83 with ``normalize_all``).
     Rounding is monotone and RecBole's own sort is stable, so an exact stable sort of the DataFrame beforehand
     is enough for every order within a user and for datasets without augmentation. Sequential datasets are cut
-    by user first; their rows are put in exact global order again, so that a split in time is exact across
+    by user first; their samples are put in exact global order again, so that a split in time is exact across
     users too. Random order (RO) and given splits stay as they are.
     """
     from recbole.data.dataset import Dataset, SequentialDataset
@@ -364,13 +430,13 @@ def no_tensorboard() -> Iterator[None]:
     RecBole's Trainer opens one in the working folder without an option (trainer/trainer.py:124). A lens's training is a
     part of a run, and its scalars would mix with the run's own. Not among `REPAIRS`: it is used where it is wanted.
     """
-    module = importlib.import_module("recbole.trainer.trainer")
-    original = module.get_tensorboard
-    module.get_tensorboard = lambda logger: _NoTensorBoard()
+    names = vars(importlib.import_module("recbole.trainer.trainer"))
+    original = names["get_tensorboard"]
+    names["get_tensorboard"] = lambda logger: _NoTensorBoard()
     try:
         yield
     finally:
-        module.get_tensorboard = original
+        names["get_tensorboard"] = original
 
 
 def quiet_warnings() -> bool:

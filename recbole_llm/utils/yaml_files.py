@@ -11,7 +11,7 @@ import yaml
 
 
 def properties_dir() -> Path:
-    """The folder of our yaml files: in the package when installed, beside it in a checkout."""
+    """The folder of this package's yaml files: in the package when installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "properties"
     return installed if (installed / "overall.yaml").is_file() else package.parent / "properties"

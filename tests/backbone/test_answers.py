@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -171,6 +171,43 @@ def test_answer_words_with_the_same_first_token_are_refused():
         answer_token_ids(bare_tokenizer(), ["Yes", "Yeah"])
     with pytest.raises(ValueError, match="same token"):
         answer_token_ids(bare_tokenizer(), ["No", "No"])
+
+
+def llama2_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: a blank before every text that stands alone, then one before each word."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["Answer: Yes No Will the viewer like it? Nothing"] * 9, trainer)
+    tokenizer.pre_tokenizer = None
+    blank = "\u2581"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def test_answers_are_tokenised_behind_the_question():
+    tokenizer = llama2_tokenizer()
+    assert [tokenizer.tokenize(word)[0] for word in WORDS] == ["\u2581", "\u2581"]  # alone: a blank each
+    question = "\nWill the viewer like it? Answer:"
+    for behind in (question, tokenizer.encode(question, add_special_tokens=False)):
+        ids = answer_token_ids(tokenizer, WORDS, behind=behind)
+        assert tokenizer.convert_ids_to_tokens(ids) == ["\u2581Yes", "\u2581No"]
+        assert ids == [tokenizer.encode(f"{question}{word}")[-1] for word in WORDS]
+    with pytest.raises(ValueError, match="begin with the same token"):
+        answer_token_ids(tokenizer, [" No", " No No"], behind=question)
+
+
+def test_byte_level_tokens_are_the_same_behind_a_question(tiny):
+    alone = answer_token_ids(tiny.tokenizer, WORDS)
+    assert answer_token_ids(tiny.tokenizer, WORDS, behind="\nWill the user like it? Answer:") == alone
+
+
+def test_an_answer_that_joins_the_end_of_the_question_is_logged(caplog):
+    assert answer_token_ids(bare_tokenizer(), ["es", "o"], behind="Y") == [1, 6]
+    assert "joins the end of the prompt 'Y' and the answer word 'es' into one token 'Ye'" in caplog.text
 
 
 def test_answer_words_of_several_tokens_use_the_first(caplog):

