@@ -516,7 +516,7 @@ def _sentences(
 
     return [
         sentence(
-            found | {side: lines[found[side]]["label"] for side in "ab"},
+            dict(found) | {side: lines[found[side]]["label"] for side in "ab"},
             one_seed=len(lines[found["a"]]["seeds"]) == 1,
             chance=expected if at_chance(found["a"]) and at_chance(found["b"]) else None,
         )

@@ -87,10 +87,10 @@ def _regression() -> LogisticRegression:
 
 def _logits(columns: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
     """``[samples, models]``"""
-    columns = np.asarray(columns, np.float64)
-    outside = ((columns < 0) | (columns > 1)).any(axis=1)
+    values = np.asarray(columns, np.float64)
+    outside = ((values < 0) | (values > 1)).any(axis=1)
     if outside.any():
         place = int(outside.argmax())
         name = names[place] if len(names) > place else f"column {place}"
         raise UndefinedMetric(f"{name}: the scores are no probabilities, so they cannot be stacked")
-    return np.clip(logit(columns), -LARGEST_LOGIT, LARGEST_LOGIT).T
+    return np.clip(logit(values), -LARGEST_LOGIT, LARGEST_LOGIT).T

@@ -89,13 +89,13 @@ class Key:
 
 
 # What several entries have in common.
-_RUN = {"llm": False, "affects_result": False}
-_ONE_RUN = {**_RUN, "run_only": True}
-_SHARED = {"llm": False, "shared": True}
-_CTR = {"tasks": ("ctr",)}
-_RANKING = {"tasks": ("next_item",)}
-_ADAPTER = {"passed_to": "none"}
-_TRAINING = {"llm": False, "passed_to": "llm"}
+_RUN: dict[str, Any] = {"llm": False, "affects_result": False}
+_ONE_RUN: dict[str, Any] = {**_RUN, "run_only": True}
+_SHARED: dict[str, Any] = {"llm": False, "shared": True}
+_CTR: dict[str, Any] = {"tasks": ("ctr",)}
+_RANKING: dict[str, Any] = {"tasks": ("next_item",)}
+_ADAPTER: dict[str, Any] = {"passed_to": "none"}
+_TRAINING: dict[str, Any] = {"llm": False, "passed_to": "llm"}
 
 TABLE: dict[str, dict[str, Key]] = {
     "run": {

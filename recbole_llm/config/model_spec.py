@@ -15,6 +15,8 @@ from recbole.utils import InputType, ModelType
 
 from recbole_llm.config.keys import Key
 
+LearnsFrom = Literal["labels", "pairs", "next_item", "interactions", "loss_type"]
+
 
 def _never(config: Mapping[str, Any]) -> bool:
     return False
@@ -49,7 +51,7 @@ class ModelSpec:
     tasks: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     keys: Mapping[str, Key] = field(default_factory=dict)
-    learns_from: Literal["labels", "pairs", "next_item", "interactions", "loss_type"] = "labels"
+    learns_from: LearnsFrom = "labels"
     probability: bool = False
     gate_scopes: tuple[Literal["user_item", "user"], ...] = ()
     lens_retrieval: str | None = None
@@ -115,6 +117,7 @@ def spec_of(model_class: type) -> ModelSpec:
         return declared
     input_type = getattr(model_class, "input_type", None)
     model_type = getattr(model_class, "type", None)
+    learns_from: LearnsFrom
     if model_type == ModelType.TRADITIONAL or input_type == InputType.LISTWISE:
         learns_from = "interactions"
     elif input_type == InputType.POINTWISE or model_type in (ModelType.CONTEXT, ModelType.DECISIONTREE):

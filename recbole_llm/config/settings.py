@@ -21,7 +21,7 @@ class Settings:
     @classmethod
     def from_config(cls: type[S], config: Mapping[str, Any]) -> S:
         """The group, from the keys of its fields' names."""
-        return cls(**{field.name: config[field.name] for field in fields(cls)})
+        return cls(**{field.name: config[field.name] for field in fields(cls)})  # type: ignore[arg-type]  # subclasses are dataclasses
 
 
 @dataclass(frozen=True)

@@ -206,13 +206,13 @@ class AtomicDataset(SequentialDataset):
         parts = [[part for part in cell.split(separator) if part] for cell in cells]
         if kind is FeatureType.TOKEN_SEQ:
             return [np.array(part) for part in parts], kind
-        values = []
+        lists: list[np.ndarray] = []
         for row, part in enumerate(parts):
             try:
-                values.append(np.array([float(number) for number in part]))
+                lists.append(np.array([float(number) for number in part]))
             except ValueError:
                 raise ValueError(f"{file.where(row, column)} is not a list of numbers") from None
-        return values, kind
+        return lists, kind
 
     def _is_list(self, column: str) -> bool:
         """Whether a column of the interactions holds a list per line."""

@@ -260,7 +260,7 @@ def read_atomic(path: Path, separator: str = "\t", encoding: str | None = None) 
         numbers = np.arange(2, 2 + len(lines), dtype=np.int64)
     else:
         rows, numbers = _checked_records(path, lines, separator, list(types))
-        columns = list(zip(*rows, strict=True)) if rows else [()] * width
+        columns = [list(cells) for cells in zip(*rows, strict=True)] if rows else [[]] * width
     table = pd.DataFrame(
         {name: pd.Series(cells, dtype=object) for name, cells in zip(types, columns, strict=True)}
     )

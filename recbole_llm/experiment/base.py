@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from recbole.data.dataset import Dataset
@@ -43,7 +43,7 @@ class Experiment(ABC):
 
     parts: Assembly
     trainer: Trainer
-    keeps_rows: ClassVar[bool] = True
+    keeps_rows: bool = True
 
     def __init__(self, parts: Assembly, trainer: Trainer, folder: Path) -> None:
         self.parts, self.trainer, self.folder = parts, trainer, folder
@@ -65,12 +65,12 @@ class Experiment(ABC):
 
     @classmethod
     @abstractmethod
-    def describe(cls, parts: Assembly) -> str:
+    def describe(cls, parts: Any) -> str:
         """What a run would do, for ``dry_run``."""
 
     @classmethod
     @abstractmethod
-    def load_trained(cls, parts: Assembly, folder: Path) -> None:
+    def load_trained(cls, parts: Any, folder: Path) -> None:
         """Put the trained weights of a finished run into ``parts.model``.
 
         Raises:
@@ -110,7 +110,10 @@ class Experiment(ABC):
             self.parts.valid_data, load_best_model=False, show_progress=self.config["show_progress"]
         )
         columns = self._columns("valid")
-        write_atomically(self.folder / VALID_ROWS_FILE, lambda file: np.savez_compressed(file, **columns))
+        write_atomically(
+            self.folder / VALID_ROWS_FILE,
+            lambda file: np.savez_compressed(file, **columns),  # type: ignore[arg-type]
+        )
 
     def _columns(self, split: str) -> dict[str, np.ndarray]:
         """The columns of the last evaluation, which was of ``split``; users and items as the dataset's tokens."""

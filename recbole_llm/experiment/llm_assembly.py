@@ -100,6 +100,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
             return lens.to(config["device"])
 
     candidates = None
+    prompts: PromptBuilder | TitlePromptBuilder
     if config["task"] == "ctr":
         prompts, lens = _ctr_prompts(config, splits, backbone, train_lens, seconds)
     else:

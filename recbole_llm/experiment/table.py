@@ -35,7 +35,7 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
         body = [[r["name"], *(_number(r["metrics"]["test"].get(key)) for key in columns)] for r in results]
         return _layout([["model", *columns], *body])
 
-    main, columns = "auc", ("logloss", "acc", "gauc")
+    main, columns = "auc", ["logloss", "acc", "gauc"]
     if "candidates" in results[0]["rows"]:
         known = next(iter(results[0]["intervals"]["models"].values()))
         main, *columns = (metric for metric in _RANK_COLUMNS if metric in known)
