@@ -267,6 +267,22 @@ def test_the_chat_template_wraps_the_same_text(story, tokenizers):
     (ids,), (inner,) = chat.encode(row).input_ids, plain.encode(row).input_ids
     assert tokenizer.decode(ids) == chat.text(row, 0)
     assert np.isin(ids, [1, 2]).sum() == 3 and "".join(map(str, inner)) in "".join(map(str, ids))
+    # What the answer is tokenised behind: the end of the prompt.
+    assert isinstance(plain.before_answer, str) and body.endswith(plain.before_answer)
+    assert ids[-len(chat.before_answer) :].tolist() == chat.before_answer.tolist()
+
+
+def test_a_chat_template_that_can_think_does_not(story, tokenizers):
+    """Qwen3's generation prompt ends with an empty thought where ``enable_thinking`` is False."""
+    dataset = story()
+    tokenizer = train_tokenizer("smollm2", dataset.item_texts())
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    chat = builder(dataset, tokenizer, TEMPLATE, chat_template=True)
+    assert chat.text(row_of(dataset, "1", "4"), 0).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 # ---------------------------------------- length
