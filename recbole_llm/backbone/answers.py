@@ -132,13 +132,37 @@ def answer_logits(model: nn.Module, inputs: Tensor, lengths: Tensor, token_ids: 
         raise ValueError(
             f"lengths must lie between 1 and the batch's width {inputs.shape[1]}, got {lengths.tolist()}"
         )
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return logits_at(model, inputs, rows, lengths - 1, token_ids)
+
+
+def logits_at(
+    model: nn.Module,
+    inputs: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    token_ids: Sequence[int],
+    **attention: Tensor,
+) -> Tensor:
+    """Logits of the answer words behind some tokens of a batch: any number of each sequence.
+
+    Args:
+        model: as of :func:`answer_logits`.
+        inputs: token ids [B, T] or input embeddings [B, T, d], right-padded.
+        rows, places: [n], the sequence and the token in it that each answer follows.
+        token_ids: The answers' tokens.
+        attention: ``attention_mask`` [B, 1, T, T] bool and ``position_ids`` [B, T], where causal attention is not
+            exact.
+
+    Returns:
+        [n, len(token_ids)] float32; differentiable.
+    """
     device = (
         model.get_input_embeddings().weight.device
         if hasattr(model, "get_input_embeddings")
         else inputs.device
     )
-    inputs, last = inputs.to(device), (lengths - 1).to(device)
-    rows = torch.arange(len(last), device=device)
+    inputs, rows, places = inputs.to(device), rows.to(device), places.to(device)
     answers = torch.as_tensor(list(token_ids), device=device)
 
     def gather(hidden: Tensor) -> Tensor:
@@ -147,7 +171,7 @@ def answer_logits(model: nn.Module, inputs: Tensor, lengths: Tensor, token_ids: 
                 f"the model's head sees {list(hidden.shape)} states for inputs {list(inputs.shape)}: "
                 "models that add or drop positions (prompt tuning) cannot be read here"
             )
-        return hidden[rows.to(hidden.device), last.to(hidden.device)].unsqueeze(1)  # [B, 1, d]
+        return hidden[rows.to(hidden.device), places.to(hidden.device)].unsqueeze(1)  # [n, 1, d]
 
     def finish(hidden: Tensor, output: Tensor) -> Tensor:
         if type(head) is not nn.Linear:  # adapted or packed head: its own output, all words, is the truth
@@ -157,7 +181,8 @@ def answer_logits(model: nn.Module, inputs: Tensor, lengths: Tensor, token_ids: 
             return functional.linear(hidden.float(), head.weight[answers].float(), bias)
 
     with _replaced_head(model, gather, finish) as head:
-        given = {"inputs_embeds" if embedded else "input_ids": inputs}
+        given = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
+        given |= {name: tensor.to(device) for name, tensor in attention.items()}
         return model(**given, use_cache=False, return_dict=True).logits[:, 0].float()
 
 

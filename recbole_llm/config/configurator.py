@@ -32,6 +32,7 @@ from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_llm.config.keys import KEYS, RECBOLE_KEYS, check_values
+from recbole_llm.config.layout import check_stream, layout_defaults
 from recbole_llm.registry import CONVENTIONAL_MODELS, get_model, is_own, nearest, recbole_models
 from recbole_llm.utils import recbole_repairs
 from recbole_llm.utils.yaml_files import PROPERTIES, RECBOLE_PROPERTIES, YamlLoader, load_yaml
@@ -330,6 +331,8 @@ class Config(RecBoleConfig):
             internal.update(of_task)
             model_file = PROPERTIES / "model" / f"{model}.yaml"
             internal.update(load_yaml(model_file) if model_file.is_file() else {})
+            layout = self.external_config_dict.get("layout", internal["layout"])
+            internal.update(layout_defaults(layout, model))
             internal.update(of_dataset)
             internal.update(of_preset)
             return
@@ -505,6 +508,14 @@ class Config(RecBoleConfig):
         task = getattr(self.model_class, "task", "ctr")
         if final["task"] != task:
             raise ValueError(f"{said('task')}: {self.model} needs task: {task}")
+        check_stream(final, said)
+        if final["few_shot"] == 0:
+            final["epochs"] = 0
+        layers = final["lora_layers"]
+        if layers is not None and (len(layers) != 2 or layers[0] > layers[1]):
+            raise ValueError(
+                f"{said('lora_layers')} must be the first and the last adapted layer, e.g. [10, 29]"
+            )
         if task == "next_item":
             self._check_next_item(final)
         elif final["gate"] == "token":

@@ -184,7 +184,8 @@ KEYS: dict[str, Key] = {
     "output_dir": Key("folder of the run's results", Text(), optional=True, llm=False),
     "dry_run": Key("build everything, train nothing", Flag(), llm=False),
     "resume": Key("run folder or checkpoint to continue", Flag(), Text(), optional=True, llm=False),
-    "few_shot": Key("training rows for the LLM", Whole(1), Share(), Choice("auto"), optional=True, llm=False),
+    "few_shot": Key("training rows for the LLM", Whole(0), Share(), Choice("auto"), optional=True, llm=False),
+    "few_shot_by": Key("what few_shot draws", Choice("sample", "user"), llm=False),
     "train_rows": Key("rows that a conventional model learns from", Choice("all", "few_shot"), llm=False),
     "eval_rows": Key("bound on validation and on test rows", Whole(1), Choice("auto"), optional=True, llm=False),
     "compare_with": Key("further models on the same rows", ListOf(Text()), Text(), optional=True, llm=False),
@@ -212,6 +213,11 @@ KEYS: dict[str, Key] = {
     "text_retrieval": Key("how they are chosen", Choice("recent", "semantic", "mixed")),
     "mixed_training": Key("train each row with recent and with retrieved text", Flag()),
     "semantic_vectors": Key("item vectors of semantic retrieval", Choice("backbone", "lens")),
+    # streams
+    "layout": Key("a prompt per sample, or a user's interactions in one stream", Choice("prompt", "stream")),
+    "stream_lead": Key("earlier interactions before a training chunk's first target", Whole(0)),
+    "stream_context": Key("earlier interactions before an evaluation chunk's first target", Whole(0)),
+    "rating_scale": Key("all values that a rating may have", ListOf(Number()), optional=True),
     # next item: rows, candidates, scoring
     "min_rating": Key("interactions rated lower are removed", Number(), optional=True, llm=False),
     "user_split": Key("shares of users for train, valid, test", ListOf(Number(0)), optional=True, llm=False),
@@ -229,6 +235,7 @@ KEYS: dict[str, Key] = {
     "max_new_tokens": Key("longest answer written", Whole(1)),
     # language model and prompt
     "backbone": Key("the language model", Text()),
+    "backbone_layers": Key("use only the first so many layers", Whole(1), optional=True),
     "quantization": Key("keep the backbone's weights in few bits", Choice("8bit", "4bit"), optional=True),
     "gradient_checkpointing": Key("recompute activations to save memory", Flag()),
     "torch_compile": Key("compile the decoder layers", Flag()),
@@ -251,6 +258,7 @@ KEYS: dict[str, Key] = {
     "lora_alpha": Key("scale of the update is lora_alpha over rank", POSITIVE),
     "lora_dropout": Key("dropout before the adapter", PROBABILITY),
     "target_modules": Key("names of the adapted projections", ListOf(Text())),
+    "lora_layers": Key("first and last adapted layer", ListOf(Whole(0)), optional=True),
     "lora_from": Key("finished run whose A and B are loaded and frozen", Text(), optional=True),
     "gate_inputs": Key("what the gate reads of the lens", Choice("state", "state_and_logit")),
     "gate_balance": Key("weight of the loss for unequal use of experts", Number(0)),

@@ -30,10 +30,11 @@ from recbole_llm.backbone.loader import Backbone, load_backbone
 from recbole_llm.backbone.store import default_cache_dir
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.candidates import CandidateDataLoader, CandidateSet, draw_candidates
-from recbole_llm.data.dataset import HistoryDataset, draw_rows
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, draw_rows
 from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
 from recbole_llm.data.prompts.lines import item_token_ids
 from recbole_llm.data.prompts.next_item import TitlePromptBuilder, load_title_prompt_config
+from recbole_llm.data.prompts.stream import StreamPrompts, load_stream_config
 from recbole_llm.data.retriever import (
     CategoryRetriever,
     MixedRetriever,
@@ -42,9 +43,11 @@ from recbole_llm.data.retriever import (
     SemanticRetriever,
     ShuffledRetriever,
 )
+from recbole_llm.data.streams import StreamLoader, draw_by_user, interactions_at
 from recbole_llm.lens.fit import fit_lens
 from recbole_llm.lens.lens import Lens
 from recbole_llm.model.base import LLMRecommender
+from recbole_llm.model.stream_ctr import streamed
 from recbole_llm.registry import create_dataset, get_model
 from recbole_llm.trainer.warm_start import read_plain_lora
 from recbole_llm.utils.files import locked, write_atomically
@@ -106,7 +109,7 @@ class Assembly:
     full_train: HistoryDataset
     backbone: Backbone
     lens: Lens | None
-    prompts: PromptBuilder | TitlePromptBuilder
+    prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts
     model: LLMRecommender
     candidates: dict[str, CandidateSet] | None
     item_counts: np.ndarray
@@ -242,6 +245,10 @@ def prepare_rows(config: Config) -> Rows:
     full_train, full_valid, full_test = dataset.build()
     train = few_shot_rows(config, full_train)
     valid, test = (bounded(config, rows, name) for rows, name in ((full_valid, "valid"), (full_test, "test")))
+    if config["layout"] == "stream":  # samples of one chunk in one evaluation batch
+        valid, test = (
+            rows.subset(np.argsort(rows.inter_feat[HISTORY_END].numpy())) for rows in (valid, test)
+        )
     sizes = {
         "all": len(full_train) + len(full_valid) + len(full_test),
         "train": len(full_train),
@@ -260,6 +267,15 @@ def few_shot_rows(config: Config, full_train: HistoryDataset) -> HistoryDataset:
     if config.origins.get("few_shot") is None and isinstance(few_shot, int) and few_shot > len(full_train):
         logger.info("few_shot: all %d training rows; the default is %d", len(full_train), few_shot)
         few_shot = config["few_shot"] = len(full_train)
+    if few_shot == 0:
+        if not config.is_own:
+            raise ValueError(
+                f"few_shot: 0 leaves {config['model']} nothing to learn from; set train_rows: all"
+            )
+        return full_train.subset(np.array([], dtype=np.int64))
+    if config["few_shot_by"] == "user" and few_shot is not None:
+        users = full_train.inter_feat[full_train.uid_field].numpy()
+        return full_train.subset(draw_by_user(users, few_shot, config["seed"]))
     return full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
 
 
@@ -298,6 +314,7 @@ def assemble(
             cache_dir=cache_folder(config),
             texts=rows.dataset.item_texts(),
             seed=config["seed"],
+            layers=config["backbone_layers"],
         )
 
     def train_lens() -> Lens | None:
@@ -327,7 +344,9 @@ def assemble(
 
     train = rows.train.mixed() if config["mixed_training"] else rows.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
-    model = get_model(config["model"])(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
+    streams = config["layout"] == "stream"
+    model_class = streamed(get_model(config["model"])) if streams else get_model(config["model"])
+    model = model_class(config, rows.train, backbone=backbone, prompts=prompts, lens=lens)
     model.to(config["device"])
     identities = {
         "model": config["model"],
@@ -353,7 +372,9 @@ def assemble(
         model=model,
         candidates=candidates,
         item_counts=item_counts(rows.full_train),
-        train_data=TrainDataLoader(config, train, None, shuffle=True),
+        train_data=StreamLoader(config, train, prompts.cutter)
+        if streams
+        else TrainDataLoader(config, train, None, shuffle=len(train) > 0),
         valid_data=eval_loader(config, rows.dataset, rows.valid, candidates and candidates["valid"], "valid"),
         test_data=eval_loader(config, rows.dataset, rows.test, candidates and candidates["test"], "test"),
         sizes=rows.sizes,
@@ -373,13 +394,24 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
     """Prompts and lens of the labelled task; either may need vectors of the other for semantic retrieval."""
     dataset = rows.dataset
     with stage(seconds, "backbone"):
-        prompts = PromptBuilder(
-            dataset,
-            backbone.tokenizer,
-            template(config, load_prompt_config),
-            max_prompt_tokens=config["max_prompt_tokens"],
-            retriever=RecentRetriever(dataset.history, config["text_history_length"]),
-        )
+        if config["layout"] == "stream":
+            prompts = StreamPrompts(
+                dataset,
+                backbone.tokenizer,
+                template(config, load_stream_config),
+                max_prompt_tokens=config["max_prompt_tokens"],
+                lead=config["stream_lead"],
+                context=config["stream_context"],
+                rating_scale=config["rating_scale"],
+            )
+        else:
+            prompts = PromptBuilder(
+                dataset,
+                backbone.tokenizer,
+                template(config, load_prompt_config),
+                max_prompt_tokens=config["max_prompt_tokens"],
+                retriever=RecentRetriever(dataset.history, config["text_history_length"]),
+            )
     vectors = None
     if (config["id_retrieval"] == "semantic" or config["text_retrieval"] != "recent") and config[
         "semantic_vectors"
@@ -400,7 +432,12 @@ def _ctr_prompts(config: Config, rows: Rows, backbone: Backbone, train_lens, sec
                 f"prompt: {config['prompt']} says the score of a lens, but lens is ~; set e.g. lens: DIN, or another "
                 "prompt"
             )
-        prompts.lens_scores = lambda rows: lens.probability(rows).cpu().numpy()
+        if config["layout"] == "stream":
+            prompts.lens_scores = lambda places: (
+                lens.probability(interactions_at(dataset, places)).cpu().numpy()
+            )
+        else:
+            prompts.lens_scores = lambda rows: lens.probability(rows).cpu().numpy()
     return prompts, lens
 
 

@@ -92,6 +92,7 @@ class LLMRecommender(SequentialRecommender):
                 lora_alpha=config["lora_alpha"],
                 lora_dropout=config["lora_dropout"],
                 target_modules=config["target_modules"],
+                layers=config["lora_layers"],
                 gate=config["gate"] if self.gated else "uniform",
                 gate_dropout=config["gate_dropout"],
                 temperature=config["temperature"],
