@@ -21,6 +21,7 @@ the batch nor on which other samples are scored.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.prompts.stream import EncodedStream, EncodedStreams
 from recbole_llm.data.streams import StreamBatch, interactions_at, visible_until
 from recbole_llm.model.answer_ctr import AnswerCTR
+
+logger = logging.getLogger(__name__)
 
 CHECKED_INTERACTIONS = 512
 
@@ -114,6 +117,12 @@ class StreamCTR(AnswerCTR):
         self.register_buffer("_dislike", (~likes).nonzero().flatten(), persistent=False)
         if self.gated or self.residual:
             check_histories(dataset)
+            if config["lens_rows"] == "all" and len(dataset):
+                logger.info(
+                    "lens_rows: all: the lens was trained on the %s labels that tune the LLM, too; with "
+                    "without_few_shot it would not have seen them",
+                    f"{len(dataset):,}",
+                )
 
     def read_answers(self, tokenizer) -> list[int]:
         """The token that each answer begins with, as it reads in a line."""
