@@ -45,6 +45,7 @@ class AdapterConfig:
         share_gate: one gate for all projections instead of one for each. It is evaluated once for each
             ``set_instance``, so all projections get the same mixture, in training, too.
         seed: seed of the ``random`` gate. Everything else is drawn from torch's global generator.
+        layers: first and last decoder layer that is adapted, counted from 0; ``None``: all.
 
     Raises:
         ValueError: if a value is not possible, or two values contradict each other.
@@ -63,6 +64,7 @@ class AdapterConfig:
     top_k: int | None = None
     share_gate: bool = False
     seed: int = 0
+    layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:
@@ -91,6 +93,16 @@ class AdapterConfig:
             or not all(isinstance(m, str) for m in modules)
         ):
             raise ValueError(f"target_modules must be a non-empty list of layer names, got {modules!r}")
+        layers = self.layers
+        if layers is not None and not (
+            isinstance(layers, (list, tuple))
+            and len(layers) == 2
+            and all(isinstance(number, int) and not isinstance(number, bool) for number in layers)
+            and 0 <= layers[0] <= layers[1]
+        ):
+            raise ValueError(
+                f"layers (lora_layers) must be the first and the last adapted layer, e.g. [10, 29], got {layers!r}"
+            )
         if self.mixer == "expert" and self.r % self.num_experts:
             raise ValueError(
                 f"mixer 'expert' cuts r into num_experts equal slices, but r={self.r} is not divisible by "

@@ -109,6 +109,9 @@ def write_plain_lora(
         lora_alpha=config.scale * rank,  # PEFT scales by lora_alpha / r, which must be s
         lora_dropout=config.lora_dropout,
         target_modules=list(config.target_modules),
+        layers_to_transform=None
+        if config.layers is None
+        else list(range(config.layers[0], config.layers[1] + 1)),
         task_type="CAUSAL_LM",
         inference_mode=True,
         fan_in_fan_out=fan_in_fan_out,

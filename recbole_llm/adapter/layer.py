@@ -37,15 +37,20 @@ class Router:
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
         self.instance: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.version = torch.tensor(0, device="cpu")
         self._shape: torch.Size | None = None  # [B, T] of the decoder layer that runs
         self._shared_gate: Gate | None = None
         self._value: Tensor | None = None  # of the shared gate, for the instances that are set
         self._computed_from: tuple | None = None
 
-    def set(self, z: Tensor | None) -> None:
-        """Set the instances ``z [B, H]`` of the next forward pass, or ``None``."""
-        self.instance = z
+    def set(self, z: Tensor | None, tokens: Tensor | None = None) -> None:
+        """Set the instances of the next forward pass, or ``None``.
+
+        ``z [B, H]`` has one per sequence; with ``tokens [B, T]`` it is ``[N, H]``, and token t of sequence b has
+        instance ``tokens[b, t]``.
+        """
+        self.instance, self.tokens = z, tokens
         self.version = self.version + 1  # a new tensor: the old one may be saved for a backward pass
         self._value = self._computed_from = None
         gate = self._shared_gate
@@ -93,10 +98,10 @@ class Router:
         return self._value.to(z.device)
 
     def read(self, x: Tensor, layer: Linear) -> Tensor:
-        """The instances that belong to the input ``x`` of ``layer``, ``[B, H]``.
+        """The instances that belong to the input ``x`` of ``layer``: ``[B, H]``, or of its tokens, ``[N, H]``.
 
         Raises:
-            ValueError: if none was set, or if ``x`` is not ``[B, T, d_in]`` with the same B.
+            ValueError: if none was set, or if ``x`` is not ``[B, T, d_in]`` with the same B (and T).
         """
         z = self.instance
         if z is None:
@@ -109,6 +114,13 @@ class Router:
                 f"{layer.name}: a personalised projection needs inputs [batch, tokens, features], got shape "
                 f"{tuple(x.shape)}; without the batch axis tokens cannot be matched with instances"
             )
+        if self.tokens is not None:
+            if x.shape[:2] != self.tokens.shape:
+                raise ValueError(
+                    f"{layer.name}: the input has {x.shape[0]} sequences of {x.shape[1]} tokens, but set_instance was "
+                    f"given the interactions of {tuple(self.tokens.shape)} tokens"
+                )
+            return z
         if x.shape[0] != z.shape[0]:
             raise ValueError(
                 f"{layer.name}: the input has batch size {x.shape[0]}, but set_instance was given "
@@ -221,7 +233,11 @@ class PersonalizedVariant(LoraVariant):
         gate = module.router.gate_value(module.lora_gate[active_adapter], z)
         module.last_gate = gate.detach()
         x = module.lora_dropout[active_adapter](x)
-        update = module.mixer.update(x, a, b, gate, module.scaling[active_adapter])
+        tokens, scale = module.router.tokens, module.scaling[active_adapter]
+        if tokens is None:
+            update = module.mixer.update(x, a, b, gate, scale)
+        else:
+            update = module.mixer.token_update(x, a, b, gate, tokens.to(a.device), scale)
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             update = SameInstance.apply(update, module.router.version)
         return result + update.reshape(shape)

@@ -4,6 +4,9 @@ Shapes: ``x [B, T, d_in]``, ``a [R, d_in]``, ``b [d_out, R]``; experts are stack
 rows (of a) and columns (of b) ``k R/K ... (k+1) R/K - 1``. All mixing happens in rank space: the largest
 tensors are ``x``, the update and, for ``factor``, one pair per instance; nothing of size ``[B, T, K, d_out]``
 exists.
+
+Where every token has an instance of its own (streams), ``token_update`` takes ``tokens [B, T]``, which says whose
+row of the gates ``[N, ...]`` each token has. Mixing is in rank space there, too, token by token.
 """
 
 from __future__ import annotations
@@ -41,6 +44,13 @@ class DiagonalMixer:
         return F.linear(h * weights.to(h.dtype).unsqueeze(1), b)
 
     @staticmethod
+    def token_update(x: Tensor, a: Tensor, b: Tensor, gate: Tensor, tokens: Tensor, scale: float) -> Tensor:
+        """``gate [N, K], tokens [B, T] -> [B, T, d_out]``."""
+        h = F.linear(x, a)
+        weights = (scale * gate).repeat_interleave(a.shape[0] // gate.shape[-1], dim=-1)
+        return F.linear(h * weights.to(h.dtype)[tokens], b)
+
+    @staticmethod
     def fold(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The pair ``(A', B')`` with ``B' A' = B M A`` for one instance, ``gate [1, K]``; rank R."""
         weights = gate.squeeze(0).repeat_interleave(a.shape[0] // gate.shape[-1])
@@ -62,6 +72,19 @@ class FactorMixer:
         # The scale goes on B(z), [B, r, d_out]: smaller than the update whenever there are more than r
         # tokens.
         return torch.bmm(torch.bmm(x, a_z.transpose(1, 2)), b_z * scale)
+
+    @staticmethod
+    def token_update(x: Tensor, a: Tensor, b: Tensor, gate: Tensor, tokens: Tensor, scale: float) -> Tensor:
+        """``gate [N, K], tokens [B, T] -> [B, T, d_out]``.
+
+        With ``h_k = A_k x``, ``sum_k g_k h_k`` of r numbers is expanded again by ``g`` to the R columns of B: a pair
+        of matrices per interaction would be larger than x.
+        """
+        experts = gate.shape[-1]
+        h = F.linear(x, a).unflatten(-1, (experts, -1))
+        g = gate.to(h.dtype)[tokens].unsqueeze(-1)  # [B, T, K, 1]
+        mixed = (g * h).sum(dim=-2, keepdim=True) * scale
+        return F.linear((g * mixed).flatten(-2), b)
 
     @staticmethod
     def pairs(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +112,12 @@ class DenseMixer:
         """``matrix [B, r, r] -> [B, T, d_out]``."""
         h = F.linear(x, a)
         return F.linear(torch.bmm(h, (scale * matrix).to(h.dtype).transpose(1, 2)), b)
+
+    @staticmethod
+    def token_update(x: Tensor, a: Tensor, b: Tensor, matrix: Tensor, tokens: Tensor, scale: float) -> Tensor:
+        """``matrix [N, r, r], tokens [B, T] -> [B, T, d_out]``."""
+        h = F.linear(x, a)
+        return F.linear(((scale * matrix).to(h.dtype)[tokens] @ h.unsqueeze(-1)).squeeze(-1), b)
 
     @staticmethod
     def fold(a: Tensor, b: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ class PersonalizedAdapter:
 
     # ------------------------------------------------------------------ the instance
 
-    def set_instance(self, z: Tensor | None) -> None:
+    def set_instance(self, z: Tensor | None, tokens: Tensor | None = None) -> None:
         """Say whose batch comes next. Stays until the next call. Has no effect with mixer ``identity``.
 
         In training, gate ``cnn`` counts the rows of each call once in its running statistics.
@@ -65,34 +65,60 @@ class PersonalizedAdapter:
         Args:
             z: instance representations ``[B, H]``, row i for sequence i; ``None`` forgets the last ones. With
                 gate ``shuffled`` sequence i gets row i - 1 (cyclic); a batch of one row cannot be shuffled.
+                With ``tokens``: ``[B, S, H]``, an instance per interaction of each sequence; padding interactions,
+                which no token belongs to, are never looked at. With gate ``shuffled`` the caller gives the instances
+                of other users: the sequence before may be a later one of the same user.
+            tokens: which interaction of its sequence each token belongs to, int64 ``[B, T]`` in ``[0, S)``.
 
         Raises:
-            ValueError: if ``z`` is not a floating-point tensor ``[B, H]`` with H = ``config.instance_size``.
+            ValueError: if ``z`` is not a floating-point tensor ``[B, H]`` with H = ``config.instance_size``, or
+                ``tokens`` do not belong to it.
         """
         if self._router is None:
             return
         if z is not None:
-            z = self._checked(z)
-            if self.config.gate == "shuffled":
+            z = self._checked(z, per_token=tokens is not None)
+            if tokens is not None:
+                # Only interactions that tokens belong to: padding must not enter statistics and penalties.
+                tokens = self._checked_tokens(tokens, z)
+                places = tokens + z.shape[1] * torch.arange(len(z), device=tokens.device).unsqueeze(1)
+                used, tokens = torch.unique(places, return_inverse=True)
+                z = z.flatten(0, 1)[used.to(z.device)]
+            elif self.config.gate == "shuffled":
                 if z.shape[0] == 1 and not self._warned_single_row:
                     self._warned_single_row = True
                     logger.warning("gate 'shuffled': a batch of one row keeps its own instance")
                 z = z.roll(1, dims=0)
             for gate in self._gates().values():
                 gate.observe(z)
-        self._router.set(z)
+        self._router.set(z, None if z is None else tokens)
 
-    def _checked(self, z: Tensor) -> Tensor:
-        if z.dim() != 2 or z.shape[1] != self.config.instance_size or not z.is_floating_point():
+    @staticmethod
+    def _checked_tokens(tokens: Tensor, z: Tensor) -> Tensor:
+        fits = tokens.dim() == 2 and len(tokens) == len(z) and tokens.dtype == torch.int64
+        if not fits or not bool(((tokens >= 0) & (tokens < z.shape[1])).all()):
+            raise ValueError(
+                f"tokens must be an int64 tensor [{len(z)}, T] with interactions in [0, {z.shape[1]}), got "
+                f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+                + (f" from {int(tokens.min())} to {int(tokens.max())}" if fits and tokens.numel() else "")
+            )
+        return tokens
+
+    def _checked(self, z: Tensor, per_token: bool = False) -> Tensor:
+        dims, axes = (3, "batch, interactions") if per_token else (2, "batch")
+        if z.dim() != dims or z.shape[-1] != self.config.instance_size or not z.is_floating_point():
             raise ValueError(
                 "the instance representation must be a floating-point tensor "
-                f"[batch, {self.config.instance_size}], got {z.dtype} of shape {tuple(z.shape)}"
+                f"[{axes}, {self.config.instance_size}], got {z.dtype} of shape {tuple(z.shape)}"
             )
         # A lens may run in inference mode, whose tensors autograd refuses to save.
         return z.clone() if z.is_inference() else z
 
     def gate_values(self) -> dict[str, Tensor]:
-        """Gates ``[B, K]`` of the last forward pass by projection; empty for ``identity`` and ``dense``."""
+        """Gates ``[B, K]`` of the last forward pass by projection; empty for ``identity`` and ``dense``.
+
+        Where tokens have instances of their own: ``[N, K]``, of the interactions that occur, in the order of the batch.
+        """
         if self.config.mixer in ("identity", "dense"):
             return {}
         return {name: layer.last_gate for name, layer in self._layers.items() if layer.last_gate is not None}
@@ -323,6 +349,8 @@ def attach_adapter(
         task_type="CAUSAL_LM",
         fan_in_fan_out=stores_transposed(model, config.target_modules),
     )
+    if config.layers is not None:
+        settings["layers_to_transform"] = _checked_layers(model, config.layers)
     router = None
     if config.mixer == "identity":
         peft_config = LoraConfig(**settings)
@@ -336,3 +364,13 @@ def attach_adapter(
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         peft_model = get_peft_model(model, peft_config)
     return PersonalizedAdapter(peft_model, config, router)
+
+
+def _checked_layers(model: PreTrainedModel, layers: tuple[int, int]) -> list[int]:
+    """Numbers of the layers from the first to the last; PEFT itself leaves out in silence what is not there."""
+    first, last, there = *layers, len(decoder_layers(model))
+    if last >= there:
+        raise ValueError(
+            f"lora_layers: [{first}, {last}] of a model with {there} layers; they are numbered 0 to {there - 1}"
+        )
+    return list(range(first, last + 1))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from recbole_llm.backbone.head import at_places, precise_head, replaced_head, unwrapped
+from recbole_llm.backbone.head import precise_head, replaced_head, unwrapped
 from recbole_llm.utils.causal_lm import check_length
 
 logger = logging.getLogger(__name__)
@@ -130,13 +130,43 @@ def answer_logits(model: nn.Module, inputs: Tensor, lengths: Tensor, token_ids: 
         raise ValueError(
             f"lengths must lie between 1 and the batch's width {inputs.shape[1]}, got {lengths.tolist()}"
         )
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return logits_at(model, inputs, rows, lengths - 1, token_ids)
+
+
+def logits_at(
+    model: nn.Module,
+    inputs: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    token_ids: Sequence[int],
+    **attention: Tensor,
+) -> Tensor:
+    """Logits of the answer words behind some tokens of a batch: any number of each sequence.
+
+    Args:
+        model: as of :func:`answer_logits`.
+        inputs: token ids [B, T] or input embeddings [B, T, d], right-padded.
+        rows, places: [n], the sequence and the token in it that each answer follows.
+        token_ids: The answers' tokens.
+        attention: ``attention_mask`` [B, 1, T, T] bool and ``position_ids`` [B, T], where causal attention is not
+            exact.
+
+    Returns:
+        [n, len(token_ids)] float32; differentiable.
+    """
     inner = unwrapped(model)
     check_length(inner, inputs.shape[1])
     device = inner.get_input_embeddings().weight.device
-    inputs, last = inputs.to(device), (lengths - 1).to(device)[:, None]
+    inputs = inputs.to(device)
     answers = torch.as_tensor(list(token_ids), device=device)
-    with precise_head(model, inputs.shape[:2], lambda hidden: at_places(hidden, last), answers):
-        given = {"inputs_embeds" if embedded else "input_ids": inputs}
+
+    def select(hidden: Tensor) -> Tensor:
+        return hidden[rows.to(hidden.device), places.to(hidden.device)].unsqueeze(1)  # [n, 1, d]
+
+    with precise_head(model, inputs.shape[:2], select, answers):
+        given = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
+        given |= {name: tensor.to(device) for name, tensor in attention.items()}
         return model(**given, use_cache=False, return_dict=True).logits[:, 0].float()
 
 

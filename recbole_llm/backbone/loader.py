@@ -128,6 +128,7 @@ def load_backbone(
     words: Sequence[str] = (" Yes", " No"),
     vocab_size: int = 1024,
     seed: int = 0,
+    layers: int | None = None,
 ) -> Backbone:
     """Loads a causal language model by name, path or hub id, frozen and in eval mode.
 
@@ -144,6 +145,7 @@ def load_backbone(
         words: Answer words that the tokenizer of ``tiny`` must tell apart.
         vocab_size: Upper bound for ``tiny``.
         seed: Of the weights of ``tiny``.
+        layers: Keep only the first so many decoder layers; ``None``: all.
 
     Raises:
         FileNotFoundError: The path does not exist, or no source of the name can be reached.
@@ -169,6 +171,9 @@ def load_backbone(
         folder = located.path if located.path.is_dir() else _dequantised(located.path, sha256, cache_dir)
         model, tokenizer = _load_folder(folder, name, device, chosen, quantizer)
     _complete_tokenizer(tokenizer, model, name)
+    if layers is not None:
+        _keep_first_layers(model, layers)
+        sha256 = f"{sha256}-first-{layers}-layers"
     model.requires_grad_(False).eval()
     if gradient_checkpointing:
         # The second name is the older one: deprecated from 5.23 on, the only one before.
@@ -183,6 +188,18 @@ def load_backbone(
         *(f", {quantization}" if quantization else "", device, model.config._attn_implementation),
     )
     return Backbone(model, tokenizer, name, sha256, chosen, source)
+
+
+def _keep_first_layers(model: PreTrainedModel, n: int) -> None:
+    """Remove all decoder layers but the first ``n``; the final norm and the head stay."""
+    decoder, there = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    if not 1 <= n <= there:
+        raise ValueError(f"backbone_layers: {n} of a model with {there} layers")
+    decoder.layers = decoder.layers[:n]
+    config = model.config.get_text_config()
+    config.num_hidden_layers = n
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:n]
 
 
 def _quantization_config(quantization: str | None, device: torch.device, dtype: torch.dtype):

@@ -14,6 +14,7 @@ from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType, ModelType
 
 from recbole_llm.config.keys import ANY, KEYS
+from recbole_llm.config.layout import check_stream
 from recbole_llm.config.model_spec import ModelSpec, spec_of
 from recbole_llm.evaluation.metrics import labeled_metrics
 from recbole_llm.registry import BUILT_IN_MODELS, get_model, recbole_models
@@ -159,6 +160,16 @@ def check_conventional(v: Values) -> None:
 # ---------------------------------------------------------------- LLM recommenders
 
 
+def check_layout(v: Values) -> None:
+    """Streams, and the layers that are adapted."""
+    check_stream(v, v.said)
+    layers = v["lora_layers"]
+    if layers is not None and (len(layers) != 2 or layers[0] > layers[1]):
+        raise ValueError(
+            f"{v.said('lora_layers')} must be the first and the last adapted layer, e.g. [10, 29]"
+        )
+
+
 def check_llm(v: Values) -> None:
     """All checks of an LLM recommender; then values that others determine are filled in."""
     check_task(v)
@@ -179,10 +190,13 @@ def check_llm(v: Values) -> None:
         check_without_lens if v["lens"] is None else check_lens,
         check_semantic_vectors,
         check_lens_rows,
+        check_layout,
     ):
         check(v)
     if v["mixer"] == "identity":
         v["gate"] = None
+    if v["few_shot"] == 0:
+        v["epochs"] = 0
     if v["lora_from"]:
         v["stage_one_share"] = 0.0
     if v["gate_scope"] == "auto" and v["lens"] is not None:

@@ -36,6 +36,7 @@ from recbole_llm.config.checks import (
 from recbole_llm.config.command_line import NAMES, parse_command_line, parse_model, parse_value
 from recbole_llm.config.device import choose_device, join_process_group, resolve_auto_sizes
 from recbole_llm.config.keys import KEYS, RECBOLE_KEYS, check_values
+from recbole_llm.config.layout import layout_defaults
 from recbole_llm.config.model_spec import spec_of
 from recbole_llm.config.recbole_defaults import (
     UNLISTED_KEYS,
@@ -204,7 +205,9 @@ class Config(RecBoleConfig):
         preset = user.get("preset")
         of_preset = load_preset(preset, model, self.spec.is_llm) if preset else {}
         if self.spec.is_llm:
-            internal.update({**defaults, **of_model, **of_dataset, **of_preset})
+            layout = user.get("layout", {**defaults, **of_model}["layout"])
+            of_layout = layout_defaults(layout, model)
+            internal.update({**defaults, **of_model, **of_layout, **of_dataset, **of_preset})
             return
         internal.update({key: defaults[key] for key, known in KEYS.items() if reads(key, known)})
         internal["task"] = self.spec.task

@@ -161,6 +161,7 @@ def adapter_config(config: Mapping[str, Any], instance_size: int | None) -> Adap
         lora_alpha=config["lora_alpha"],
         lora_dropout=config["lora_dropout"],
         target_modules=config["target_modules"],
+        layers=config["lora_layers"],
         gate=config["gate"] if model.gated else "uniform",
         gate_dropout=config["gate_dropout"],
         temperature=config["temperature"],

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
@@ -210,6 +211,54 @@ class StreamCutter:
     def cost(self, chunk: Chunk) -> int:
         """What the interactions of a chunk cost, without what precedes them."""
         return int(self._before[chunk.targets[-1] + 1] - self._before[chunk.start])
+
+
+def draw_by_user(users: np.ndarray, size: int | float, seed: int) -> np.ndarray:
+    """Draw whole users until there are enough samples; of the last user his first ones.
+
+    In a chunk of many targets a label costs a few tokens; drawn one by one, most labels would need a chunk of their
+    own. Draws are nested, as those of :func:`recbole_llm.data.dataset.draw_rows`.
+
+    Args:
+        users: the user of each sample, ``[n]``.
+        size: a count, or a share in (0, 1).
+        seed: the run's seed.
+
+    Returns:
+        Ascending indices, int64.
+
+    Raises:
+        ValueError: if there are fewer samples.
+    """
+    count = max(1, round(size * len(users))) if isinstance(size, float) else size
+    if count > len(users):
+        raise ValueError(f"few_shot: {count:,} samples are asked for, but there are only {len(users):,}")
+    names, owner = np.unique(users, return_inverse=True)
+    rank = np.random.default_rng([seed, zlib.crc32(b"few_shot users")]).permutation(len(names))
+    return np.sort(np.argsort(rank[owner], kind="stable")[:count])
+
+
+def interactions_at(dataset: HistoryDataset, positions: np.ndarray) -> Interaction:
+    """Any interactions as a batch of samples with their histories, as a lens reads them.
+
+    Unlike samples of a split they may have fewer earlier interactions than ``min_history``, or none; an empty history
+    is one padding item, as everywhere (:meth:`HistoryDataset.join`). Nothing at or after an interaction's own place is
+    part of its history.
+
+    Args:
+        dataset: a built dataset.
+        positions: positions in its history, ``[n]``.
+    """
+    history = dataset.history
+    users = np.searchsorted(history.user_start, positions, side="right") - 1
+    columns = {
+        dataset.uid_field: users,
+        dataset.iid_field: history.item_ids[positions],
+        HISTORY_END: positions,
+    }
+    return dataset.join(
+        Interaction({name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in columns.items()})
+    )
 
 
 def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:

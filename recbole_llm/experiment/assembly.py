@@ -108,6 +108,7 @@ def backbone_of(config: Config, texts: list[str]) -> Backbone:
         cache_dir=cache_folder(config),
         texts=texts,
         seed=config["seed"],
+        layers=config["backbone_layers"] if config.spec.is_llm else None,
     )
 
 

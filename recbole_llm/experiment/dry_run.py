@@ -35,7 +35,7 @@ def _answer(parts: LLMAssembly, interaction: Interaction, i: int) -> str:
     """The answer that sample ``i`` teaches."""
     if parts.config["task"] == "ctr":
         label = int(interaction[parts.config["LABEL_FIELD"]][i])
-        return f"label {label} ({parts.prompts.answer_words[1 - label]!r})"
+        return f"label {label} ({parts.prompts.answer_to(interaction, i)!r})"
     return f"answer {parts.prompts.answer_text(int(interaction[parts.dataset.iid_field][i]))!r}"
 
 
@@ -46,6 +46,8 @@ def _task_decisions(parts: LLMAssembly) -> list[str]:
         lines = []
         for name, rows in (("few_shot", parts.train), ("valid", parts.valid), ("test", parts.test)):
             labels = rows.inter_feat[config["LABEL_FIELD"]].float()
+            if not len(labels):  # few_shot: 0
+                continue
             lines.append(f"label balance, {name}: {labels.mean():.4f} positive of {len(labels):,}")
         return lines
     among = {
@@ -92,6 +94,8 @@ def decisions(parts: LLMAssembly) -> list[str]:
     longest = 0
     for name, rows in (("few_shot", parts.train), ("test", parts.test)):
         picked = np.sort(rng.permutation(len(rows))[:PROMPTS])
+        if not len(picked):  # few_shot: 0
+            continue
         encoded = parts.model.encode(rows[torch.from_numpy(picked)])
         lengths = np.array([len(ids) for ids in encoded.input_ids])
         longest = max(longest, int(lengths.max()))

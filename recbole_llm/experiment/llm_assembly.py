@@ -16,6 +16,7 @@ from recbole_llm.config.configurator import Config
 from recbole_llm.data.candidates import CandidateSet
 from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
 from recbole_llm.data.prompts.next_item import TitlePromptBuilder, load_title_prompt_config
+from recbole_llm.data.prompts.stream import StreamPrompts, load_stream_config
 from recbole_llm.data.retriever import (
     MixedRetriever,
     RecentRetriever,
@@ -23,6 +24,7 @@ from recbole_llm.data.retriever import (
     SemanticRetriever,
     ShuffledRetriever,
 )
+from recbole_llm.data.streams import StreamLoader, interactions_at
 from recbole_llm.experiment.assembly import (
     Assembly,
     backbone_of,
@@ -43,6 +45,7 @@ from recbole_llm.experiment.splits import (
 from recbole_llm.lens.fit import fit_lens
 from recbole_llm.lens.lens import Lens
 from recbole_llm.model.base import LLMRecommender
+from recbole_llm.model.stream_ctr import streamed
 from recbole_llm.trainer.warm_start import SHAPE, read_plain_lora
 from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.timing import stage
@@ -59,7 +62,7 @@ class LLMAssembly(Assembly):
     model: LLMRecommender
     backbone: Backbone
     lens: Lens | None
-    prompts: PromptBuilder | TitlePromptBuilder
+    prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts
     item_counts: np.ndarray
 
 
@@ -100,7 +103,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
             return lens.to(config["device"])
 
     candidates = None
-    prompts: PromptBuilder | TitlePromptBuilder
+    prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts
     if config["task"] == "ctr":
         prompts, lens = _ctr_prompts(config, splits, backbone, train_lens, seconds)
     else:
@@ -117,7 +120,9 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
 
     train = splits.train.mixed() if config["mixed_training"] else splits.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
-    model = config.model_class(config, splits.train, backbone=backbone, prompts=prompts, lens=lens)
+    streams = isinstance(prompts, StreamPrompts)
+    model_class = streamed(config.model_class) if streams else config.model_class
+    model = model_class(config, splits.train, backbone=backbone, prompts=prompts, lens=lens)
     model.to(config["device"])
     identities = {
         "model": config["model"],
@@ -144,7 +149,9 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
         model=model,
         candidates=candidates,
         item_counts=item_counts(splits.full_train),
-        train_data=TrainDataLoader(config, train, None, shuffle=True),
+        train_data=StreamLoader(config, train, prompts.cutter)
+        if isinstance(prompts, StreamPrompts)
+        else TrainDataLoader(config, train, None, shuffle=len(train) > 0),
         valid_data=eval_loader(config, splits.dataset, splits.valid, candidates, "valid"),
         test_data=eval_loader(config, splits.dataset, splits.test, candidates, "test"),
         sizes=splits.sizes,
@@ -174,17 +181,29 @@ def _ctr_prompts(
     backbone: Backbone,
     train_lens: Callable[[], Lens | None],
     seconds: dict[str, float],
-) -> tuple[PromptBuilder, Lens | None]:
+) -> tuple[PromptBuilder | StreamPrompts, Lens | None]:
     """Prompts and lens of the labelled task; either may need vectors of the other for semantic retrieval."""
     dataset, length = splits.dataset, config["text_history_length"]
     with stage(seconds, "backbone"):
-        prompts = PromptBuilder(
-            dataset,
-            backbone.tokenizer,
-            template(config, load_prompt_config),
-            max_prompt_tokens=config["max_prompt_tokens"],
-            retriever=RecentRetriever(dataset.history, length),
-        )
+        prompts: PromptBuilder | StreamPrompts
+        if config["layout"] == "stream":
+            prompts = StreamPrompts(
+                dataset,
+                backbone.tokenizer,
+                template(config, load_stream_config),
+                max_prompt_tokens=config["max_prompt_tokens"],
+                lead=config["stream_lead"],
+                context=config["stream_context"],
+                rating_scale=config["rating_scale"],
+            )
+        else:
+            prompts = PromptBuilder(
+                dataset,
+                backbone.tokenizer,
+                template(config, load_prompt_config),
+                max_prompt_tokens=config["max_prompt_tokens"],
+                retriever=RecentRetriever(dataset.history, length),
+            )
     vectors = None
     semantic = config["id_retrieval"] == "semantic" or config["text_retrieval"] != "recent"
     if semantic and config["semantic_vectors"] == "backbone":
@@ -204,7 +223,12 @@ def _ctr_prompts(
                 f"prompt: {config['prompt']} states the lens's score, but lens is ~; set e.g. lens: DIN, or another "
                 "prompt"
             )
-        prompts.lens_scores = lambda interaction: lens.probability(interaction).cpu().numpy()
+        if isinstance(prompts, StreamPrompts):
+            prompts.lens_scores = lambda places: (
+                lens.probability(interactions_at(dataset, places)).cpu().numpy()
+            )
+        else:
+            prompts.lens_scores = lambda interaction: lens.probability(interaction).cpu().numpy()
     return prompts, lens
 
 

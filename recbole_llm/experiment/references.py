@@ -19,6 +19,7 @@ from recbole.utils import set_color
 from torch import Tensor
 from tqdm import tqdm
 
+from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.evaluation.generation import generation_report, match_title
 from recbole_llm.evaluation.ranking import target_ranks
 from recbole_llm.experiment.assembly import cache_folder
@@ -75,6 +76,9 @@ def untrained_scores(parts: LLMAssembly) -> np.ndarray:
     """Probability of "yes" by the language model before any tuning for every test sample, ``[n]``."""
     batches = [batch[0] for batch in parts.test_data]
     digest = _digest(parts, str(parts.model.answer_ids))
+    if parts.config["layout"] == "stream":  # one chunk may be read for different targets and labels
+        digest.update(str(parts.prompts.likes).encode())
+        _add(digest, [interaction[HISTORY_END].numpy() for interaction in batches])
     for interaction in batches:
         _add(digest, parts.prompts.encode(interaction).input_ids)
     return _cached(parts, digest, batches, parts.model.predict_untrained)

@@ -20,9 +20,10 @@ from recbole_llm.data.candidates import (
     draw_candidates,
 )
 from recbole_llm.data.create import create_dataset
-from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.loading import build_splits, draw_rows
 from recbole_llm.data.retriever import CategoryRetriever, SemanticRetriever
+from recbole_llm.data.streams import draw_by_user
 from recbole_llm.experiment.assembly import cache_folder, is_default_count
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,10 @@ def split(config: Config, dataset: HistoryDataset) -> Splits:
     full_train, full_valid, full_test = build_splits(dataset)
     train = few_shot_samples(config, full_train)
     valid, test = bounded(config, full_valid, "valid"), bounded(config, full_test, "test")
+    if config["layout"] == "stream":  # samples of one chunk in one evaluation batch
+        valid, test = (
+            samples.subset(np.argsort(samples.inter_feat[HISTORY_END].numpy())) for samples in (valid, test)
+        )
     sizes = {
         "all": len(full_train) + len(full_valid) + len(full_test),
         "train": len(full_train),
@@ -82,6 +87,15 @@ def few_shot_samples(config: Config, full_train: HistoryDataset) -> HistoryDatas
     if is_default_count(config, "few_shot") and few_shot > len(full_train):
         logger.info("few_shot: all %d training samples; the default is %d", len(full_train), few_shot)
         few_shot = None
+    if few_shot == 0:
+        if not config.spec.is_llm:
+            raise ValueError(
+                f"few_shot: 0 leaves {config['model']} nothing to learn from; set train_rows: all"
+            )
+        return full_train.subset(np.array([], dtype=np.int64))
+    if config["few_shot_by"] == "user" and few_shot is not None:
+        users = full_train.inter_feat[full_train.uid_field].numpy()
+        return full_train.subset(draw_by_user(users, few_shot, config["seed"]))
     return full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
 
 

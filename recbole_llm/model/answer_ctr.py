@@ -83,9 +83,7 @@ class AnswerCTR(LLMRecommender):
         self.LABEL = config["LABEL_FIELD"]
         self.prompts = prompts
         self.residual = residual
-        self.answer_ids = answer_token_ids(
-            backbone.tokenizer, prompts.answer_words, behind=prompts.before_answer
-        )
+        self.answer_ids = self.read_answers(backbone.tokenizer)
         if self.residual:
             self.lens_scale = nn.Parameter(torch.tensor(1.0))
             self.answer_scale = nn.Parameter(torch.tensor(ANSWER_SCALE))
@@ -97,6 +95,10 @@ class AnswerCTR(LLMRecommender):
             self.projectors["item"] = build_projector(self.item_vectors.shape[1], embedding)
         if prompts.user_slot:
             self.projectors["user"] = build_projector(lens.width, embedding)
+
+    def read_answers(self, tokenizer) -> list[int]:
+        """The token that each answer begins with."""
+        return answer_token_ids(tokenizer, self.prompts.answer_words, behind=self.prompts.before_answer)
 
     def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """With ``lens_residual`` its three scalars, group ``residual``; with slots their MLPs, group ``projector``."""

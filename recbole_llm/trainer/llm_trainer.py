@@ -156,11 +156,7 @@ class LLMTrainer(Trainer):
         after the checkpoint's.
         """
         n_rows = len(train_data._dataset)
-        batch_size = self.config["train_batch_size"]
-        order = torch.randperm(
-            n_rows, generator=torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + epoch_idx)
-        )
-        batches = order.split(batch_size)
+        batches = self._epoch_batches(train_data, epoch_idx)
         total_steps = len(batches) * self.epochs
         first, self.start_step = self.start_step, 0
         self._epoch, self._step = epoch_idx, first
@@ -182,11 +178,12 @@ class LLMTrainer(Trainer):
             factor = self._set_learning_rate(global_step, total_steps)
             self.model.begin_step(global_step, len(batches), self.epochs)
             self._rng = rng_state()
-            loss = self._backward(train_data.collate_fn(batches[step].tolist()), step)
+            batch = train_data.collate_fn(batches[step])
+            loss = self._backward(batch, step)
             with deferred_interrupt():
                 self._update()
-                self._loss_sum += loss * len(batches[step])
-                self.trained_on["rows"] += len(batches[step])
+                self._loss_sum += loss * len(batch)
+                self.trained_on["rows"] += len(batch)
                 self.trained_on["steps"] += 1
                 self._step = step + 1
                 self._rng = rng_state()
@@ -202,6 +199,14 @@ class LLMTrainer(Trainer):
         progress.close()
         self._save_last()
         return self._loss_sum / n_rows
+
+    def _epoch_batches(self, train_data, epoch: int) -> list[list]:
+        """What :meth:`collate_fn` of the loader makes the batch of each optimizer step of; by (seed, epoch) alone."""
+        if hasattr(train_data, "epoch_batches"):
+            return train_data.epoch_batches(epoch)
+        generator = torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + epoch)
+        order = torch.randperm(len(train_data._dataset), generator=generator)
+        return [batch.tolist() for batch in order.split(self.config["train_batch_size"])]
 
     def _backward(self, interaction, step: int) -> float:
         """Accumulate the gradient of a batch over its micro-batches; returns the batch's mean loss."""
@@ -235,7 +240,14 @@ class LLMTrainer(Trainer):
         try:
             result = super().fit(*args, **kwargs)
             self.seconds["fit"] = time.monotonic() - self._fit_started
-            logger.info("trained on %(rows)d samples in %(steps)d optimizer steps", self.trained_on)
+            samples, seconds = self.trained_on["rows"], self.seconds["train"]
+            if samples:
+                logger.info(
+                    "trained on %d samples in %d optimizer steps: %.1f labels and %.0f tokens a second",
+                    *(samples, self.trained_on["steps"], samples / seconds, self.tokens["train"] / seconds),
+                )
+            else:
+                logger.info("nothing was trained")
             return result
         except KeyboardInterrupt:
             # An update cannot be interrupted, so the parameters are those of the last finished step and `_rng` is the

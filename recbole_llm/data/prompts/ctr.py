@@ -332,6 +332,10 @@ class PromptBuilder(LinePrompts):
         _, lines, _ = self._fit_row(*self._rows(interaction[i : i + 1])[0], slots=slots)
         return self._full_text(lines)
 
+    def answer_to(self, interaction: Interaction, i: int) -> str:
+        """The right answer of row ``i``."""
+        return self.answer_words[1 - int(interaction[self._dataset.label_field][i])]
+
     def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray, str | None]]:
         """User, target, positions of the history to show, and the lens's score as text of each sample."""
         users, items, ends = (

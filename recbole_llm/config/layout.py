@@ -1,0 +1,50 @@
+"""``layout: stream``: its defaults, and what cannot be streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from recbole_llm.utils.yaml_files import PROPERTIES, load_yaml
+
+
+def layout_defaults(layout: str | None, model: str) -> dict[str, Any]:
+    """``properties/layout/LAYOUT.yaml``, with what it has for a single model; nothing for ``prompt``."""
+    file = PROPERTIES / "layout" / f"{layout}.yaml"
+    values = load_yaml(file) if file.is_file() else {}
+    by_model = values.pop("models", None) or {}
+    return values | (by_model.get(model) or {})
+
+
+def check_stream(final: Mapping[str, Any], said: Callable[[str], str]) -> None:
+    """What a stream cannot show.
+
+    Args:
+        final: the configuration.
+        said: from a key to ``key=value (origin)``.
+
+    Raises:
+        ValueError: naming the key and the remedy.
+    """
+    if final["layout"] != "stream":
+        return
+    layout = said("layout")
+    if final["task"] != "ctr":
+        raise ValueError(f"{layout}: only the ctr task is streamed, and {said('task')}; set layout: prompt")
+    if final["text_retrieval"] != "recent":
+        raise ValueError(
+            f"{said('text_retrieval')} with {layout}: a retrieved history is another one for every target, so targets "
+            "cannot share a sequence; set text_retrieval: recent (with mixed_training: False), or layout: prompt"
+        )
+    for key, wanted, why in (
+        ("mixed_training", False, "it shows each sample once with a retrieved history"),
+        ("shuffle_history", False, "a target's history would not be what its chunk shows before it"),
+        ("history_scope", "all", "a chunk shows all earlier interactions, those of other splits included"),
+    ):
+        if final[key] != wanted:
+            raise ValueError(f"{said(key)} with {layout}: {why}; set {key}: {wanted}, or layout: prompt")
+    if final["stream_context"] < final["stream_lead"]:
+        raise ValueError(
+            f"{said('stream_context')} is less than {said('stream_lead')}: evaluation would show shorter histories "
+            "than training"
+        )

@@ -1,0 +1,297 @@
+"""``layout: stream``: models of the ctr task on streams, where every interaction of a chunk is a target.
+
+A model of :mod:`~recbole_llm.model.answer_ctr` keeps its adapter, gate, slots and residual; what changes is how
+samples become sequences. With ``l(t) [K]`` the logits of the K answers behind the title of interaction t, from the rows
+of the output head that belong to them:
+
+    loss     = mean over targets t of the cross-entropy of softmax(l(t)) with the answer of t
+    margin   = logsumexp of l over the answers that mean label 1 - logsumexp over the others
+    p(like)  = sigmoid(margin)                                 = the mass of the answers that mean label 1
+
+Attention is causal, so ``l(t)`` has seen the title of t, and of all earlier interactions of the chunk the title and the
+answer. Under ``history_ties: strict`` interactions of one second do not see each other (see :func:`attention_inputs`).
+
+With a gate every interaction has its own instance: all tokens of interaction t, answer included, are adapted by
+``z_t``, the lens's state of t, which has seen the user's interactions before t and the item of t, but not the answer of
+t. The header is adapted by that of the chunk's first interaction.
+
+Samples are scored in the chunks that :meth:`StreamCutter.evaluation_chunks` gives, so that a score depends neither on
+the batch nor on which other samples are scored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_llm.backbone.answers import logits_at, pad_right
+from recbole_llm.data.dataset import HISTORY_END
+from recbole_llm.data.history import HistoryIndex
+from recbole_llm.data.prompts.stream import EncodedStream, EncodedStreams
+from recbole_llm.data.streams import StreamBatch, interactions_at, visible_until
+from recbole_llm.model.answer_ctr import AnswerCTR
+
+logger = logging.getLogger(__name__)
+
+CHECKED_INTERACTIONS = 512
+
+
+@dataclass
+class StreamMicroBatch:
+    """Some chunks of a batch, padded together.
+
+    Attributes:
+        rows: positions of their targets among those of the batch, ``[k]``.
+        interaction: the targets' fields.
+        input_ids: right-padded token ids, ``[b, T]``; a negative entry is a slot.
+        places: which interaction of its chunk each token belongs to, ``[b, T]``; 0 for header and padding.
+        answer_rows, answer_tokens: where the answers of the targets follow, ``[k]`` each.
+        answers: the right ones, ``[k]`` in ``[0, K)``.
+        positions: the interactions of each chunk, as positions in the history.
+        attention: mask and position ids where causal attention is not exact, else empty.
+    """
+
+    rows: np.ndarray
+    interaction: Interaction
+    input_ids: Tensor
+    places: Tensor
+    answer_rows: Tensor
+    answer_tokens: Tensor
+    answers: Tensor
+    positions: list[np.ndarray]
+    attention: dict[str, Tensor]
+
+
+def attention_inputs(history: HistoryIndex, streams: Sequence[EncodedStream]) -> dict[str, Tensor]:
+    """Mask and positions for chunks whose interactions must not all see what stands before them.
+
+    With ``history_ties: strict`` a token of interaction j sees the header, the interactions ``[0, n_j)`` with an
+    earlier timestamp, and j itself up to its own place. Its position id counts what it sees: it is the token's place in
+    the text without the interactions that are hidden from it.
+
+    Returns:
+        ``attention_mask`` bool ``[b, 1, T, T]`` and ``position_ids`` int64 ``[b, T]``; nothing where plain causal
+        attention is exact, which is faster.
+    """
+    until = [visible_until(history, stream.chunk) for stream in streams]
+    if all(found is None for found in until):
+        return {}
+    width = max(len(stream.input_ids) for stream in streams)
+    mask = np.zeros((len(streams), 1, width, width), dtype=bool)
+    position = np.tile(np.arange(width), (len(streams), 1))
+    for row, (stream, seen) in enumerate(zip(streams, until, strict=True)):
+        seen = np.arange(len(stream.chunk)) if seen is None else seen
+        of, n = stream.places, len(stream.input_ids)
+        last_seen = np.where(of < 0, 0, seen[np.maximum(of, 0)])
+        earlier = of[None, :] < last_seen[:, None]  # the header, -1, is before all
+        own = (of[None, :] == of[:, None]) & np.tri(n, dtype=bool)
+        mask[row, 0, :n, :n] = np.where((of < 0)[:, None], own, earlier | own)
+        mask[row, 0, np.arange(n, width), np.arange(n, width)] = (
+            True  # padding sees itself: no row without a key
+        )
+        position[row, :n] = mask[row, 0, :n, :n].sum(axis=1) - 1
+    return {"attention_mask": torch.from_numpy(mask), "position_ids": torch.from_numpy(position)}
+
+
+class StreamCTR(AnswerCTR):
+    """An :class:`AnswerCTR` on streams; to be inherited before the model's own class (:func:`streamed`).
+
+    Raises:
+        ValueError: as :class:`AnswerCTR`; or if the lens's histories reach to an interaction's own place.
+    """
+
+    def __init__(self, config, dataset, *, prompts, lens=None, **parts) -> None:
+        super().__init__(config, dataset, prompts=prompts, lens=lens, **parts)
+        self._dataset = dataset
+        likes = torch.from_numpy(prompts.likes)
+        self.register_buffer("_like", likes.nonzero().flatten(), persistent=False)
+        self.register_buffer("_dislike", (~likes).nonzero().flatten(), persistent=False)
+        if self.gated or self.residual:
+            check_histories(dataset)
+            if config["lens_rows"] == "all" and len(dataset):
+                logger.info(
+                    "lens_rows: all: the lens was trained on the %s labels that tune the LLM, too; with "
+                    "without_few_shot it would not have seen them",
+                    f"{len(dataset):,}",
+                )
+
+    def read_answers(self, tokenizer) -> list[int]:
+        """The token that each answer begins with, as it reads in a line."""
+        return self.prompts.class_ids
+
+    # ------------------------------------------------------------------ batches
+
+    def encode(self, interaction: Interaction) -> EncodedStreams:
+        """The chunks that samples are scored in, as the model gets them now."""
+        return self.prompts.encode(interaction, slots=self.hybrid)
+
+    def micro_batches(self, interaction: StreamBatch | Interaction) -> Iterator[StreamMicroBatch]:
+        """Cut a batch into pieces of ``micro_batch_size`` chunks, chunks of similar length together.
+
+        Args:
+            interaction: chunks of training; or samples, in the chunks that they are scored in.
+        """
+        if isinstance(interaction, StreamBatch):
+            encoded = self.prompts.encode_chunks(interaction.chunks, slots=self.hybrid)
+            yield from self._pad(interaction.interaction, encoded, np.arange(len(interaction)))
+        else:
+            order = np.argsort(interaction[HISTORY_END].cpu().numpy(), kind="stable")
+            yield from self._pad(interaction, self.encode(interaction), order)
+
+    def _pad(
+        self, interaction: Interaction, encoded: EncodedStreams, rows: np.ndarray
+    ) -> Iterator[StreamMicroBatch]:
+        """Pieces of encoded chunks; ``rows`` are the places in ``interaction`` of their targets, in turn."""
+        streams = encoded.streams
+        lengths = np.array([len(stream.input_ids) for stream in streams])
+        ends = np.cumsum([len(stream.answers_at) for stream in streams])
+        for piece in self.pieces(lengths, self.micro_batch_size):
+            mine = [streams[i] for i in piece]
+            counts = [len(stream.answers_at) for stream in mine]
+            of_targets = rows[
+                np.concatenate([np.arange(ends[i] - len(streams[i].answers_at), ends[i]) for i in piece])
+            ]
+            input_ids, _ = pad_right([stream.input_ids for stream in mine], self.pad_id)
+            places, _ = pad_right([np.maximum(stream.places, 0) for stream in mine], 0)
+            targets = np.concatenate([stream.chunk.targets for stream in mine])
+            answers_at = np.concatenate([stream.answers_at for stream in mine])
+            self.counts["tokens"] += int(lengths[piece].sum())
+            self.counts["labels"] += len(targets)
+            attention = attention_inputs(self._dataset.history, mine)
+            yield StreamMicroBatch(
+                rows=of_targets,
+                interaction=interaction[torch.from_numpy(of_targets)].to(self.device),
+                input_ids=input_ids.to(self.device),
+                places=places.to(self.device),
+                answer_rows=torch.from_numpy(np.repeat(np.arange(len(mine)), counts)).to(self.device),
+                answer_tokens=torch.from_numpy(answers_at).to(self.device),
+                answers=torch.from_numpy(self.prompts.classes[targets]).to(self.device),
+                positions=[stream.chunk.positions for stream in mine],
+                attention={name: tensor.to(self.device) for name, tensor in attention.items()},
+            )
+
+    # ------------------------------------------------------------------ forward
+
+    def _gate_positions(self, positions: np.ndarray) -> np.ndarray:
+        """Whose states the gate reads: each interaction's own, with gate ``shuffled`` one of the next user's."""
+        if self.adapter.config.gate != "shuffled":
+            return positions
+        start = self._dataset.history.user_start
+        others = np.flatnonzero(np.diff(start))
+        owner = np.searchsorted(start, positions, side="right") - 1
+        donor = others[(np.searchsorted(others, owner) + 1) % len(others)]
+        return start[donor] + (positions - start[owner]) % (start[donor + 1] - start[donor])
+
+    def _read_lens(self, batch: StreamMicroBatch) -> Tensor | None:
+        """Set the instance of every interaction; returns the lens's logit of every target ``[k]`` where it is read."""
+        shown = np.concatenate(batch.positions)
+        lens_logit = None
+        if self.gated:
+            positions = self._gate_positions(shown)
+            z = self.gate_instance(*self.lens.represent(interactions_at(self._dataset, positions)))
+            sizes = [len(own) for own in batch.positions]
+            padded = torch.nn.utils.rnn.pad_sequence(z.split(sizes), batch_first=True)
+            self.adapter.set_instance(padded.to(self.device), batch.places)
+        if self.residual:
+            targets = batch.interaction[HISTORY_END].cpu().numpy()
+            lens_logit = self.lens.represent(interactions_at(self._dataset, targets))[1].to(self.device)
+        return lens_logit
+
+    def answer_logits(self, batch: StreamMicroBatch, *, adapted: bool = True) -> Tensor:
+        """Logits of the K answers behind every target, ``[k, K]`` float32."""
+        hybrid = adapted and self.hybrid
+        inputs = self.embed(batch.input_ids, self.item_vectors) if hybrid else batch.input_ids
+        with nullcontext() if adapted else self.adapter.disabled():
+            return logits_at(
+                self.adapter.peft_model,
+                inputs,
+                batch.answer_rows,
+                batch.answer_tokens,
+                self.answer_ids,
+                **batch.attention,
+            )
+
+    def like_margin(self, logits: Tensor) -> Tensor:
+        """Log-odds of label 1 by the mass of the answers that mean it, ``[k, K] -> [k]``."""
+        return logits[:, self._like].logsumexp(dim=1) - logits[:, self._dislike].logsumexp(dim=1)
+
+    def _with_residual(self, margin: Tensor, lens_logit: Tensor | None) -> Tensor:
+        if lens_logit is None:
+            return margin
+        return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
+
+    def logits(self, batch: StreamMicroBatch) -> Tensor:
+        """The model's log-odds of label 1, ``[k]`` float32."""
+        lens_logit = self._read_lens(batch)
+        return self._with_residual(self.like_margin(self.answer_logits(batch)), lens_logit)
+
+    def loss(self, batch: StreamMicroBatch) -> Tensor:
+        """Mean cross-entropy of the answers, scalar; with ``lens_residual`` also that of the labels, of the sum."""
+        lens_logit = self._read_lens(batch)
+        logits = self.answer_logits(batch)
+        loss = F.cross_entropy(logits, batch.answers)
+        if lens_logit is not None:
+            labels = torch.isin(batch.answers, self._like).float()
+            total = self._with_residual(self.like_margin(logits), lens_logit)
+            loss = loss + F.binary_cross_entropy_with_logits(total, labels)
+        return self.with_gate_penalty(loss)
+
+    # ------------------------------------------------------------------ scoring
+
+    @torch.no_grad()
+    def score_rows(self, interaction: Interaction) -> Tensor:
+        """Probability of label 1, ``[B]`` float64; does not depend on what else is in the batch."""
+        return torch.sigmoid(self._score(interaction, self.encode(interaction), self.logits))
+
+    @torch.no_grad()
+    def predict_untrained(self, interaction: Interaction) -> Tensor:
+        """Probability of label 1 by the language model without adapter and slots (zero-shot), ``[B]``."""
+        encoded = self.prompts.encode(interaction)
+        return torch.sigmoid(
+            self._score(
+                interaction, encoded, lambda batch: self.like_margin(self.answer_logits(batch, adapted=False))
+            )
+        )
+
+    def _score(self, interaction: Interaction, encoded: EncodedStreams, logit_of) -> Tensor:
+        positions = interaction[HISTORY_END].cpu().numpy()
+        _, first, place = np.unique(
+            positions, return_index=True, return_inverse=True
+        )  # a sample may occur twice
+        scores = torch.empty(len(first), dtype=torch.float64, device=self.device)
+        once = interaction[torch.from_numpy(first)]
+        for batch in self._pad(once, encoded, np.arange(len(first))):
+            scores[torch.from_numpy(batch.rows).to(self.device)] = logit_of(batch).double()
+        return scores[torch.from_numpy(place).to(self.device)]
+
+
+def check_histories(dataset) -> None:
+    """Check on some interactions that what the lens reads ends before them.
+
+    Raises:
+        ValueError: if the ID history of an interaction reaches to its own place: its state would have seen the label.
+    """
+    n = len(dataset.history)
+    positions = np.unique(np.linspace(0, n - 1, min(n, CHECKED_INTERACTIONS)).astype(np.int64))
+    users = np.searchsorted(dataset.history.user_start, positions, side="right") - 1
+    found = dataset.id_retriever.positions(users, dataset.history.item_ids[positions], positions)
+    if (found >= positions[:, None]).any():
+        raise ValueError(
+            "id_retrieval: the history that the lens reads of an interaction holds the interaction itself or a later "
+            "one, so its state, which the gate reads, has seen the label"
+        )
+
+
+@cache
+def streamed(model_class: type[AnswerCTR]) -> type[StreamCTR]:
+    """The form on streams of a model of the ctr task (a new class of the same name)."""
+    return type(model_class.__name__, (StreamCTR, model_class), {"__doc__": model_class.__doc__})
