@@ -38,8 +38,8 @@ from recbole_llm.data.prompts.lines import (
     Line,
     LinePrompts,
     TemplateKind,
-    _sha256,
     rating_text,
+    sha256_of,
 )
 from recbole_llm.data.retriever import RecentRetriever, Retriever
 
@@ -211,7 +211,7 @@ class PromptBuilder(LinePrompts):
 
     def identities(self) -> dict[str, str]:
         """As of every prompt, and the profiles."""
-        return super().identities() | {"profiles": _sha256([self._profiles, self._instruction])}
+        return super().identities() | {"profiles": sha256_of([self._profiles, self._instruction])}
 
     @property
     def answer_words(self) -> tuple[str, str]:

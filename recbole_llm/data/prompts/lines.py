@@ -273,8 +273,8 @@ class LinePrompts:
         """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
         items = self._items
         return {
-            "template": _sha256(self.config),
-            "titles": _sha256([items.titles, items.years, items.genres]),
+            "template": sha256_of(self.config),
+            "titles": sha256_of([items.titles, items.years, items.genres]),
             "prompt version": str(PROMPT_VERSION),
         }
 
@@ -405,5 +405,5 @@ def rating_text(value: float) -> str:
     return np.format_float_positional(value, trim="-")
 
 
-def _sha256(content: Any) -> str:
+def sha256_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -34,12 +34,15 @@ from recbole_llm.data.prompts.lines import (
     TemplateKind,
     bos_ids,
     item_token_ids,
+    sha256_of,
     tokenize_inert,
 )
 from recbole_llm.data.streams import Chunk, StreamCutter
 
 logger = logging.getLogger(__name__)
 
+STREAM_VERSION = 1
+"""To be raised whenever this code writes other streams from the same template and data."""
 _BOOL = (True, False)
 _KIND = TemplateKind(
     task="ctr with layout: stream",
@@ -204,6 +207,14 @@ class StreamPrompts:
         )
 
     # ------------------------------------------------------------------ once
+
+    def identities(self) -> dict[str, str]:
+        """What streams are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
+        return {
+            "template": sha256_of(self.config),
+            "titles": sha256_of([self._items.titles, self._items.years, self._items.genres]),
+            "prompt version": str(STREAM_VERSION),
+        }
 
     def _ids(self, *texts: str) -> list[np.ndarray]:
         return tokenize_inert(self._tokenizer, list(texts))
