@@ -163,7 +163,7 @@ def test_a_single_run_that_reads_no_test_sample_says_so(settings, capsys):
     arguments += ["--model=DIN", "--dataset=toy", "--task=ctr", "--epochs=1", "--read_test=False"]
     assert cli.main(arguments) == 0
     told = capsys.readouterr().out
-    assert "test rows were not read" in told and "auc 0." in told
+    assert "the test split was not read" in told and "auc 0." in told
     assert not list(Path("saved").glob("*/test_rows.npz"))
 
 

@@ -228,6 +228,8 @@ def test_rows_of_drawn_candidates_are_read_from_the_first_of_each_ranking():
         "user": [7, 7, 4],
         "item": [6, 2, 1],
         "row_id": [30, 31, 20],
+        "candidate_items": items.tolist(),
+        "candidate_scores": [[3.0, 1.0, 2.0, 4.0], [1.0] * 4, [0.0, 9.0, 9.0, 5.0]],
         "rank": [3, 4, 2],
         "candidates": [4, 4, 3],
     }
