@@ -12,6 +12,10 @@ TEXT = {
     "year": "release_year",
     "genre": "class",
     "user_fields": {"gender": "{}", "age": "aged {}"},
+    "noun": "film",
+    "user": "viewer",
+    "rating_unit": "stars",
+    "placeholder": "Item",
 }
 """The ``text`` section of this dataset's configuration."""
 WORDS = ("River", "Night", "Stone", "Garden", "Winter", "Letter", "Bridge", "Mirror", "Harvest", "Signal")
