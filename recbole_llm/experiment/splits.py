@@ -35,7 +35,7 @@ class Splits:
 
     Attributes:
         full_train, full_valid, full_test: all samples of the splits.
-        train, valid, test: what ``few_shot`` and ``eval_rows`` leave of them.
+        train, valid, test: what ``few_shot`` (where the model learns from these samples) and ``eval_rows`` leave.
         sizes: numbers of samples: ``all``, ``train``, ``valid``, ``test`` before, ``few_shot``, ``valid_used`` and
             ``test_used`` after.
     """
@@ -59,7 +59,8 @@ def prepare_splits(config: Config) -> Splits:
 def split(config: Config, dataset: HistoryDataset) -> Splits:
     """Split a dataset that was read, and draw ``few_shot`` and ``eval_rows``."""
     full_train, full_valid, full_test = build_splits(dataset)
-    train = few_shot_samples(config, full_train)
+    by_few_shot = config.spec.is_llm or config["train_rows"] == "few_shot"
+    train = few_shot_samples(config, full_train) if by_few_shot else full_train
     valid, test = bounded(config, full_valid, "valid"), bounded(config, full_test, "test")
     if config["layout"] == "stream":  # samples of one chunk in one evaluation batch
         valid, test = (
