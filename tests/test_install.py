@@ -201,7 +201,7 @@ def test_properties_are_found_from_another_folder_when_installed_editable(tmp_pa
     installed = metadata.distributions(name="recbole_llm")
     if not any('"editable": true' in (found.read_text("direct_url.json") or "") for found in installed):
         pytest.skip("recbole_llm is not installed in editable mode: pip install -e .")
-    script = "import recbole_llm.config.configurator as c; print(c.properties_dir())"
+    script = "import recbole_llm.utils.yaml_files as c; print(c.properties_dir())"
     found = Path(run(sys.executable, "-c", script, cwd=tmp_path, env={"PYTHONPATH": ""}).stdout.strip())
     assert (found / "overall.yaml").is_file()
 

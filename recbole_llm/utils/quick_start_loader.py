@@ -1,7 +1,7 @@
 """Lets ``recbole.quick_start`` be imported without ray.
 
-That package's one module begins with ``from ray import tune`` (quick_start/quick_start.py:20) and uses it in
-``objective_function`` alone, so that without ray neither ``run_recbole`` nor ``load_data_and_model`` can be imported.
+That package's one module begins with ``from ray import tune`` (quick_start/quick_start.py:20), for one call in
+``objective_function``, so that without ray neither ``run_recbole`` nor ``load_data_and_model`` can be imported.
 Importing ``recbole_llm`` puts a finder for this one module first in line. Nothing is imported or changed before a user
 imports the module; then it gets the repairs of RecBole, as a run of recbole_llm does.
 

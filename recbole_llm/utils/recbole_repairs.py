@@ -229,22 +229,29 @@ class _Absent(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         raise ImportError(
-            "ray is not installed. RecBole uses it for hyper-parameter tuning only (objective_function): install it "
-            "with pip install 'ray[tune]', or search with recbole_llm's key `search` instead"
+            f"{self.__name__}.{name} was asked for, but ray is not installed. RecBole needs it for hyper-parameter "
+            "tuning by ray only: install it with pip install 'ray[tune]', or search with recbole_llm's key `search`"
         )
+
+
+def _report_to_nobody(**metrics: Any) -> None:
+    """What ``tune.report`` does outside of a trial of ray: nothing."""
 
 
 @contextmanager
 def ray_when_used() -> Iterator[None]:
-    """Inside the block ``from ray import tune`` succeeds without ray; the first use of ``tune`` raises ImportError.
+    """Inside the block ``from ray import tune`` succeeds without ray; tuning with what it gives raises ImportError.
 
-    For the import of quick_start/quick_start.py, whose line 20 it is. Where ray is installed nothing changes.
+    For the import of quick_start/quick_start.py, whose line 20 it is. Its one use of ``tune`` is that
+    ``objective_function`` reports its result to a trial of ray (line 223). Without ray there is no trial, and the
+    function trains, evaluates and returns its result as ever. Where ray is installed nothing changes.
     """
     if "ray" in sys.modules or importlib.util.find_spec("ray") is not None:
         yield
         return
     absent = {name: _Absent(name) for name in ("ray", "ray.tune")}
     vars(absent["ray"])["tune"] = absent["ray.tune"]
+    vars(absent["ray.tune"])["report"] = _report_to_nobody
     sys.modules.update(absent)
     try:
         yield
