@@ -454,12 +454,11 @@ def test_keys_that_only_the_model_reads_are_known():
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("few_shot", 0, "an int >= 1 or a share in (0, 1) or one of auto or ~"),
-        ("few_shot", -5, "an int >= 1"),
+        ("few_shot", -5, "an int >= 0 or a share in (0, 1) or one of auto or ~"),
         ("few_shot", 1.5, "share in (0, 1)"),
         ("few_shot", 1.0, "share in (0, 1)"),
-        ("few_shot", True, "an int >= 1"),
-        ("few_shot", "many", "an int >= 1"),
+        ("few_shot", True, "an int >= 0"),
+        ("few_shot", "many", "an int >= 0"),
         ("eval_rows", 0.5, "an int >= 1 or one of auto or ~"),
         ("lora_r", 0, "an int >= 1"),
         ("lora_r", 8.0, "an int >= 1"),
