@@ -73,13 +73,17 @@ def check_identity(saved: dict[str, str], current: dict[str, str], path: Path) -
         raise CheckpointError(f"checkpoint {path} does not fit this run:\n  " + "\n  ".join(different))
 
 
+ORIGIN = ("model", "data", "backbone", "lens", "template", "titles", "profiles", "prompt version")
+"""What a model that is loaded must have been trained with, by the names of its identities."""
+
+
 def check_origin(folder: Path, saved: dict[str, str], here: dict[str, str]) -> None:
-    """Refuse to load a trained model under other data, or with another backbone or lens.
+    """Refuse to load a trained model under other data or prompts, or with another backbone or lens.
 
     Raises:
         CheckpointError: naming what differs.
     """
-    names = [name for name in ("model", "data", "backbone", "lens") if saved.get(name) != here.get(name)]
+    names = [name for name in ORIGIN if saved.get(name) != here.get(name)]
     if "data" in names and "lens" in names:
         names.remove("lens")  # it is trained on the data
     if names:
