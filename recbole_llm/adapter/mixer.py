@@ -26,6 +26,12 @@ class Mixer(Protocol):
         """``s B M(z) A x``, ``[B, T, d_out]``."""
 
     @staticmethod
+    def token_update(
+        x: Tensor, a: Tensor, b: Tensor, weights: Tensor, tokens: Tensor, scale: float, /
+    ) -> Tensor:
+        """The same where the tokens ``[B, T]`` say which of the rows of ``weights`` each of them has."""
+
+    @staticmethod
     def fold(a: Tensor, b: Tensor, weights: Tensor, /) -> tuple[Tensor, Tensor]:
         """The pair ``(A', B')`` with ``B' A' = B M A`` for one instance."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -366,7 +366,7 @@ def attach_adapter(
     return PersonalizedAdapter(peft_model, config, router)
 
 
-def _checked_layers(model: PreTrainedModel, layers: tuple[int, int]) -> list[int]:
+def _checked_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """Numbers of the layers from the first to the last; PEFT itself leaves out in silence what is not there."""
     first, last, there = *layers, len(decoder_layers(model))
     if last >= there:

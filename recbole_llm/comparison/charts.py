@@ -256,7 +256,7 @@ def _axes(
 
     total = height + top + bottom
     figure = Figure(figsize=(width / 72, total / 72), dpi=72)
-    box = [left / width, bottom / total, (width - left - right) / width, height / total]
+    box = left / width, bottom / total, (width - left - right) / width, height / total
     ax = figure.add_axes(box, ylim=(height, 0))
     if not y_ticks:
         ax.set_yticks([])

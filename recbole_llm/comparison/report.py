@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
     write_json(paths[0], found)
     for ending, text in texts.items():
         paths.append(Path(folder) / f"{NAME}.{ending}")
-        content = text.encode()
-        write_atomically(paths[-1], lambda file, content=content: file.write(content))
+        write_atomically(paths[-1], methodcaller("write", text.encode()))
     return paths
 
 
@@ -245,7 +245,7 @@ def to_html(comparison: Mapping[str, Any]) -> str:
     return environment.get_template("report.html").render(page, **_gates(found["gates"])) + "\n"
 
 
-def _environment(escaped: Callable[[Any], str], **syntax: str) -> Environment:
+def _environment(escaped: Callable[[Any], str], **syntax: Any) -> Environment:
     """Templates whose every output is escaped unless it is marked as safe already."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES),

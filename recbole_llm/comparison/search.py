@@ -172,7 +172,7 @@ def search(plan: Plan) -> dict[str, dict[str, Any]]:
     for text, (settings, runs) in planned.items():
         tried = []
         for values, run in zip(settings, runs, strict=True):
-            entry = {"values": values, "folder": str(run.folder.relative_to(plan.folder))}
+            entry: dict[str, Any] = {"values": values, "folder": str(run.folder.relative_to(plan.folder))}
             if run.finished:
                 result = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
                 entry["valid"] = result["metrics"]["valid"][first["valid_metric"].lower()]

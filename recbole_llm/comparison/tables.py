@@ -59,7 +59,7 @@ _REQUIRED = (
     "format", "task", "dataset", "created", "versions", "machine", "device", "command", "metrics", "leading",
     "smaller_is_better", "rows", "seeds", "models", "differences", "failed",
 )  # fmt: skip
-_OPTIONAL = {"sentences": [], "notes": [], "gates": None, "prompts": []}
+_OPTIONAL: dict[str, Any] = {"sentences": [], "notes": [], "gates": None, "prompts": []}
 _STEERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufffe\uffff")
 
 

@@ -110,6 +110,8 @@ class Config(RecBoleConfig):
         FileNotFoundError: for a config file that does not exist.
     """
 
+    parameters: dict[str, list[str]]
+
     def __init__(
         self,
         model: str | type | None = None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from recbole_llm.utils.yaml_files import PROPERTIES, load_yaml
 
@@ -16,7 +16,13 @@ def layout_defaults(layout: str | None, model: str) -> dict[str, Any]:
     return values | (by_model.get(model) or {})
 
 
-def check_stream(final: Mapping[str, Any], said: Callable[[str], str]) -> None:
+class _Readable(Protocol):
+    """What is read by key: a mapping, or values under construction."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
+
+
+def check_stream(final: _Readable, said: Callable[[str], str]) -> None:
     """What a stream cannot show.
 
     Args:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,9 @@ class AtomicDataset(SequentialDataset):
         ValueError: if a file cannot be read as it is meant, a column is missing or empty, a setting would spoil it,
             or more than ``max_dropped`` of the interactions would be dropped unasked.
     """
+
+    inter_feat: Any  # RecBole's: a DataFrame while it loads, then an Interaction
+    file_size_list: list[int]
 
     def __init__(self, config):
         self.dropped: dict[str, int] = {}

@@ -16,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +39,8 @@ except ImportError:  # Windows has no getrusage
     resource = None
 
 logger = logging.getLogger(__name__)
+
+_Made = TypeVar("_Made")
 
 HISTORY_END = "history_end"
 RECENT_TEXT = "recent_text"
@@ -80,7 +84,7 @@ class HistoryDataset(AtomicDataset):
         self.history: HistoryIndex | None = None
         self.preparation: dict[str, float] = {}
         # Seen by every split and subset, see `copy` of RecBole's Dataset.
-        self._shared: dict[str, object] = {}
+        self._shared: dict[str, Any] = {}
         self._began = (time.monotonic(), peak_bytes())
         super().__init__(config)
 
@@ -461,14 +465,17 @@ class HistoryDataset(AtomicDataset):
 
     def item_text(self, *, obfuscate: bool = False) -> ItemText:
         """Titles, years and genres, read once."""
-        key = f"item_text {obfuscate}"
-        if key not in self._shared:
-            self._shared[key] = ItemText(self, obfuscate=obfuscate)
-        return self._shared[key]
+        return self._once(f"item_text {obfuscate}", lambda: ItemText(self, obfuscate=obfuscate))
 
     def user_text(self) -> UserText:
         """Profiles of the users, read once."""
-        return self._shared.setdefault("user_text", UserText(self))
+        return self._once("user_text", lambda: UserText(self))
+
+    def _once(self, key: str, make: Callable[[], _Made]) -> _Made:
+        """What ``make()`` gives, made once for all splits and subsets."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def content_hash(self) -> str:
         """Sha256 of these samples, of all histories, of the ids' meaning and of the features.

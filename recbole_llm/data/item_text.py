@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from string import Formatter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -242,7 +242,7 @@ class TextSettings:
                 raise ValueError(f"text.{key}: {value!r} is not a word")
         if len(self.verb) != 2 or not all(isinstance(form, str) and clean(form) for form in self.verb):
             raise ValueError(f"text.verb: {self.verb!r} must hold two forms, e.g. [reads, read]")
-        scale = self.rating_scale
+        scale: Any = self.rating_scale
         numbers = (
             isinstance(scale, tuple) and len(scale) == 2 and all(isinstance(n, (int, float)) for n in scale)
         )
@@ -281,7 +281,7 @@ class TextSettings:
             ratings: those of the data, any shape; ``None``: it has none.
         """
         if self.rating_scale != "auto":
-            return self.rating_scale
+            return cast(tuple[float, float] | None, self.rating_scale)
         values = np.unique(ratings) if ratings is not None else np.zeros(0)
         steps = np.diff(values.astype(np.float64))
         if not 2 <= len(values) <= 20 or values[0] < 0 or values[-1] > 100:
@@ -457,7 +457,8 @@ class ItemText:
     def _tell_apart(self, dataset: TextSource) -> None:
         """Add to equal titles what tells them apart: "Heat (1986)", "Heat (1995, Crime)", "Heat (1995, no. 7)"."""
         tokens = dataset.field2id_token[dataset.iid_field]
-        bare, added = list(self.titles), defaultdict(int)
+        bare = list(self.titles)
+        added: dict[str, int] = defaultdict(int)
         notes: dict[int, list[str]] = defaultdict(list)
         kinds = (
             ("years", self.years),

@@ -212,7 +212,7 @@ class NextItemDataset(HistoryDataset):
 
         def flat(past: pd.Series, present: np.ndarray, dtype: type) -> np.ndarray:
             """One array of all lists, each followed by the sample's own value."""
-            values = np.empty(len(own), dtype=dtype)
+            values: np.ndarray = np.empty(len(own), dtype=dtype)
             values[~own] = np.concatenate([past.iloc[row] for row in by_user])
             values[own] = present[by_user]
             return values

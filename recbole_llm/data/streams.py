@@ -139,7 +139,9 @@ class StreamCutter:
 
         ``first_share`` of the room are given to the first body.
         """
-        body, starts, ends = int(self.history.user_start[user]), [], []
+        body = int(self.history.user_start[user])
+        starts: list[int] = []
+        ends: list[int] = []
         while body < end:
             first = self._first_shown(user, body, n_context)
             room = int(self._room[user] * (1.0 if starts else first_share))  # a float would convert all costs

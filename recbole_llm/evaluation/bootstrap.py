@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Interval:
 
     def to_dict(self) -> dict[str, float | str | None]:
         """For the json: value, low, high and, only where there is one, reason."""
-        result = {"value": self.value, "low": self.low, "high": self.high}
+        result: dict[str, float | str | None] = {"value": self.value, "low": self.low, "high": self.high}
         return result | {"reason": self.reason} if self.reason else result
 
 
@@ -156,7 +157,7 @@ class Bootstrap:
             if reason := self.reasons[name].get(metric):
                 return Interval(None, reason=reason if len(names) == 1 else f"{name}: {reason}")
 
-        def contrast(of: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
+        def contrast(of: Mapping[str, Mapping[str, Any]]) -> Any:
             first, *rest = (of[name][metric] for name in names)
             return first - rest[0] if rest else first
 
@@ -403,8 +404,8 @@ def bootstrap_ratios(
 def _draw(
     users: np.ndarray,
     size: int,
-    models: Mapping[str, Mapping[str, object]],
-    statistic_of: Callable[[str, np.ndarray, object], Statistic],
+    models: Mapping[str, Mapping[str, Any]],
+    statistic_of: Callable[[str, np.ndarray, Any], Statistic],
     how: tuple[int, int, float, bool],
 ) -> Bootstrap:
     """The core of all three: one statistic per model and metric, then the same draws of users for all of them."""

@@ -96,7 +96,7 @@ def _auc_covariance(
     The V are kept as whole numbers, twice the number of pairs, and the difference has components of its own:
     models that order the samples alike differ by exactly 0 with variance exactly 0.
     """
-    beats, beaten = [], []
+    wins, losses = [], []
     for name, score in scores.items():
         of_runs = []
         for run in np.atleast_2d(score):
@@ -112,9 +112,9 @@ def _auc_covariance(
                     2 * (positive.sum() - among_all[~positive] + rankdata(run[~positive])),
                 )
             )
-        beats.append(np.mean([won for won, _ in of_runs], axis=0))
-        beaten.append(np.mean([lost for _, lost in of_runs], axis=0))
-    beats, beaten = np.array([*beats, beats[0] - beats[-1]]), np.array([*beaten, beaten[0] - beaten[-1]])
+        wins.append(np.mean([won for won, _ in of_runs], axis=0))
+        losses.append(np.mean([lost for _, lost in of_runs], axis=0))
+    beats, beaten = np.array([*wins, wins[0] - wins[-1]]), np.array([*losses, losses[0] - losses[-1]])
     n_positive, n_negative = beats.shape[1], beaten.shape[1]
     codes = np.arange(positive.size) if users is None else user_codes(users, positive.size)[1]
     n_users = int(codes.max()) + 1

@@ -109,10 +109,10 @@ class Experiment(ABC):
         self.trainer.evaluate(
             self.parts.valid_data, load_best_model=False, show_progress=self.config["show_progress"]
         )
-        columns = self._columns("valid")
+        columns: dict[str, Any] = self._columns("valid")
         write_atomically(
             self.folder / VALID_ROWS_FILE,
-            lambda file: np.savez_compressed(file, **columns),  # type: ignore[arg-type]
+            lambda file: np.savez_compressed(file, **columns),
         )
 
     def _columns(self, split: str) -> dict[str, np.ndarray]:

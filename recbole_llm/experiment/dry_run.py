@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
+from recbole_llm.data.prompts.ctr import PromptBuilder
+from recbole_llm.data.prompts.next_item import TitlePromptBuilder
+from recbole_llm.data.prompts.stream import StreamPrompts
 from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.utils.causal_lm import layer_sizes
 
@@ -35,8 +40,10 @@ def _answer(parts: LLMAssembly, interaction: Interaction, i: int) -> str:
     """The answer that sample ``i`` teaches."""
     if parts.config["task"] == "ctr":
         label = int(interaction[parts.config["LABEL_FIELD"]][i])
-        return f"label {label} ({parts.prompts.answer_to(interaction, i)!r})"
-    return f"answer {parts.prompts.answer_text(int(interaction[parts.dataset.iid_field][i]))!r}"
+        of_labels = cast(PromptBuilder | StreamPrompts, parts.prompts)
+        return f"label {label} ({of_labels.answer_to(interaction, i)!r})"
+    titles = cast(TitlePromptBuilder, parts.prompts)
+    return f"answer {titles.answer_text(int(interaction[parts.dataset.iid_field][i]))!r}"
 
 
 def _task_decisions(parts: LLMAssembly) -> list[str]:
@@ -55,11 +62,12 @@ def _task_decisions(parts: LLMAssembly) -> list[str]:
         "full": f"all {parts.dataset.item_num - 1:,} items"
         + (f", of which the LLM ranks the lens's first {config['two_stage']}" if config["two_stage"] else ""),
     }.get(config["eval_mode"], f"RecBole's {config['eval_mode']}, drawn again at every evaluation")
+    prompts = cast(TitlePromptBuilder, parts.prompts)
     digests = {name: found.sha256[:16] for name, found in (parts.candidates or {}).items()}
     return [
         f"targets are ranked among {among}" + (f", hashes {digests}" if digests else ""),
-        f"prompts list the candidates: {parts.prompts.lists_candidates}; item vectors behind titles: "
-        f"{parts.prompts.item_slots}; curriculum: {config['curriculum']}",
+        f"prompts list the candidates: {prompts.lists_candidates}; item vectors behind titles: "
+        f"{prompts.item_slots}; curriculum: {config['curriculum']}",
     ]
 
 

@@ -32,18 +32,18 @@ def gate_table(parts: LLMAssembly) -> dict[str, Any] | None:
     if not model.gated or parts.lens is None or parts.config["gate"] == "token":
         return None
     model.eval()
-    users, gates = [], []
+    of_users, of_gates = [], []
     for start in range(0, len(parts.test), 256):
         rows = parts.test[np.arange(start, min(start + 256, len(parts.test)))]
         found = parts.lens.represent(rows.to(parts.config["device"]))
         gate = model.adapter.mean_gate(model.gate_instance(*found))
         if gate is None:
             return None
-        users.append(rows[dataset.uid_field].cpu().numpy())
-        gates.append(gate.numpy().astype(np.float64))
-    users, gates = np.concatenate(users), np.concatenate(gates)
+        of_users.append(rows[dataset.uid_field].cpu().numpy())
+        of_gates.append(gate.numpy().astype(np.float64))
+    users, gates = np.concatenate(of_users), np.concatenate(of_gates)
     there, owner = np.unique(users, return_inverse=True)
-    means = np.stack([np.bincount(owner, weights=column) for column in gates.T], axis=1)
+    means: np.ndarray = np.stack([np.bincount(owner, weights=column) for column in gates.T], axis=1)
     means = (means / np.bincount(owner)[:, None])[:MOST_USERS]
     there = there[:MOST_USERS]
     field, profile = profile_of(dataset, there)

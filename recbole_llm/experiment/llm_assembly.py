@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -214,9 +214,10 @@ def _ctr_prompts(
     if config["text_retrieval"] != "recent":
         source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
         kind = {"semantic": SemanticRetriever, "mixed": MixedRetriever}[config["text_retrieval"]]
-        prompts.retriever = kind(dataset.history, length, source)
+        cast(PromptBuilder, prompts).retriever = kind(dataset.history, length, source)
     if config["shuffle_history"]:
-        prompts.retriever = ShuffledRetriever(prompts.retriever, config["eval_seed"])
+        texts = cast(PromptBuilder, prompts)  # as above: the configuration refuses both keys for streams
+        texts.retriever = ShuffledRetriever(texts.retriever, config["eval_seed"])
     if prompts.tells_lens:
         if lens is None:
             raise ValueError(

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_llm.data.dataset import HISTORY_END
+from recbole_llm.data.prompts.ctr import PromptBuilder
+from recbole_llm.data.prompts.next_item import TitlePromptBuilder
+from recbole_llm.data.prompts.stream import StreamPrompts
 from recbole_llm.evaluation.generation import generation_report, match_title
 from recbole_llm.evaluation.ranking import target_ranks
 from recbole_llm.experiment.assembly import cache_folder
@@ -77,10 +80,11 @@ def untrained_scores(parts: LLMAssembly) -> np.ndarray:
     batches = [batch[0] for batch in parts.test_data]
     digest = _digest(parts, str(parts.model.answer_ids))
     if parts.config["layout"] == "stream":  # one chunk may be read for different targets and labels
-        digest.update(str(parts.prompts.likes).encode())
+        digest.update(str(cast(StreamPrompts, parts.prompts).likes).encode())
         _add(digest, [interaction[HISTORY_END].numpy() for interaction in batches])
+    prompts = cast(PromptBuilder | StreamPrompts, parts.prompts)  # those of the ctr task
     for interaction in batches:
-        _add(digest, parts.prompts.encode(interaction).input_ids)
+        _add(digest, prompts.encode(interaction).input_ids)
     return _cached(parts, digest, batches, parts.model.predict_untrained)
 
 
@@ -102,12 +106,12 @@ def lens_ranks(parts: LLMAssembly) -> np.ndarray:
 
 def untrained_ranks(parts: LLMAssembly) -> np.ndarray:
     """Rank of every test sample's target by the language model before any tuning, int64 ``[n]``."""
-    model = parts.model
+    model, prompts = parts.model, cast(TitlePromptBuilder, parts.prompts)
     digest = _digest(parts, "ranks")
     batches = [interaction for interaction, _ in _test_batches(parts, BATCH)]
     for interaction in batches:
-        _add(digest, parts.prompts.encode(interaction, slots=False).input_ids)
-    _add(digest, parts.prompts.answers)
+        _add(digest, prompts.encode(interaction, slots=False).input_ids)
+    _add(digest, prompts.answers)
     digest.update(str((parts.config["eval_mode"], parts.config["two_stage"])).encode())
     ranked = parts.dataset.ranked_items.tobytes()
     digest.update(parts.candidates["test"].sha256.encode() if parts.candidates else ranked)
@@ -161,12 +165,13 @@ def written_answers(parts: LLMAssembly) -> tuple[np.ndarray, dict]:
     Returns:
         The texts ``[n]``, and the report of :func:`recbole_llm.evaluation.generation.generation_report`.
     """
+    prompts = cast(TitlePromptBuilder, parts.prompts)
     texts, matches, targets, users = [], [], [], []
     size = parts.config["micro_batch_size"]
     for interaction, items in _progress(parts, list(_test_batches(parts, size)), "Generate   "):
         found = parts.model.generate(interaction, parts.config["max_new_tokens"])
         for text, candidates in zip(found, items.tolist(), strict=True):
-            index = match_title(text, [parts.prompts.answer_text(item).strip() for item in candidates])
+            index = match_title(text, [prompts.answer_text(item).strip() for item in candidates])
             matches.append(-1 if index is None else candidates[index])
         texts += found
         targets.append(interaction[parts.dataset.iid_field].numpy())

@@ -215,7 +215,7 @@ def write_result(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {key: _column(key, value) for key, value in (rows or {}).items()}
+    columns: dict[str, Any] = {key: _column(key, value) for key, value in (rows or {}).items()}
     if len({len(column) for column in columns.values()}) > 1:
         raise ValueError(f"the columns differ in length: { {key: len(c) for key, c in columns.items()} }")
     if columns:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from recbole.utils import init_seed
 
@@ -47,7 +49,8 @@ def run_one(config: Config, folder: Path, *, resume: bool | None = None) -> dict
     kind = experiment_class(config)
     if config["dry_run"]:
         return {"dry_run": kind.describe(kind.assemble(config, fit=False))}
-    experiment = kind(config, folder)
+    # Every kind is made of a configuration; only their common base is made of parts.
+    experiment = cast(Callable[[Config, Path], Experiment], kind)(config, folder)
     write_configuration(folder, experiment.parts)
     if config["resume"] if resume is None else resume:
         experiment.resume()

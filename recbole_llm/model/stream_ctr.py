@@ -36,7 +36,7 @@ from torch import Tensor
 from recbole_llm.backbone.answers import logits_at, pad_right
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
-from recbole_llm.data.prompts.stream import EncodedStream, EncodedStreams
+from recbole_llm.data.prompts.stream import EncodedStream, EncodedStreams, StreamPrompts
 from recbole_llm.data.streams import StreamBatch, interactions_at, visible_until
 from recbole_llm.model.answer_ctr import AnswerCTR
 
@@ -109,6 +109,9 @@ class StreamCTR(AnswerCTR):
         ValueError: as :class:`AnswerCTR`; or if the lens's histories reach to an interaction's own place.
     """
 
+    # What the base class does with prompts and their batches is overridden here, for those of streams.
+    prompts: StreamPrompts  # type: ignore[assignment]  # the base's are of single samples
+
     def __init__(self, config, dataset, *, prompts, lens=None, **parts) -> None:
         super().__init__(config, dataset, prompts=prompts, lens=lens, **parts)
         self._dataset = dataset
@@ -130,11 +133,15 @@ class StreamCTR(AnswerCTR):
 
     # ------------------------------------------------------------------ batches
 
-    def encode(self, interaction: Interaction) -> EncodedStreams:
+    def encode(  # type: ignore[override]  # chunks for the base's prompts
+        self, interaction: Interaction
+    ) -> EncodedStreams:
         """The chunks that samples are scored in, as the model gets them now."""
         return self.prompts.encode(interaction, slots=self.hybrid)
 
-    def micro_batches(self, interaction: StreamBatch | Interaction) -> Iterator[StreamMicroBatch]:
+    def micro_batches(  # type: ignore[override]  # pieces of chunks for pieces of prompts
+        self, interaction: StreamBatch | Interaction
+    ) -> Iterator[StreamMicroBatch]:
         """Cut a batch into pieces of ``micro_batch_size`` chunks, chunks of similar length together.
 
         Args:
@@ -229,12 +236,12 @@ class StreamCTR(AnswerCTR):
             return margin
         return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
 
-    def logits(self, batch: StreamMicroBatch) -> Tensor:
+    def logits(self, batch: StreamMicroBatch) -> Tensor:  # type: ignore[override]  # as micro_batches makes them
         """The model's log-odds of label 1, ``[k]`` float32."""
         lens_logit = self._read_lens(batch)
         return self._with_residual(self.like_margin(self.answer_logits(batch)), lens_logit)
 
-    def loss(self, batch: StreamMicroBatch) -> Tensor:
+    def loss(self, batch: StreamMicroBatch) -> Tensor:  # type: ignore[override]  # as micro_batches makes them
         """Mean cross-entropy of the answers, scalar; with ``lens_residual`` also that of the labels, of the sum."""
         lens_logit = self._read_lens(batch)
         logits = self.answer_logits(batch)
@@ -262,7 +269,9 @@ class StreamCTR(AnswerCTR):
             )
         )
 
-    def _score(self, interaction: Interaction, encoded: EncodedStreams, logit_of) -> Tensor:
+    def _score(  # type: ignore[override]  # of chunks, as encode gives them
+        self, interaction: Interaction, encoded: EncodedStreams, logit_of
+    ) -> Tensor:
         positions = interaction[HISTORY_END].cpu().numpy()
         _, first, place = np.unique(
             positions, return_index=True, return_inverse=True

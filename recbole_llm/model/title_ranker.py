@@ -235,6 +235,7 @@ class TitleRanker(LLMRecommender):
         encoded = self.prompts.encode(interaction, slots=slots)
         lengths = np.array([len(ids) for ids in encoded.input_ids])
         scores: list[Tensor | None] = [None] * len(lengths)
+        tries: TitleTrie | list[TitleTrie]
         # One sample of the catalogue is many tokens already; more only need more memory, which was slower on a CPU.
         for rows in self.pieces(lengths, 1 if items is None else self.scoring_batch_size):
             input_ids, row_lengths = pad_right([encoded.input_ids[i] for i in rows], self.pad_id)

@@ -11,6 +11,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -95,7 +96,9 @@ def check_origin(folder: Path, saved: dict[str, str], here: dict[str, str]) -> N
 
 def rng_state() -> dict[str, Tensor]:
     """Random-number states of python, numpy and torch (CPU and every CUDA device) as tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    # NumPy gives a dict only where it is asked for one.
+    numpy_state = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
+    kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

@@ -16,7 +16,7 @@ import recbole_llm
 try:
     import resource
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]  # a module elsewhere
 
 logger = logging.getLogger(__name__)
 

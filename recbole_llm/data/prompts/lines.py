@@ -121,9 +121,9 @@ class TemplateKind:
         for key in self.titled:
             if "{title}" not in full[key]:
                 raise ValueError(f"{where}: {key} must hold {{title}}")
-        for key, allowed in self.choices.items():
-            if not any(type(full[key]) is type(choice) and full[key] == choice for choice in allowed):
-                *others, last = (str(c).lower() if isinstance(c, bool) else c for c in allowed)
+        for key, choices in self.choices.items():
+            if not any(type(full[key]) is type(choice) and full[key] == choice for choice in choices):
+                *others, last = (str(c).lower() if isinstance(c, bool) else c for c in choices)
                 raise ValueError(f"{where}: {key} must be {', '.join(others)} or {last}, not {full[key]!r}")
         return full
 
@@ -266,8 +266,8 @@ class LinePrompts:
             add_generation_prompt=True,
             enable_thinking=False,  # Qwen3's answer would begin with its thoughts; other templates ignore it
         ).partition(mark)
-        frame = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-        return tuple(np.asarray(ids, dtype=np.int64) for ids in frame)
+        first, last = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        return np.asarray(first, dtype=np.int64), np.asarray(last, dtype=np.int64)
 
     def identities(self) -> dict[str, str]:
         """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
