@@ -144,28 +144,6 @@ class CandidateSet:
         return found
 
 
-def possible_negatives(dataset: HistoryDataset, wanted: int) -> int:
-    """``wanted``, or fewer where a user has met so many items that not as many others are left: one number for all.
-
-    A dataset without a single item to draw keeps ``wanted``, which :func:`draw_candidates` then refuses.
-    """
-    history, ranked = dataset.history, int(dataset.ranked_items.sum())
-    users = np.repeat(np.arange(len(history.user_start) - 1), np.diff(history.user_start))
-    met = np.unique(users.astype(np.int64) * dataset.item_num + history.item_ids) // dataset.item_num
-    most = ranked - int(np.bincount(met).max())
-    if not 0 < most < wanted:
-        return wanted
-    logger.warning(
-        "num_negatives: %d candidates beside the target instead of %d: of the %s items of %s a user has met all but %d",
-        most,
-        wanted,
-        f"{ranked:,}",
-        dataset.dataset_name,
-        most,
-    )
-    return most
-
-
 def draw_candidates(
     rows: HistoryDataset,
     *,
@@ -266,10 +244,9 @@ def draw_candidates(
         if drawn is None:
             row = first + int(left.argmin())
             user = rows.id2token(rows.uid_field, int(users[row]))
-            catalogue = n_items - 1 if allowed is None else allowed[1:].sum()
             raise ValueError(
                 f"candidates of {rows.dataset_name}: num_negatives asks for {num_negatives}, but of the "
-                f"{catalogue} items only {left.min()} can be drawn ({kind}) for user {user} (row_id "
+                f"{n_items - 1} items only {left.min()} can be drawn ({kind}) for user {user} (row_id "
                 f"{row_ids[row]}), whose history holds {stops[row] - starts[row]} interactions; set it lower"
             )
         items[part, 0], items[part, 1:] = targets[part], drawn

@@ -33,7 +33,6 @@ from recbole_llm.data.candidates import (
     CandidateSet,
     RankedItemsDataLoader,
     draw_candidates,
-    possible_negatives,
 )
 from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.data.loading import build_splits, draw_rows
@@ -445,11 +444,10 @@ def draw_candidate_sets(config: Config, rows: Rows, lens: Lens | None) -> dict[s
     if config["eval_mode"] != "candidates":
         return None
     counts = item_counts(rows.full_train)
-    num_negatives = possible_negatives(rows.dataset, config["num_negatives"])
     return {
         name: draw_candidates(
             split,
-            num_negatives=num_negatives,
+            num_negatives=config["num_negatives"],
             kind=config["negatives"],
             seed=config["candidate_seed"],
             purpose=name,

@@ -21,7 +21,7 @@ from recbole.data.utils import get_dataloader
 from recbole.utils import EvaluatorType, InputType, init_seed
 
 from recbole_llm.config.configurator import Config, keys_read_by
-from recbole_llm.data.candidates import draw_candidates, possible_negatives
+from recbole_llm.data.candidates import draw_candidates
 from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.data.loading import build_splits
 from recbole_llm.evaluation.collector import RowCollector
@@ -183,7 +183,7 @@ def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDat
         if ranks_candidates:
             candidates = draw_candidates(
                 rows,
-                num_negatives=possible_negatives(dataset, config["num_negatives"]),
+                num_negatives=config["num_negatives"],
                 kind=config["negatives"],
                 seed=config["candidate_seed"],
                 purpose=name,

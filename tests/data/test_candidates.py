@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -23,7 +23,6 @@ from recbole_llm.data.candidates import (
     CandidateSet,
     RankedItemsDataLoader,
     draw_candidates,
-    possible_negatives,
 )
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
@@ -585,19 +584,3 @@ def test_the_items_that_are_ranked(tmp_path, make_config, which):
     scores[excluded] = -torch.inf
     assert ((scores > -torch.inf).sum(dim=1) == ranked).all()
     assert (scores[torch.arange(len(targets)), targets] == 0).all()
-
-
-def test_fewer_negatives_where_a_user_has_met_almost_everything(tmp_path, make_config, caplog):
-    rows = random_interactions()
-    write_atomic(tmp_path, "toy", "inter", INTER_HEADER, rows)
-    dataset = NextItemDataset(make_config("SASRec", task="next_item", min_history=1))
-    test = dataset.build()[2]
-    most = 15 - max(Counter(row[0] for row in rows).values())
-    assert possible_negatives(dataset, most) == most and "num_negatives" not in caplog.text
-    assert (
-        possible_negatives(dataset, 14) == most
-        and f"{most} candidates beside the target instead of 14" in caplog.text
-    )
-    draw(test, num_negatives=most, allowed=dataset.ranked_items)
-    with pytest.raises(ValueError, match=f"of the 15 items only {most} can be drawn"):
-        draw(test, num_negatives=most + 1, allowed=dataset.ranked_items)
