@@ -502,7 +502,9 @@ def test_any_template_is_checked_or_refused(content):
 
 
 def test_the_identity_of_prompts_covers_template_titles_and_words(toy, tokenizers, tmp_path):
-    write_atomic(tmp_path, "toy", "item", "item_id:token title:token", [(i, f"Film {i}") for i in range(1, 16)])
+    write_atomic(
+        tmp_path, "toy", "item", "item_id:token title:token", [(i, f"Film {i}") for i in range(1, 16)]
+    )
     story = small(toy)
     first = builder(story, tokenizers["gpt2"]).identities()
     assert builder(story, tokenizers["gpt2"]).identities() == first
