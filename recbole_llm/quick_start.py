@@ -34,7 +34,7 @@ def run_recbole_llm(
 ) -> dict[str, Any]:
     """Train and evaluate one model on one dataset.
 
-    >>> result = run_recbole_llm("RecLoRA", "ml-100k", config_dict={"epochs": 1})  # doctest: +SKIP
+    For example ``run_recbole_llm("RecLoRA", "ml-100k", config_dict={"epochs": 1})``.
 
     Args:
         model: name of a built-in model, of one of RecBole's, or of one that an installed package registers under the

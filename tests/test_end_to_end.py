@@ -509,6 +509,6 @@ def test_comparison_on_labelled_rows_is_paired_and_bounds_every_model(settings):
     comparison = json.loads((Path(result["path"]).parent / "compare.json").read_text())
     by_name = {d["b"]: d for d in comparison["differences"] if d["metric"] == "auc"}
     assert {"TALLRec", "DIN epochs=1", "lens DIN"} <= by_name.keys()
-    assert {d["test"] for d in by_name.values()} == {"DeLong by user, AUC"}
+    assert {d["test"] for d in by_name.values()} == {"DeLong, clustered by user (AUC)"}
     mine, theirs = (found["metrics"]["test"]["auc"] for found in result["compared"][:2])
     assert by_name["TALLRec"]["value"] == pytest.approx(mine - theirs)

@@ -35,8 +35,6 @@ def check_stream(final: _Readable, said: Callable[[str], str]) -> None:
     if final["layout"] != "stream":
         return
     layout = said("layout")
-    if final["task"] != "ctr":
-        raise ValueError(f"{layout}: only the ctr task is streamed, and {said('task')}; set layout: prompt")
     if final["text_retrieval"] != "recent":
         raise ValueError(
             f"{said('text_retrieval')} with {layout}: a retrieved history is another one for every target, so targets "

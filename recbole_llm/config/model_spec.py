@@ -78,7 +78,7 @@ class ModelSpec:
 
     def reads_key(self, name: str, key: Key | None) -> bool:
         """Whether the model reads a key of the table; ``None``: a key that is not in the table."""
-        return self.is_llm or key is None or not key.llm or name in self.reads
+        return self.is_llm or key is None or not key.llm or name in self.reads or name in self.keys
 
     def learns_pairs(self, loss_type: str | None) -> bool:
         """Whether the loss compares an item with a sampled one, given the value of ``loss_type``."""

@@ -14,10 +14,10 @@ from recbole_llm import quick_start
 from recbole_llm.backbone.tiny import tiny_backbone
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.model_spec import class_for
-from recbole_llm.experiment.assembly import conventional_parts
+from recbole_llm.data.create import create_dataset
+from recbole_llm.experiment.conventional import llm_arguments
 from recbole_llm.model.hllm import HLLM, LabelledHLLM
 from recbole_llm.model.llm_user_model import LLMUserModel
-from recbole_llm.registry import create_dataset
 
 SMALL = {
     "stream_length": 8,
@@ -88,7 +88,7 @@ def built(toy_settings: dict, **changes):
     config = Config("HLLM", "toy", config_dict=options)
     splits = create_dataset(config).build()
     torch.manual_seed(0)
-    arguments, backbone = conventional_parts(config, splits[0])
+    arguments, backbone = llm_arguments(config, splits[0])
     return class_for(HLLM, config["task"])(config, splits[0], **arguments), splits, config, backbone
 
 

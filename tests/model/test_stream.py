@@ -15,10 +15,10 @@ from synthetic import write_dataset
 from recbole_llm import quick_start
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.model_spec import class_for
+from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.stream_batches import TARGETS
 from recbole_llm.model.stream import NextItemStream, Stream, pieces, time_buckets
-from recbole_llm.registry import create_dataset
 from recbole_llm.trainer.checkpoint import load_checkpoint
 
 SMALL = {

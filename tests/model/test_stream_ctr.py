@@ -318,6 +318,7 @@ def test_training_learns_a_pattern(ctr, parts_of):
         "learning_rate": 0.02,
         "zero_shot": False,
         "lens": None,
+        "lens_config": None,
     }
     untrained = parts_of("TALLRec", **options)
     before = untrained.model.calculate_loss(untrained.full_train[np.arange(len(untrained.full_train))])
@@ -368,7 +369,7 @@ def test_few_shot_by_user_in_a_run(parts_of):
         ("TALLRec", {"history_scope": "split"}, "set history_scope: all, or layout: prompt"),
         ("TALLRec", {"shuffle_history": True}, "set shuffle_history: False"),
         ("TALLRec", {"stream_context": 1}, "shorter histories than training"),
-        ("iLoRA", {}, "only the ctr task is streamed"),
+        ("iLoRA", {}, "not possible in the next_item task"),
         ("TALLRec", {"lora_layers": [3]}, "first and the last adapted layer"),
         ("TALLRec", {"layout": "river"}, "one of prompt, stream"),
         ("TALLRec", {"few_shot": -1}, "few_shot"),

@@ -309,7 +309,7 @@ def test_every_model_ranks_the_same_candidates_and_the_differences_are_paired(se
     mine = result["metrics"]["test"]["hr@1"]
     assert differences.keys() == set(names) - {"iLoRA"}
     for name in wanted:
-        assert differences[name]["test"] == "McNemar, HR@1" and differences[name]["p_holm"] is not None
+        assert differences[name]["test"] == "McNemar (HR@1)" and differences[name]["p_holm"] is not None
         assert differences[name]["value"] == pytest.approx(mine - hits[name])
 
 
@@ -317,7 +317,7 @@ def test_a_failing_model_is_reported_and_the_others_go_on(settings, caplog):
     wanted = ["GRU4Rec loss_type=XX epochs=1", "Pop"]
     result = run_recbole_llm("TALLRecNext", "toy", config_dict={**settings, "compare_with": wanted})
     assert [found["name"] for found in result["compared"]] == ["TALLRecNext", "Pop"]
-    assert any("failed, the others go on" in record.message for record in caplog.records)
+    assert any("failed, the other runs continue" in record.message for record in caplog.records)
     (failed,) = result["comparison"]["failed"]
     assert failed["name"] == wanted[0] and failed["error"].startswith("ValueError: ")
 
