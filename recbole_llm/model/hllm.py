@@ -6,6 +6,9 @@ and User Modeling", arXiv 2409.12740.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -71,6 +74,11 @@ class LabelledHLLM(HierarchicalStream, Stream):
     """The labelled task: :class:`Stream` with the items and user models of :class:`HierarchicalStream`."""
 
 
+def has_backbone(config: Mapping[str, Any]) -> bool:
+    """Whether the user model has the language model's layers; no lambda, as RecBole pickles the configuration."""
+    return config["user_model"] != "small"
+
+
 class HLLM(HierarchicalStream, NextItemStream):
     """The next-item task: :class:`NextItemStream` with the items and user models of :class:`HierarchicalStream`."""
 
@@ -90,7 +98,7 @@ class HLLM(HierarchicalStream, NextItemStream):
         },
         learns_from="next_item",
         takes_item_vectors=True,
-        wants_backbone=lambda config: config["user_model"] != "small",
+        wants_backbone=has_backbone,
         training_loader=VectorStreamLoader,
         task_classes={"ctr": LabelledHLLM},
     )

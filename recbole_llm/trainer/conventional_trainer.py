@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from recbole.data.dataloader import AbstractDataLoader
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import ModelType
@@ -74,7 +73,7 @@ class EpochTraining:
             type(self.trainer) is Trainer
             and bool(self.trainer.config["single_spec"])
             and not self.trainer.model.other_parameter()
-            and isinstance(self.train_data, AbstractDataLoader)  # those of knowledge graphs shuffle elsewhere
+            and hasattr(self.train_data, "generator")  # loaders of knowledge graphs shuffle elsewhere
         )
 
     def fit(self, valid_data, *, show_progress: bool) -> None:

@@ -15,6 +15,7 @@ from recbole_llm.backbone.tiny import tiny_backbone
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.model_spec import class_for
 from recbole_llm.data.create import create_dataset
+from recbole_llm.data.stream_batches import VectorStreamLoader
 from recbole_llm.experiment.conventional import llm_arguments
 from recbole_llm.model.hllm import HLLM, LabelledHLLM
 from recbole_llm.model.llm_user_model import LLMUserModel
@@ -105,7 +106,7 @@ def test_controls_have_no_weights_of_the_language_model(toy_settings, who, task)
         if value.shape == weight.shape and value.equal(weight)
     ]
     assert bool(same) == (who == "backbone")
-    loss = model.calculate_loss(next(iter(model.training_loader(config, train))))
+    loss = model.calculate_loss(next(iter(VectorStreamLoader(config, train))))
     loss.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without

@@ -17,7 +17,7 @@ from recbole_llm.config.configurator import Config
 from recbole_llm.config.model_spec import class_for
 from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HISTORY_END
-from recbole_llm.data.stream_batches import TARGETS
+from recbole_llm.data.stream_batches import TARGETS, VectorStreamLoader
 from recbole_llm.model.stream import NextItemStream, Stream, pieces, time_buckets
 from recbole_llm.trainer.checkpoint import load_checkpoint
 
@@ -105,7 +105,7 @@ def test_another_item_in_the_place_of_a_sample_s_own(small):
 
 def test_loss_and_probability_are_those_of_the_stars(small):
     model, (train, *_), config = model_and_splits(small)
-    batch = next(iter(Stream.training_loader(config, train)))
+    batch = next(iter(VectorStreamLoader(config, train)))
     low = batch["stream_low"]
     losses = []
     for row in range(len(low)):
@@ -128,7 +128,7 @@ def test_loss_and_probability_are_those_of_the_stars(small):
 def test_training_and_evaluation_see_the_same_state(small):
     """Of a stream that fits into one chunk, whatever was cut."""
     model, (train, *_), config = model_and_splits(small, stream_length=64)
-    batch = next(iter(Stream.training_loader(config, train)))
+    batch = next(iter(VectorStreamLoader(config, train)))
     states, items, positions = model._target_states(batch, before=False)
     by_position = {int(p): s for p, s in zip(positions, states.detach(), strict=True)}
     rows = [r for r, end in enumerate(train.inter_feat[HISTORY_END].tolist()) if end in by_position]
@@ -163,7 +163,7 @@ def test_bad_input(small, tmp_path):
     with pytest.raises(ValueError, match="history_scope: split"):
         model_and_splits(small, history_scope="split")
     write_dataset(tmp_path / "one", length=1)
-    with pytest.raises(ValueError, match="min_history: no row of toy has 5 earlier interactions"):
+    with pytest.raises(ValueError, match="min_history: no sample of toy has 5 earlier interactions"):
         model_and_splits(small, data_path=str(tmp_path / "one"))
 
 
@@ -196,7 +196,7 @@ def test_pieces_hold_each_chunk_once_without_much_padding():
 def test_next_item_loss_is_the_plain_sum(small, similarity, negatives):
     options = {"train_negatives": negatives, "similarity": similarity, "num_train_negatives": 7}
     model, (train, *_), config = model_and_splits(small, task="next_item", **options)
-    batch = next(iter(Stream.training_loader(config, train)))
+    batch = next(iter(VectorStreamLoader(config, train)))
     targets = batch[TARGETS]
     positions = (batch["stream_low"][:, None] + torch.arange(targets.shape[1]))[targets]
     items = model.stream_items[positions]
@@ -254,7 +254,7 @@ def test_live_negatives_and_temperature_are_logged(small, caplog):
         small, task="next_item", similarity="cosine", train_negatives="all"
     )
     model.train()
-    for batch in Stream.training_loader(config, train):
+    for batch in VectorStreamLoader(config, train):
         model.calculate_loss(batch)
     with caplog.at_level("INFO"):
         model.eval()
