@@ -1,23 +1,22 @@
-"""Which class a name stands for: our models first, then RecBole's."""
+"""The class that a model name stands for: built-in models first, then RecBole's."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import re
 from pathlib import Path
 
 import recbole
-from recbole.utils import ModelType
 
 from recbole_llm.utils import recbole_repairs
+from recbole_llm.utils.names import nearest
 
-OWN_MODELS = ("RecLoRA", "TALLRec", "ReLLa", "ReLLaX", "CoLLM", "LensPrompt", "iLoRA", "LLaRA", "TALLRecNext")
-"""Names of our models; the class of that name is in ``recbole_llm.model.<lower-case name>``."""
-
-CONVENTIONAL_MODELS = ("SIM", "TitleKNN", "MoRec")
-"""Names of our models that tune no language model: the same place, but RecBole's Trainer trains them, on all rows."""
+BUILT_IN_MODELS = (
+    "CoLLM", "LLaRA", "LensPrompt", "MoRec", "ReLLa", "ReLLaX", "RecLoRA", "SIM", "TALLRec", "TALLRecNext", "TitleKNN",
+    "iLoRA",
+)  # fmt: skip
+"""The class of each name is in ``recbole_llm.model.<lower-case name>``."""
 
 _PACKAGES = (
     "general_recommender",
@@ -42,20 +41,7 @@ def recbole_models() -> dict[str, str]:
 
 def list_models() -> dict[str, list[str]]:
     """Every model name that `get_model` knows, under ``"recbole_llm"`` and ``"recbole"``."""
-    return {"recbole_llm": sorted(OWN_MODELS + CONVENTIONAL_MODELS), "recbole": sorted(recbole_models())}
-
-
-def nearest(name: str, names, n: int = 3) -> list[str]:
-    """The entries of ``names`` most like ``name``, upper and lower case being the same."""
-    by_lower = {known.lower(): known for known in names}
-    return [by_lower[match] for match in difflib.get_close_matches(str(name).lower(), by_lower, n=n)]
-
-
-def is_own(model_class: type) -> bool:
-    """Whether a model class is one of our LLM recommenders (or of the user's, built on ours)."""
-    return any(
-        base.__name__ in OWN_MODELS or base.__name__ == "LLMRecommender" for base in model_class.__mro__
-    )
+    return {"recbole_llm": sorted(BUILT_IN_MODELS), "recbole": sorted(recbole_models())}
 
 
 def get_model(name: str) -> type:
@@ -65,43 +51,17 @@ def get_model(name: str) -> type:
         ValueError: if there is none; the message has the nearest names.
         ImportError: if the model needs a library that is not installed (lightgbm, xgboost, ...).
     """
-    if name in OWN_MODELS or name in CONVENTIONAL_MODELS:
+    if name in BUILT_IN_MODELS:
         with recbole_repairs.anomaly_detection_kept():
             return getattr(importlib.import_module(f"recbole_llm.model.{name.lower()}"), name)
     modules = recbole_models()
     if name not in modules:
-        near = nearest(name, [*OWN_MODELS, *CONVENTIONAL_MODELS, *modules])
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"ours are {', '.join(OWN_MODELS + CONVENTIONAL_MODELS)}"
-        )
+        near = nearest(name, [*BUILT_IN_MODELS, *modules])
+        hint = f"did you mean {' or '.join(near)}?" if near else f"built-in are {', '.join(BUILT_IN_MODELS)}"
         raise ValueError(
             f"model {name!r} is neither one of recbole_llm nor of RecBole {recbole.__version__}: {hint}"
         )
     with recbole_repairs.anomaly_detection_kept():
         module = importlib.import_module(modules[name])
-    recbole_repairs.checkpoint_loading(module)
-    if name == "Pop":
-        recbole_repairs.popularity_counts(module)
+    recbole_repairs.model_module(module)
     return getattr(module, name)
-
-
-def get_trainer(model_type: ModelType, model_name: str) -> type:
-    """The trainer class: ours for our models, else RecBole's choice by model name and type."""
-    if model_name in OWN_MODELS:
-        return importlib.import_module("recbole_llm.trainer.llm_trainer").LLMTrainer
-    from recbole.utils import get_trainer as recbole_trainer
-
-    return recbole_trainer(model_type, model_name)
-
-
-def create_dataset(config):
-    """The dataset of a run: ours for our tasks, else RecBole's choice."""
-    if config["task"] == "next_item":
-        return importlib.import_module("recbole_llm.data.next_item").NextItemDataset(config)
-    if config["task"] == "ctr":
-        return importlib.import_module("recbole_llm.data.dataset").CTRDataset(config)
-    from recbole.data import create_dataset as recbole_dataset
-
-    return recbole_dataset(config)

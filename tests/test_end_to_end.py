@@ -18,11 +18,12 @@ from synthetic import TEXT, write_dataset
 
 from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
+from recbole_llm.data.create import create_dataset
 from recbole_llm.experiment.assembly import prepare_rows
 from recbole_llm.experiment.conventional import our_loaders
 from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
-from recbole_llm.registry import create_dataset, get_model
+from recbole_llm.registry import get_model
 from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -39,10 +39,9 @@ from recbole_llm.evaluation.significance import (
     paired_permutation,
     quantile_groups,
 )
-from recbole_llm.experiment.result import RESULT_FILE, ROWS_FILE
+from recbole_llm.utils.run_files import RESULT_FILE, TEST_ROWS_FILE, VALID_ROWS_FILE
 
 FORMAT = 1
-VALID_ROWS_FILE = "valid_rows.npz"
 ALPHA = 0.05
 GROUPS = {"history_length": "history length", "user_rows": "user activity", "item_rows": "item popularity"}
 """Columns of ``test_rows.npz`` that rows are grouped by, and what they are called."""
@@ -78,12 +77,12 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
     Raises:
         FileNotFoundError: if the run is not finished, or left no scores.
     """
-    result_file, rows_file = folder / RESULT_FILE, folder / ROWS_FILE
+    result_file, rows_file = folder / RESULT_FILE, folder / TEST_ROWS_FILE
     if not result_file.is_file():
         raise FileNotFoundError(f"{folder} holds no {RESULT_FILE}: the run is not finished")
     if not rows_file.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {ROWS_FILE}: without its scores by row this run cannot be compared; run it again"
+            f"{folder} holds no {TEST_ROWS_FILE}: without its scores by row this run cannot be compared; run it again"
         )
     result = json.loads(result_file.read_text(encoding="utf-8"))
     with np.load(rows_file, allow_pickle=False) as file:

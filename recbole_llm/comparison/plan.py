@@ -24,16 +24,17 @@ from recbole_llm.comparison.report import write_report
 from recbole_llm.comparison.workers import side_by_side
 from recbole_llm.config.configurator import Config, given_values, parse_value
 from recbole_llm.config.keys import KEYS
+from recbole_llm.config.model_spec import spec_of
 from recbole_llm.experiment.assembly import VOLATILE_KEYS, lasting_configuration
-from recbole_llm.registry import get_model, is_own
+from recbole_llm.registry import get_model
 from recbole_llm.trainer.checkpoint import LAST_FILE
 from recbole_llm.utils.files import write_json
+from recbole_llm.utils.run_files import RESULT_FILE
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 FOLDER = "compare"
-RESULT_FILE = "result.json"
 
 # Of a single run only.
 _OF_THE_RUN = (
@@ -142,9 +143,8 @@ def config_for(
         ValueError: if the model's changes would lead to other rows, or the configuration cannot work.
     """
     name, changes = parse_model(text)
-    model_class = get_model(name)
-    unread = {key for key, known in KEYS.items() if known.llm} - set(getattr(model_class, "reads", ()))
-    unread = set() if is_own(model_class) else unread
+    spec = spec_of(get_model(name))
+    unread = {key for key, known in KEYS.items() if not spec.reads_key(key, known)}
     values = {key: value for key, value in given.items() if key not in _OF_THE_RUN and key not in unread}
     for key in _OF_THE_ROWS:  # also where the first model has a default
         value = first[key]
@@ -177,8 +177,8 @@ def check_models(first: Config, folder: Path) -> list[PlannedRun]:
         wanted = []
     runs = []
     for text in wanted:
-        own = is_own(get_model(parse_model(text)[0]))
-        left_out = {*_OF_THE_ADAPTER} if own else {*_OF_THE_ADAPTER, *_OF_THE_TRAINING}
+        llm = spec_of(get_model(parse_model(text)[0])).is_llm
+        left_out = {*_OF_THE_ADAPTER} if llm else {*_OF_THE_ADAPTER, *_OF_THE_TRAINING}
         given = {key: value for key, value in first.external_config_dict.items() if key not in left_out}
         where = folder / FOLDER / slug(text)
         runs.append(PlannedRun(text, config_for(first, text, given, where), where))
@@ -256,9 +256,9 @@ def make_plan(
     twice = sorted({text for text in models if list(models).count(text) > 1})
     if twice:
         raise ValueError(f"the model {twice[0]!r} is given twice")
-    classes = {text: get_model(name) for text, name in names.items()}
-    own = {text: model.task for text, model in classes.items() if is_own(model)}
-    task = _common_task(own, given, [model.tasks[0] for model in classes.values() if hasattr(model, "tasks")])
+    specs = {text: spec_of(get_model(name)) for text, name in names.items()}
+    own = {text: spec.task for text, spec in specs.items() if spec.is_llm}
+    task = _common_task(own, given, [spec.task for spec in specs.values() if spec.task])
     known = {
         text: Config(
             name, dataset, config_dict={**_for_task(task, text in own), **_preset(given)}

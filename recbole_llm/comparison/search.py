@@ -28,8 +28,9 @@ import numpy as np
 
 from recbole_llm.comparison.plan import Plan, PlannedRun, config_for, parse_model, run_all, slug
 from recbole_llm.config.configurator import Config, parse_value
-from recbole_llm.registry import nearest
 from recbole_llm.utils.files import write_json
+from recbole_llm.utils.names import nearest
+from recbole_llm.utils.run_files import RESULT_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def search(plan: Plan, run_one: Callable[[Config, Path], dict]) -> dict[str, dic
         for values, run in zip(settings, runs, strict=True):
             entry = {"values": values, "folder": str(run.folder.relative_to(plan.folder))}
             if run.finished:
-                result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
+                result = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
                 entry["valid"] = result["metrics"]["valid"][first["valid_metric"].lower()]
             else:
                 entry["error"] = failed.get(run.text, "has no result")

@@ -29,11 +29,13 @@ import torch
 import yaml
 from recbole.config import Config as RecBoleConfig
 from recbole.evaluator import metric_types
-from recbole.utils import EvaluatorType, InputType, ModelType
+from recbole.utils import EvaluatorType, ModelType
 
 from recbole_llm.config.keys import KEYS, RECBOLE_KEYS, check_values
-from recbole_llm.registry import CONVENTIONAL_MODELS, get_model, is_own, nearest, recbole_models
+from recbole_llm.config.model_spec import ModelSpec, spec_of
+from recbole_llm.registry import BUILT_IN_MODELS, get_model, recbole_models
 from recbole_llm.utils import recbole_repairs
+from recbole_llm.utils.names import nearest
 from recbole_llm.utils.yaml_files import PROPERTIES, RECBOLE_PROPERTIES, YamlLoader, load_yaml
 
 logger = logging.getLogger(__name__)
@@ -60,8 +62,6 @@ SIZES = {
     "cuda": {"few_shot": 8192, "eval_rows": None},
 }
 """What ``auto`` stands for by the kind of device; chosen by time alone."""
-
-LENSES_THAT_SEE_THE_TARGET = ("DIN",)
 
 # Read by RecBole's code, but in none of its yaml files and argument lists.
 _UNLISTED_KEYS = (
@@ -173,7 +173,7 @@ def given_values(
     return values | dict(config_dict or {}) | arguments
 
 
-def load_preset(name: str, model: str, own: bool) -> dict[str, Any]:
+def load_preset(name: str, model: str, llm: bool) -> dict[str, Any]:
     """The defaults that a preset has for a model.
 
     ``properties/preset/NAME.yaml`` holds keys for every model, and under ``models`` those of our models (``llm``), of
@@ -191,7 +191,7 @@ def load_preset(name: str, model: str, own: bool) -> dict[str, Any]:
         raise ValueError(f"preset: there is no preset {name!r}: {hint}")
     values = load_yaml(file)
     by_model = values.pop("models", None) or {}
-    mine = {**(by_model.get("llm" if own else "classical") or {}), **(by_model.get(model) or {})}
+    mine = {**(by_model.get("llm" if llm else "classical") or {}), **(by_model.get(model) or {})}
     return {**values, **mine}
 
 
@@ -247,7 +247,7 @@ class Config(RecBoleConfig):
         cmd_line: arguments such as ``sys.argv[1:]``; None: none. ``config_files`` in it is read here too.
 
     Attributes:
-        is_own: whether the model is one of our LLM recommenders.
+        spec: what the model class declares.
         origins: where the value of each key that the user set came from.
 
     Raises:
@@ -311,7 +311,7 @@ class Config(RecBoleConfig):
             if value is None:
                 raise ValueError(f"no {name} given: write --{name}=NAME, or set {name} in a config file")
         model_class = get_model(model) if isinstance(model, str) else model
-        self.is_own = is_own(model_class)
+        self.spec = spec_of(model_class)
         return super()._get_model_and_dataset(model_class, str(dataset))
 
     def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
@@ -320,12 +320,12 @@ class Config(RecBoleConfig):
         dataset_file = PROPERTIES / "dataset" / f"{dataset}.yaml"
         of_dataset = load_yaml(dataset_file) if dataset_file.is_file() else {}
         internal = self.internal_config_dict
-        task = self._task_of(model_class)
+        task = self.external_config_dict.get("task", self.spec.task)
         preset = self.external_config_dict.get("preset")
-        of_preset = load_preset(preset, model, self.is_own) if preset else {}
+        of_preset = load_preset(preset, model, self.spec.is_llm) if preset else {}
         task_file = PROPERTIES / "task" / f"{task}.yaml"
         of_task = load_yaml(task_file) if task_file.is_file() else {}
-        if self.is_own:
+        if self.spec.is_llm:
             internal.update(overall)
             internal.update(of_task)
             model_file = PROPERTIES / "model" / f"{model}.yaml"
@@ -334,9 +334,9 @@ class Config(RecBoleConfig):
             internal.update(of_preset)
             return
         defaults = {**overall, **of_task}
-        reads = getattr(model_class, "reads", ())
-        internal.update({key: defaults[key] for key, known in KEYS.items() if not known.llm or key in reads})
-        internal["task"] = next(iter(getattr(model_class, "tasks", ())), None)
+        reads_key = self.spec.reads_key
+        internal.update({key: defaults[key] for key, known in KEYS.items() if reads_key(key, known)})
+        internal["task"] = self.spec.task
         if task:
             protocol = PROTOCOL if task == "ctr" else RANKING_PROTOCOL
             internal.update({key: defaults[key] for key in protocol})
@@ -346,17 +346,7 @@ class Config(RecBoleConfig):
             internal.update(of_dataset)
         else:
             internal.update({key: of_dataset[key] for key in _DATASET_KEYS if key in of_dataset})
-        internal.update(
-            {k: v for k, v in of_preset.items() if k not in KEYS or not KEYS[k].llm or k in reads}
-        )
-
-    def _task_of(self, model_class: type) -> str | None:
-        """``task`` as the user gives it, else the task of our model; None for RecBole's own protocols."""
-        if self.is_own:
-            own = getattr(model_class, "task", None)
-        else:
-            own = next(iter(getattr(model_class, "tasks", ())), None)
-        return self.external_config_dict.get("task", own)
+        internal.update({key: value for key, value in of_preset.items() if reads_key(key, KEYS.get(key))})
 
     def _get_final_config_dict(self) -> dict[str, Any]:
         """Merge, then check keys, values and combinations (those with the device: `_init_device`)."""
@@ -369,11 +359,11 @@ class Config(RecBoleConfig):
         if task in TASKS:
             internal = {**internal, **of_dataset[task], **of_user[task]}
         final = self.final_config_dict = {**internal, **external}
-        check_values(final, self.origins, getattr(self.model_class, "keys", None))
+        check_values(final, self.origins, self.spec.keys)
         self._set_history_length(final)
-        if self.is_own:
+        if self.spec.is_llm:
             self._check_combinations(final)
-        elif hasattr(self.model_class, "tasks"):
+        elif self.spec.family == "conventional":
             self._check_conventional(final)
         elif ignored := sorted(key for key in external if key in KEYS and KEYS[key].llm):
             logger.warning("%s is a model of RecBole: %s has no effect on it", self.model, ", ".join(ignored))
@@ -387,25 +377,20 @@ class Config(RecBoleConfig):
         self._set_metrics(final)
         if (
             final["MODEL_TYPE"] == ModelType.SEQUENTIAL
-            and not hasattr(self.model_class, "input_type")
+            and self.spec.learns_from == "loss_type"
             and final.get("loss_type") == "CE"
             and "train_neg_sample_args" not in self.external_config_dict
         ):
             # Stock RecBole raises here for a plain SASRec: its default does not fit the model's own default
             # loss.
             final["train_neg_sample_args"] = None
-        if final["task"] == "ctr" and self._learns_pairs(final):
+        if final["task"] == "ctr" and self.spec.learns_pairs(final.get("loss_type")):
             # Such a model learns liked items against sampled ones that the user has not met.
             negatives = self.external_config_dict.get("train_neg_sample_args")
             final["train_neg_sample_args"] = negatives or _recbole_defaults()["train_neg_sample_args"]
             final["repeatable"] = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         super()._set_default_parameters()
         final["data_path"] = self._data_folder(user_path, final["data_path"])
-
-    def _learns_pairs(self, final: Mapping[str, Any]) -> bool:
-        """Whether the model's loss compares an item with a sampled one (BPR)."""
-        fixed = getattr(self.model_class, "input_type", None)
-        return fixed == InputType.PAIRWISE if fixed else final.get("loss_type") == "BPR"
 
     def _init_device(self) -> None:
         final = self.final_config_dict
@@ -428,8 +413,7 @@ class Config(RecBoleConfig):
                 ("dtype", ("float16",), "use float32, bfloat16 or auto"),
                 ("autocast_dtype", ("float16",), "use bfloat16 or leave it out (~)"),
             ):
-                read = self.is_own or key in getattr(self.model_class, "reads", ())
-                if read and final[key] in value:
+                if self.spec.reads_key(key, KEYS[key]) and final[key] in value:
                     raise ValueError(
                         f"{self._said(key)} needs a CUDA device, this run is on the CPU: {remedy}"
                     )
@@ -463,7 +447,7 @@ class Config(RecBoleConfig):
         owners = [model for model, keys in _recbole_model_keys().items() if key in keys]
         if owners:
             models = ", ".join(owners[:3]) + (", ..." if len(owners) > 3 else "")
-            lens = f"; for the lens write lens_config: {{{key}: ...}}" if self.is_own else ""
+            lens = f"; for the lens write lens_config: {{{key}: ...}}" if self.spec.is_llm else ""
             return f"a key of RecBole's {models}, which {self.model} does not read{lens}"
         near = nearest(key, valid, 1)
         return f"did you mean {near[0]}?" if near else "properties/overall.yaml lists the keys of recbole_llm"
@@ -483,16 +467,14 @@ class Config(RecBoleConfig):
 
     def _check_conventional(self, final: Mapping[str, Any]) -> None:
         """A conventional model of ours says itself which tasks it has and which keys it reads."""
-        tasks, reads = self.model_class.tasks, self.model_class.reads
+        tasks, reads = self.spec.tasks, self.spec.reads
         if final["task"] not in tasks:
             raise ValueError(f"{self._said('task')}: {self.model} needs task: {' or '.join(tasks)}")
         if final["task"] == "ctr" and "loss_type" in self.external_config_dict:
             raise ValueError(
                 f"{self._said('loss_type')}: in task ctr {self.model} is trained on labels; leave loss_type out"
             )
-        unread = [
-            key for key in self.external_config_dict if key in KEYS and KEYS[key].llm and key not in reads
-        ]
+        unread = [key for key in self.external_config_dict if not self.spec.reads_key(key, KEYS.get(key))]
         if unread:
             raise ValueError(
                 f"{', '.join(map(self._said, unread))}: {self.model} does not read this; of the keys of LLM "
@@ -502,7 +484,7 @@ class Config(RecBoleConfig):
     def _check_combinations(self, final: dict[str, Any]) -> None:
         """What cannot work together, each with the remedy; derived values are filled in."""
         user, said = self.external_config_dict, self._said
-        task = getattr(self.model_class, "task", "ctr")
+        task = self.spec.task
         if final["task"] != task:
             raise ValueError(f"{said('task')}: {self.model} needs task: {task}")
         if task == "next_item":
@@ -512,7 +494,7 @@ class Config(RecBoleConfig):
                 f"{said('gate')} reads the prompt's tokens, which only the next_item task offers it"
             )
         if task == "ctr" and "id_retrieval" not in user:
-            final["id_retrieval"] = _lens_says(final["lens"], "retrieval", final["id_retrieval"])
+            final["id_retrieval"] = _lens_spec(final["lens"]).lens_retrieval or final["id_retrieval"]
 
         if final["mixed_training"] and final["text_retrieval"] == "recent":
             raise ValueError(
@@ -585,8 +567,10 @@ class Config(RecBoleConfig):
                         f"{said(key)} needs a lens, and {said('lens')}: set lens: DIN or lens: SASRec"
                     )
         else:
-            sequential = [n for n, module in recbole_models().items() if ".sequential_recommender." in module]
-            if lens not in sequential and not _lens_says(lens, "gate_scopes", ()):
+            if not _lens_spec(lens).gate_scopes:
+                sequential = [
+                    n for n, module in recbole_models().items() if ".sequential_recommender." in module
+                ]
                 near = nearest(lens, sequential)
                 hint = f"did you mean {' or '.join(near)}?" if near else "e.g. DIN or SASRec"
                 raise ValueError(f"{said('lens')} is not a sequential model of RecBole: {hint}")
@@ -615,7 +599,7 @@ class Config(RecBoleConfig):
         ):
             if final[key] != allowed:
                 raise ValueError(f"{said(key)} is not possible in the next_item task: set {key}: {allowed}")
-        if _lens_sees_target(final["lens"]):
+        if _lens_spec(final["lens"]).sees_target:
             raise ValueError(
                 f"{said('lens')} needs the target item, which the next_item task is to find: set lens: SASRec"
             )
@@ -637,7 +621,7 @@ class Config(RecBoleConfig):
                 "uniN or popN; leave mode out"
             )
         mode = final["eval_mode"]
-        if mode == "full" and self.is_own and "eval_batch_size" not in self.external_config_dict:
+        if mode == "full" and self.spec.is_llm and "eval_batch_size" not in self.external_config_dict:
             final["eval_batch_size"] = ROWS_OF_A_CATALOGUE
         mode = f"uni{final['num_negatives']}" if mode == "candidates" else mode
         final["eval_args"] = {**final["eval_args"], "mode": {"valid": mode, "test": mode}}
@@ -645,11 +629,11 @@ class Config(RecBoleConfig):
     def _resolve_gate_scope(self, final: dict[str, Any]) -> None:
         """``auto``: what the lens offers; a state made of a retrieved history has seen the target, too."""
         said, by_target = self._said, final["id_retrieval"] != "recent"
-        sees_target = by_target or _lens_sees_target(final["lens"])
+        sees_target = by_target or _lens_spec(final["lens"]).sees_target
         if final["gate_scope"] == "user_item" and not sees_target:
             raise ValueError(
-                f"{said('gate_scope')}: {said('lens')} does not see the target item (only "
-                f"{', '.join(LENSES_THAT_SEE_THE_TARGET)} does); set gate_scope: user or auto"
+                f"{said('gate_scope')}: {said('lens')} does not see the target item, as lens: DIN "
+                "does; set gate_scope: user or auto"
             )
         if final["gate_scope"] == "user" and by_target:
             raise ValueError(
@@ -826,13 +810,10 @@ class Config(RecBoleConfig):
         return {str(key): _plain(value) for key, value in self.final_config_dict.items()}
 
 
-def _lens_says(lens: str | None, attribute: str, default: Any) -> Any:
-    """An attribute of the class of a lens that is a conventional model of ours; of RecBole's: the default."""
-    return getattr(get_model(lens), attribute, default) if lens in CONVENTIONAL_MODELS else default
-
-
-def _lens_sees_target(lens: str | None) -> bool:
-    return lens in LENSES_THAT_SEE_THE_TARGET or "user_item" in _lens_says(lens, "gate_scopes", ())
+def _lens_spec(lens: str | None) -> ModelSpec:
+    """The properties of a lens by its name; no lens and an unknown name are models that cannot be a lens."""
+    known = lens in BUILT_IN_MODELS or lens in recbole_models()
+    return spec_of(get_model(lens)) if known else ModelSpec("recbole")
 
 
 def _plain(value: Any) -> Any:

@@ -25,9 +25,11 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
+from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText, TextSettings, read_atomic, read_header
 from recbole_llm.data.retriever import RecentRetriever, Retriever
+from recbole_llm.utils.run_files import ROW_ID
 
 try:
     import resource
@@ -36,7 +38,6 @@ except ImportError:  # Windows has no getrusage
 
 logger = logging.getLogger(__name__)
 
-ROW_ID = "row_id"
 HISTORY_END = "history_end"
 RECENT_TEXT = "recent_text"
 """A field that only mixed training rows have: 1 where the prompt shows the recent history, whatever the retriever."""
@@ -317,7 +318,7 @@ class HistoryDataset(SequentialDataset):
             n_users=self.user_num,
             ties=_setting(self.config, "history_ties", "order"),
         )
-        if self.config["model"] == "DIEN":  # the one model of RecBole whose loss reads a negative history
+        if spec_of(self.config.model_class).negative_history:
             self.history.draw_negatives(self.item_num, self.config["seed"])
         earlier = position - self.history.user_start[users]
         minimum = self._min_history

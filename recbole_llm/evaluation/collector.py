@@ -14,8 +14,7 @@ import torch
 from recbole.evaluator.collector import Collector, DataStruct
 
 from recbole_llm.evaluation.ranking import target_ranks
-
-ROW_ID_FIELD = "row_id"
+from recbole_llm.utils.run_files import ROW_ID
 
 
 class RowCollector(Collector):
@@ -81,7 +80,7 @@ class RowCollector(Collector):
         for name, field in (
             ("user", self.config["USER_ID_FIELD"]),
             ("item", self.config["ITEM_ID_FIELD"]),
-            ("row_id", ROW_ID_FIELD),
+            ("row_id", ROW_ID),
             ("label", label_field),
         ):
             if field in interaction:
@@ -167,8 +166,8 @@ class RowCollector(Collector):
             "rank": target_ranks(scores, positive_i),
             "candidates": (scores > -torch.inf).sum(dim=1),
         }
-        if ROW_ID_FIELD in interaction:
-            part["row_id"] = interaction[ROW_ID_FIELD][::each]
+        if ROW_ID in interaction:
+            part["row_id"] = interaction[ROW_ID][::each]
         for name, value in part.items():
             self._row_parts[name].append(value.detach().clone())
 

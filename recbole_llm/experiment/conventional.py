@@ -1,212 +1,257 @@
-"""RecBole's own models through our entry point: RecBole's model and trainer, and where it matters our rows.
+"""Conventional models, RecBole's own and the built-in ones, on the samples and candidates of the LLM recommenders.
 
-Conventional models of ours (:mod:`recbole_llm.model.conventional`) take the same path.
-
-Only the ends differ. With ``task: ctr`` every model runs on the very rows of our models
-(:class:`recbole_llm.data.CTRDataset`; one that learns pairs of items, on the liked ones), with ``task: next_item`` on
-those of the next-item task (:class:`recbole_llm.data.NextItemDataset`), and ranks the same stored candidates.
-Evaluations keep their rows, and the result is written as for our models.
+With ``task: ctr`` every model runs on the samples of :class:`recbole_llm.data.dataset.CTRDataset` (one that learns pairs
+of items, on the liked ones), with ``task: next_item`` on those of :class:`recbole_llm.data.next_item.NextItemDataset`,
+and ranks the same stored candidates. Without a task it follows RecBole's own protocol.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from recbole.data import create_samplers, data_preparation
+from recbole.data.dataset import Dataset
 from recbole.data.utils import get_dataloader
-from recbole.utils import EvaluatorType, InputType, init_seed
+from recbole.model.abstract_recommender import AbstractRecommender
+from recbole.utils import EvaluatorType, InputType, get_trainer, init_seed
 
-from recbole_llm.config.configurator import Config, keys_read_by
-from recbole_llm.data.candidates import draw_candidates
+from recbole_llm.config.configurator import Config
+from recbole_llm.config.model_spec import class_for, spec_of
+from recbole_llm.data.candidates import CandidateSet
+from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.prompts.lines import item_token_ids
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.experiment.assembly import (
-    bounded,
+    Assembly,
+    backbone_of,
     cache_folder,
     configuration_hash,
-    conventional_parts,
-    eval_loader,
-    few_shot_rows,
-    item_counts,
-    stage,
-    write_configuration,
+    described,
+    item_vectors,
 )
-from recbole_llm.experiment.result import build_result, write_result
-from recbole_llm.registry import create_dataset, get_trainer
-from recbole_llm.trainer.checkpoint import LAST_FILE
+from recbole_llm.experiment.base import Experiment
+from recbole_llm.experiment.result import Ingredients
+from recbole_llm.experiment.splits import (
+    Splits,
+    draw_candidate_sets,
+    eval_loader,
+    set_id_retrieval,
+    split,
+)
+from recbole_llm.trainer.checkpoint import check_origin, load_checkpoint
 from recbole_llm.trainer.conventional_trainer import EpochTraining
+from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
+from recbole_llm.utils.timing import stage
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, run_folder: Path) -> dict:
-    """Train and evaluate a model of RecBole; see :func:`recbole_llm.quick_start.run_recbole_llm`."""
-    seconds: dict[str, float] = {}
-    with stage(seconds, "data"):
-        dataset = create_dataset(config)
-        logger.info(dataset)
-        available = {}
-        if isinstance(dataset, HistoryDataset):
-            splits = dataset.build()
-            available = {"valid_available": len(splits[1]), "test_available": len(splits[2])}
-            full_train = splits[0]
-            train_data, valid_data, test_data = our_loaders(config, dataset, splits)
-        else:
-            train_data, valid_data, test_data = data_preparation(config, dataset)
-    sizes = {
-        name: len(data._dataset)
-        for name, data in (("train", train_data), ("valid", valid_data), ("test", test_data))
-    } | available
-    with stage(seconds, "item_vectors"):
-        arguments, backbone = conventional_parts(config, dataset)
-    model_class = config.model_class
-    if hasattr(model_class, "for_task"):
-        model_class = model_class.for_task(config["task"])
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    model = model_class(config, train_data._dataset, **arguments).to(config["device"])
-    logger.info(model)
-    if config["dry_run"]:
+class ConventionalExperiment(Experiment):
+    """Training and evaluation by RecBole's own trainer."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        parts = self.assemble(config)
+        config = config.with_values(checkpoint_dir=str(folder))
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, parts.model)
+        trainer.eval_collector = RowCollector(config)  # RecBole's fails on metrics that read counts
+        super().__init__(parts, trainer, folder)
+        self.keeps_rows = is_labelled(config) or config["task"] == "next_item"
+        if config["epochs"] and not config["eval_step"]:
+            logger.warning(
+                "%s: eval_step: 0, so nothing is validated or stopped early: all %d epochs are trained, and the last "
+                "one is tested; in a comparison, give eval_step to single models ('RecLoRA eval_step=0')",
+                config["model"],
+                config["epochs"],
+            )
+        self.training = EpochTraining(
+            trainer,
+            parts.train_data,
+            folder / LAST_FILE,
+            {name: parts.identities[name] for name in ("configuration", "data")},
+            how_to_resume=f"repeat the command with --resume={folder}",
+        )
+
+    def resume(self) -> None:
+        """Continue after the last validated epoch."""
+        self.training.load()
+        self.parts.seconds["fit"] = self.training.seconds
+
+    def fit(self) -> None:
+        """Train by RecBole's trainer; the best epoch's weights are kept in ``best.safetensors``, too."""
+        show = self.config["show_progress"]
+        with stage(self.parts.seconds, "fit"):
+            self.training.fit(self.parts.valid_data, show_progress=show)
+            self.valid = self.training.valid
+            if not self.config["epochs"]:  # validated as it is
+                self.valid = self.trainer.evaluate(
+                    self.parts.valid_data, load_best_model=False, show_progress=show
+                )
+        self.training.save_best(self.folder / BEST_FILE, self.parts.identities)
+
+    def counts(self) -> dict[str, int | None]:
+        return self.parts.sizes
+
+    def extra(self) -> dict[str, Any]:
+        trained = sum(p.numel() for p in self.parts.model.parameters() if p.requires_grad)
+        return {"identities": self.parts.identities, "trained_parameters": {"model": trained}}
+
+    # ------------------------------------------------------------------ assembly
+
+    @classmethod
+    def describe(cls, parts: Assembly) -> str:
+        config = parts.config
         lines = [f"dry run: {config['model']} on {config['dataset']}", f"device: {config['device']}"]
-        return {"dry_run": "\n".join([*lines, f"rows: {sizes}", str(model)])}
-    config["checkpoint_dir"] = str(run_folder)
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    labelled = config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
-    keeps_rows = labelled or config["task"] == "next_item"
-    trainer.eval_collector = RowCollector(
-        config
-    )  # RecBole's fails on metrics that read counts: an int has no .cpu()
-    if labelled and "LABEL_FIELD" not in keys_read_by(model_class):
-        logger.warning(
-            "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss and "
-            "ACC are defined; compare it by AUC and GAUC",
-            config["model"],
+        return "\n".join([*lines, f"samples: {parts.sizes}", str(parts.model)])
+
+    @classmethod
+    def load_trained(cls, parts: Assembly, folder: Path) -> None:
+        tensors, meta = load_checkpoint(folder / BEST_FILE)
+        check_origin(folder, meta["identities"], parts.identities)
+        EpochTraining.load_best(parts.model, tensors)
+
+    @classmethod
+    def assemble(cls, config: Config, *, fit: bool = True, saved: Path | None = None) -> Assembly:
+        """As of every experiment; ``fit`` and ``saved`` change nothing here."""
+        seconds: dict[str, float] = {}
+        candidates, available, few_shot = None, {}, None
+        with stage(seconds, "data"):
+            dataset = create_dataset(config)
+            logger.info(dataset)
+            if isinstance(dataset, HistoryDataset):
+                splits = split(config, dataset)
+                full_train = splits.full_train
+                available = {"valid_available": splits.sizes["valid"], "test_available": splits.sizes["test"]}
+                candidates = stored_candidates(config, splits)
+                loaders = our_loaders(config, splits, candidates)
+            else:
+                loaders = data_preparation(config, dataset)
+                full_train = loaders[0]._dataset
+        train, valid, test = (loader._dataset for loader in loaders)
+        sizes = {"train": len(train), "valid": len(valid), "test": len(test)} | available
+        sizes["few_shot"] = len(train) if config["train_rows"] == "few_shot" else None
+        with stage(seconds, "item_vectors"):
+            arguments, backbone = llm_arguments(config, dataset)
+        model_class = class_for(config.model_class, config["task"])
+        spec = spec_of(model_class)
+        init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+        model = model_class(config, train, **arguments).to(config["device"])
+        logger.info(model)
+        if is_labelled(config) and not spec.probability:
+            if spec.learns_from != "labels":
+                logger.warning(
+                    "%s is not trained on labels: its scores are unbounded and go through a sigmoid, so that LogLoss "
+                    "and ACC are defined; compare it by AUC and GAUC",
+                    config["model"],
+                )
+            give_probabilities(model)
+        return Assembly(
+            config=config,
+            dataset=dataset,
+            train=train,
+            valid=valid,
+            test=test,
+            full_train=full_train,
+            model=model,
+            train_data=loaders[0],
+            valid_data=loaders[1],
+            test_data=loaders[2],
+            candidates=candidates,
+            sizes=sizes,
+            identities={
+                "model": config["model"],
+                "data": data_hash(train),
+                "backbone": backbone["sha256"] if backbone else "none",
+                "configuration": configuration_hash(config),
+            },
+            ingredients=Ingredients(backbone=backbone),
+            seconds=seconds,
         )
-        unbounded = model.predict
-        model.predict = lambda interaction: torch.sigmoid(unbounded(interaction).double())
-    if config["epochs"] and not config["eval_step"]:
-        logger.warning(
-            "%s: eval_step: 0, so nothing is validated or stopped early: all %d epochs are trained, and the last one "
-            "is tested; in a comparison, give eval_step to single models ('RecLoRA eval_step=0')",
-            config["model"],
-            config["epochs"],
-        )
-    show = config["show_progress"]
-    training = EpochTraining(
-        trainer,
-        train_data,
-        run_folder / LAST_FILE,
-        {"configuration": configuration_hash(config), "data": data_hash(train_data._dataset)},
-        how_to_go_on=f"repeat the command with --resume={run_folder}",
-    )
-    write_configuration(run_folder, config)
-    if config["resume"]:
-        training.load()
-    seconds["fit"] = training.seconds
-    with stage(seconds, "fit"):
-        training.fit(valid_data, show_progress=show)
-        valid = training.valid
-        if not config["epochs"]:  # validated as it is
-            valid = trainer.evaluate(valid_data, load_best_model=False, show_progress=show)
-    test = rows = None
-    if config["read_test"]:
-        with stage(seconds, "test"):
-            test = trainer.evaluate(test_data, load_best_model=True, show_progress=show)
-        rows = named_rows(dataset, trainer.eval_collector.rows()) if keeps_rows else None
-    if rows is not None and isinstance(dataset, HistoryDataset):
-        rows |= facts_of(rows, test_data._dataset, full_train)
-    result = build_result(
-        model=config["model"],
-        name=config["run_name"],
-        dataset=config["dataset"],
-        task=config["task"] or "recbole",
-        seed=config["seed"],
-        device=config["device"],
-        config=config.as_dict(),
-        row_counts={**sizes, "few_shot": sizes["train"] if config["train_rows"] == "few_shot" else None},
-        valid=valid,
-        test=test,
-        rows=rows,
-        backbone=backbone,
-        eval_rows=config["eval_rows"],
-        seconds=seconds,
-        bootstrap_samples=config["bootstrap_samples"],
-        n_items=dataset.item_num - 1,
-        extra={
-            "trained_parameters": {"model": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-        },
-    )
-    return {**result, "path": str(write_result(run_folder, result, rows))}
 
 
-def data_hash(rows) -> str:
-    """Sha256 of training rows, in their order."""
-    if isinstance(rows, HistoryDataset):
-        return rows.content_hash()
+def is_labelled(config: Config) -> bool:
+    """Whether evaluations compare scores with labels, and rank nothing."""
+    return config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
+
+
+def give_probabilities(model: AbstractRecommender) -> None:
+    """Let a model whose ``predict`` is unbounded give its sigmoid, float64 ``[B]``."""
+    unbounded = model.predict
+    model.predict = lambda interaction: torch.sigmoid(unbounded(interaction).double())
+
+
+def data_hash(samples: Dataset) -> str:
+    """Sha256 of training samples, in their order."""
+    if isinstance(samples, HistoryDataset):
+        return samples.content_hash()
     digest = hashlib.sha256()
-    for name, column in sorted(rows.inter_feat.interaction.items()):
+    for name, column in sorted(samples.inter_feat.interaction.items()):
         digest.update(name.encode() + column.numpy().tobytes())
     return digest.hexdigest()
 
 
-def our_loaders(config: Config, dataset: HistoryDataset, splits: list[HistoryDataset]) -> tuple:
-    """Train, validation and test loaders on the rows, and with the candidates, of our own models.
-
-    Validation is on all validation rows, as it is cheap here; testing is on the rows that ``eval_rows`` leaves.
+def stored_candidates(config: Config, splits: Splits) -> dict[str, CandidateSet] | None:
+    """The candidates of validation and test samples, those of the LLM recommenders; ``None`` without any.
 
     Raises:
         ValueError: for candidates that only a lens can choose.
     """
-    ranks_candidates = config["task"] == "next_item" and config["eval_mode"] == "candidates"
-    if ranks_candidates and config["negatives"] == "hard":
+    if config["task"] == "next_item" and config["eval_mode"] == "candidates" and config["negatives"] == "hard":
         raise ValueError(
             f"negatives: hard are chosen by a lens, and {config['model']} is run without one; set negatives: uniform "
             "or popularity"
         )
-    train, valid, test = splits[0], splits[1], bounded(config, splits[2], "test")
-    if config["train_rows"] == "few_shot":
-        train = few_shot_rows(config, train)
+    return draw_candidate_sets(config, {"valid": splits.full_valid, "test": splits.test}, splits.full_train)
+
+
+def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateSet] | None) -> tuple:
+    """Train, validation and test loaders on the samples, and with the candidates, of the LLM recommenders.
+
+    Validation is on all validation samples, as it is cheap here; testing is on those that ``eval_rows`` leaves.
+    """
+    train = splits.train if config["train_rows"] == "few_shot" else splits.full_train
     if config["task"] == "ctr" and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
         train = train.liked()
-    train_sampler, *_ = create_samplers(config, dataset, [train, *splits[1:]])
-    train_data = get_dataloader(config, "train")(config, train, train_sampler, shuffle=True)
-    loaders = []
-    for name, rows in (("valid", valid), ("test", test)):
-        candidates = None
-        if ranks_candidates:
-            candidates = draw_candidates(
-                rows,
-                num_negatives=config["num_negatives"],
-                kind=config["negatives"],
-                seed=config["candidate_seed"],
-                purpose=name,
-                item_counts=item_counts(splits[0]),
-                cache_dir=cache_folder(config),
+    evaluated = {"valid": splits.full_valid, "test": splits.test}
+    sampler, *_ = create_samplers(config, splits.dataset, [train, splits.full_valid, splits.full_test])
+    train_data = get_dataloader(config, "train")(config, train, sampler, shuffle=True)
+    return train_data, *(
+        eval_loader(config, splits.dataset, samples, candidates, name) for name, samples in evaluated.items()
+    )
+
+
+def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, np.ndarray], dict | None]:
+    """What the class of a built-in conventional model wants of a language model.
+
+    The ID history becomes the one that ``id_retrieval`` names, if the class reads that key.
+
+    Returns:
+        Arguments of its constructor (``item_vectors``, or nothing), and the LLM they come from, if any.
+
+    Raises:
+        ValueError: if vectors of titles are wanted, and the data has no titles.
+    """
+    spec, found = spec_of(config.model_class), {}
+
+    @functools.cache
+    def vectors() -> np.ndarray:
+        if not dataset.item_text().titled:
+            raise ValueError(
+                f"{config['model']} reads the titles of items, and {dataset.dataset_name}.item has no column of "
+                "them; name it in text.title"
             )
-        loaders.append(eval_loader(config, dataset, rows, candidates, name))
-    return train_data, *loaders
+        backbone = backbone_of(config, dataset.item_texts())
+        found.update(described(backbone))
+        tokens = item_token_ids(dataset.item_text(), backbone.tokenizer)
+        return item_vectors(backbone, tokens, cache_folder(config))
 
-
-def named_rows(dataset, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The evaluated rows under the names of ``test_rows.npz``, users and items as the dataset's own tokens."""
-    named = {
-        **rows,
-        "user": dataset.id2token(dataset.uid_field, rows["user"]),
-        "item": dataset.id2token(dataset.iid_field, rows["item"]),
-    }
-    column = "score" if "score" in named else "rank"
-    named[f"model_{column}"] = named.pop(column)
-    return named
-
-
-def facts_of(
-    rows: dict[str, np.ndarray], test: HistoryDataset, train: HistoryDataset
-) -> dict[str, np.ndarray]:
-    """:meth:`HistoryDataset.row_facts` of evaluated rows, in their order."""
-    row_ids = test.inter_feat["row_id"].numpy()
-    order = np.argsort(row_ids, kind="stable")
-    place = order[np.searchsorted(row_ids[order], rows["row_id"])]
-    return {name: values[place] for name, values in test.row_facts(train).items()}
+    if "id_retrieval" in spec.reads:
+        set_id_retrieval(config, dataset, vectors)
+    arguments = {"item_vectors": vectors()} if spec.wants_item_vectors(config) else {}
+    return arguments, found or None

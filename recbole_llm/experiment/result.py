@@ -26,7 +26,6 @@
     seconds             stage -> seconds
     tokens_per_second   of training
     peak_memory         {host_bytes, gpu_bytes}
-    energy_joules       of the device, from the start of the run; null where it does not tell, and for resumed runs
     versions, machine   see `environment`
     config              every setting of the run
     finished            time of writing, UTC
@@ -44,34 +43,24 @@ from __future__ import annotations
 import logging
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import recbole_llm
 from recbole_llm.evaluation.bootstrap import Bootstrap, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.ranking import RANK_METRICS, parse_rank_metric
-from recbole_llm.utils.energy import energy_joules
 from recbole_llm.utils.files import write_atomically, write_json
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from recbole_llm.utils.machine import environment, peak_memory
+from recbole_llm.utils.run_files import RESULT_FILE, TEST_ROWS_FILE
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-RESULT_FILE = "result.json"
-ROWS_FILE = "test_rows.npz"
 _SCORE, _RANK = "_score", "_rank"
-_PACKAGES = ("torch", "transformers", "peft", "recbole", "numpy", "pandas")
 _TITLES = {"auc": "AUC", "logloss": "LogLoss", "acc": "ACC", "gauc": "GAUC"}
 _RANK_COLUMNS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr@10")
 """Of the table; the result has all `RANK_METRICS`."""
@@ -223,7 +212,6 @@ def build_result(
         "seconds": dict(seconds or {}),
         "tokens_per_second": tokens_per_second,
         "peak_memory": dict(memory or peak_memory()),
-        "energy_joules": energy_joules(),
         **environment(),
         "config": dict(getattr(config, "final_config_dict", config)),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -319,85 +307,10 @@ def write_result(
     if len({len(column) for column in columns.values()}) > 1:
         raise ValueError(f"the columns differ in length: { {key: len(c) for key, c in columns.items()} }")
     if columns:
-        write_atomically(folder / ROWS_FILE, lambda file: np.savez_compressed(file, **columns))
+        write_atomically(folder / TEST_ROWS_FILE, lambda file: np.savez_compressed(file, **columns))
     path = folder / RESULT_FILE
-    write_json(path, {**result, "test_rows": ROWS_FILE if columns else None})
+    write_json(path, {**result, "test_rows": TEST_ROWS_FILE if columns else None})
     return path
-
-
-def environment() -> dict[str, dict[str, Any]]:
-    """What the numbers were made with.
-
-    Returns:
-        {versions: {python, torch, ..., recbole_llm},
-        machine: {system, processor, cores, memory_bytes, gpus: [names]}};
-        a package without metadata has the version None.
-    """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    versions["recbole_llm"] = recbole_llm.__version__  # of this code, installed or run from its folder
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
-    machine = {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if hasattr(os, "sysconf")
-        else None,
-        "gpus": gpus,
-    }
-    return {"versions": versions, "machine": machine}
-
-
-def peak_memory() -> dict[str, int | None]:
-    """The most memory this process has held so far.
-
-    Returns:
-        host_bytes: peak resident size, None where the system does not tell.
-        gpu_bytes: the most that torch has allocated on one GPU, None if it has used none.
-    """
-    host = None
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss starts at the size of the process that started this one; VmHWM does not
-        peak = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        host = int(peak[0]) * 1024 if peak else None
-    if host is None and resource is not None:
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if platform.system() == "Darwin" else 1024
-        )
-    gpu = None
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        gpu = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    return {"host_bytes": host, "gpu_bytes": gpu}
-
-
-def reset_peak_memory() -> None:
-    """Let :func:`peak_memory` count from now on, where the system can; else it tells the process's peak so far."""
-    counter = Path("/proc/self/clear_refs")
-    try:
-        counter.write_text("5")  # Linux: VmHWM starts anew at the present size (proc(5))
-    except OSError:
-        logger.debug("the system does not let the peak of memory be reset", exc_info=True)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _log_reasons(estimate: Bootstrap, labels: Mapping[str, str]) -> None:

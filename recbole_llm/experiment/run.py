@@ -46,7 +46,7 @@ def run_one(config: Config, folder: Path) -> dict:
     logger.info("device: %s", config["device"])
     reset_peak_memory()
     start_meter(None if config["resume"] or config["dry_run"] else config["device"])
-    if not config.is_own:
+    if not config.spec.is_llm:
         return classical.run(config, folder)
     if config["dry_run"]:
         return {"dry_run": describe(assemble(config, fit=False))}

@@ -16,6 +16,7 @@ from recbole.model.layers import MLPLayers, SequenceAttLayer
 from recbole.model.sequential_recommender.din import DIN
 from torch import Tensor, nn
 
+from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.embedding import FieldEmbedding, RatingLevels, choose_fields, rating_list_field
 
 
@@ -99,7 +100,7 @@ class LensDIN(DIN):
         without: fields of items that are left out.
     """
 
-    gate_scopes = ("user_item", "user")
+    spec = ModelSpec("conventional", tasks=("ctr",), probability=True, gate_scopes=("user_item", "user"))
 
     def __init__(
         self, config, dataset, titles: nn.Module | None = None, without: tuple[str, ...] = ()

@@ -150,18 +150,18 @@ def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -
             "set id_retrieval: recent"
         )
     if by_target:
-        if wanted == "user" and "user_item" in model.gate_scopes:
+        if wanted == "user" and "user_item" in model.spec.gate_scopes:
             raise ValueError(
                 "gate_scope: user needs id_retrieval: recent; a retrieved history is chosen by the target, "
                 "so a state made from it is not the user's alone"
             )
         return "user_item"
     if wanted in (None, "auto"):
-        return model.gate_scopes[0]
-    if wanted not in model.gate_scopes:
+        return model.spec.gate_scopes[0]
+    if wanted not in model.spec.gate_scopes:
         raise ValueError(
             f"gate_scope: {wanted} is not possible with the lens {name}, which offers "
-            f"{', '.join(model.gate_scopes)}; use lens: DIN or gate_scope: auto"
+            f"{', '.join(model.spec.gate_scopes)}; use lens: DIN or gate_scope: auto"
         )
     return wanted
 
@@ -221,7 +221,7 @@ def _check_state(model: nn.Module, rows) -> None:
     if isinstance(model, NextItemSequence):
         model.check(batch)
     else:
-        model.represent(batch, model.gate_scopes[0])
+        model.represent(batch, model.spec.gate_scopes[0])
 
 
 def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) -> dict:

@@ -24,6 +24,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import Tensor, nn
 
+from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.embedding import RatingLevels, rating_list_field
 
 WORKING = ("SASRec", "GRU4Rec", "NARM", "STAMP", "Caser", "LightSANs")
@@ -50,7 +51,7 @@ class HistoryEncoder(SequentialRecommender):
         ValueError: if the model does not make one vector of a history; the message names models that do.
     """
 
-    gate_scopes = ("user",)
+    spec = ModelSpec("conventional", tasks=("next_item",), learns_from="loss_type", gate_scopes=("user",))
     known_to_work: tuple[str, ...] = ()
 
     def __init__(self, config, dataset) -> None:
@@ -106,6 +107,7 @@ class LabelledSequence(HistoryEncoder):
         ValueError: if the model cannot give a state as above; the message names models that can.
     """
 
+    spec = ModelSpec("conventional", tasks=("ctr",), probability=True, gate_scopes=("user",))
     input_type = InputType.POINTWISE
     known_to_work = ("DIN", *WORKING)
 

@@ -14,10 +14,12 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 from torch import nn
 
 from recbole_llm.config.keys import check_values
+from recbole_llm.config.model_spec import spec_of
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.lens.next_item import NEXT_ITEM_WORKING, next_item
 from recbole_llm.lens.sequence import WORKING, LensSASRec, labelled
-from recbole_llm.registry import get_model, nearest
+from recbole_llm.registry import get_model
+from recbole_llm.utils.names import nearest
 from recbole_llm.utils.yaml_files import RECBOLE_PROPERTIES, load_yaml, properties_dir
 
 _NO_SAMPLING = {
@@ -142,13 +144,13 @@ def build_model(settings, dataset) -> nn.Module:
     if of_task == "ctr" and name == "SASRec":
         return LensSASRec(settings, dataset).to(settings["device"])
     model_class = get_model(name)
-    sees_target = "user_item" in getattr(model_class, "gate_scopes", ())
-    if of_task == "ctr" and sees_target:  # one of ours, a lens as it is
+    spec = spec_of(model_class)
+    if of_task == "ctr" and spec.family == "conventional" and spec.gate_scopes:  # built in, a lens as it is
         return model_class(settings, dataset).to(settings["device"])
     works = f"Known to work: {', '.join(('DIN', *WORKING) if of_task == 'ctr' else NEXT_ITEM_WORKING)}"
     if not issubclass(model_class, SequentialRecommender):
         raise ValueError(f"lens {name} is not a sequential recommender of RecBole. {works}")
-    if of_task == "next_item" and (sees_target or name in ("DIN", "DIEN")):
+    if of_task == "next_item" and spec.learns_from == "labels":
         raise ValueError(f"lens {name} scores labelled rows, it cannot rank items. {works}")
     make = labelled if of_task == "ctr" else next_item
     try:

@@ -31,6 +31,7 @@ from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
 from recbole_llm.backbone.answers import answer_logits, answer_token_ids, pad_right
+from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.slots import build_projector, fill_slots
 
@@ -63,7 +64,7 @@ class AnswerCTR(LLMRecommender):
         ValueError: if something needs a lens and none is given.
     """
 
-    task = "ctr"
+    spec = ModelSpec("llm", tasks=("ctr",), learns_from="labels", probability=True)
 
     def __init__(
         self, config, dataset, *, backbone: Backbone, prompts: PromptBuilder, lens: Lens | None = None

@@ -61,7 +61,6 @@ class LLMRecommender(SequentialRecommender):
         instance_size: width of ``z``.
 
     Attributes:
-        task: the value of the key ``task`` that the model is made for.
         gated: whether the adapter's update depends on the row.
         lora_given: whether A and B come from another run (``lora_from``) and are not trained.
         counts: of ``tokens`` that went through the LLM so far, padding not counted, and of ``prompts_shortened``, which
@@ -69,7 +68,6 @@ class LLMRecommender(SequentialRecommender):
         kept_scores: takes the scores of every batch while an evaluation is to be kept.
     """
 
-    task: str
     input_type = InputType.POINTWISE
 
     def __init__(

@@ -10,8 +10,8 @@ import numpy as np
 from recbole.model.sequential_recommender.sasrec import SASRec
 
 from recbole_llm.config.keys import Choice, Key, Whole
+from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.sequence import LensSASRec
-from recbole_llm.model.conventional import Conventional
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
 
 
@@ -26,7 +26,15 @@ def use_titles(model: SASRec, config, item_vectors: np.ndarray) -> None:
     ).apply(model._init_weights)
 
 
-class MoRec(Conventional, SASRec):
+class LabelledMoRec(LensSASRec):
+    """The lens SASRec, which is trained on labels and sees past ratings, with the item embedding of :class:`MoRec`."""
+
+    def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
+        super().__init__(config, dataset)
+        use_titles(self, config, item_vectors)
+
+
+class MoRec(SASRec):
     """RecBole's SASRec with another item embedding ``e``, of the history and of the items that are scored.
 
     With ``v`` the LLM's mean-pooled vectors of the titles, standardised, ``P`` a trained projector and ``E`` a trained
@@ -45,30 +53,20 @@ class MoRec(Conventional, SASRec):
         item_vectors: ``[n_items, d]``, row 0 is the padding item.
     """
 
-    tasks = ("next_item", "ctr")
-    reads = ("backbone", "dtype", "quantization", "lens_ratings")
-    keys = {
-        "item_vectors": Key(
-            "what the LLM's vectors do to the item embedding", Choice("replace", "add", "initialise")
-        ),
-        "projector_layers": Key("layers of the projector beyond the first", Whole(0)),
-    }
-
-    def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
-        super().__init__(config, dataset)
-        use_titles(self, config, item_vectors)
-
-    @classmethod
-    def wants_item_vectors(cls, config) -> bool:
-        return True
-
-    @classmethod
-    def for_task(cls, task: str) -> type:
-        return LabelledMoRec if task == "ctr" else cls
-
-
-class LabelledMoRec(LensSASRec):
-    """The lens SASRec, which is trained on labels and sees past ratings, with the item embedding of :class:`MoRec`."""
+    spec = ModelSpec(
+        "conventional",
+        tasks=("next_item", "ctr"),
+        reads=("backbone", "dtype", "quantization", "lens_ratings"),
+        keys={
+            "item_vectors": Key(
+                "what the LLM's vectors do to the item embedding", Choice("replace", "add", "initialise")
+            ),
+            "projector_layers": Key("layers of the projector beyond the first", Whole(0)),
+        },
+        learns_from="loss_type",
+        takes_item_vectors=True,
+        ctr_class=LabelledMoRec,
+    )
 
     def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
         super().__init__(config, dataset)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import numpy as np
 
 from recbole_llm.config.keys import Choice, Key, Whole
+from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.din import LensDIN
-from recbole_llm.model.conventional import Conventional
 from recbole_llm.model.title_embedding import TitleEmbedding
 
 
-class SIM(Conventional, LensDIN):
+class SIM(LensDIN):
     """The network of the lens DIN on a retrieved history.
 
     With ``H`` all earlier interactions of the user, ``k`` = ``id_history_length`` and ``v`` the LLM's mean-pooled
@@ -39,16 +39,21 @@ class SIM(Conventional, LensDIN):
         item_vectors: ``[n_items, d]``, row 0 is the padding item; ``None`` where the key is not set.
     """
 
-    tasks = ("ctr",)
-    reads = ("id_retrieval", "lens_ratings", "backbone", "dtype", "quantization")
-    keys = {
-        "item_vectors": Key(
-            "what the LLM's vectors do to the items", Choice("replace", "add"), optional=True
-        ),
-        "projector_layers": Key("layers of the projector beyond the first", Whole(0)),
-    }
-    retrieval = "semantic"
-    """``id_retrieval`` of a run with this lens, unless it is given."""
+    spec = ModelSpec(
+        "conventional",
+        tasks=("ctr",),
+        reads=("id_retrieval", "lens_ratings", "backbone", "dtype", "quantization"),
+        keys={
+            "item_vectors": Key(
+                "what the LLM's vectors do to the items", Choice("replace", "add"), optional=True
+            ),
+            "projector_layers": Key("layers of the projector beyond the first", Whole(0)),
+        },
+        probability=True,
+        gate_scopes=LensDIN.spec.gate_scopes,
+        lens_retrieval="semantic",
+        takes_item_vectors=True,
+    )
 
     def __init__(self, config, dataset, item_vectors: np.ndarray | None = None) -> None:
         if item_vectors is None:
@@ -61,7 +66,3 @@ class SIM(Conventional, LensDIN):
             titles=TitleEmbedding(item_vectors, width, layers, ids=False),
             without=(dataset.iid_field,) if config["item_vectors"] == "replace" else (),
         )
-
-    @classmethod
-    def wants_item_vectors(cls, config) -> bool:
-        return config["item_vectors"] is not None

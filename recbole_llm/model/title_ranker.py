@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from recbole_llm.backbone.answers import pad_right
 from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
+from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.curriculum import is_hybrid
@@ -85,7 +86,7 @@ class TitleRanker(LLMRecommender):
         ValueError: if something needs a lens and none is given, or the gate has seen the target.
     """
 
-    task = "next_item"
+    spec = ModelSpec("llm", tasks=("next_item",), learns_from="next_item")
 
     def __init__(
         self, config, dataset, *, backbone: Backbone, prompts: TitlePromptBuilder, lens: Lens | None = None

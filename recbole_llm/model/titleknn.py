@@ -11,10 +11,10 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 
 from recbole_llm.config.keys import Flag, Key
-from recbole_llm.model.conventional import Conventional
+from recbole_llm.config.model_spec import ModelSpec
 
 
-class TitleKNN(Conventional, SequentialRecommender):
+class TitleKNN(SequentialRecommender):
     """No training: cosines of the LLM's mean-pooled title vectors.
 
     For the last ``n`` <= ``id_history_length`` items ``i_1 ... i_n`` of a user and the target ``t``:
@@ -34,9 +34,15 @@ class TitleKNN(Conventional, SequentialRecommender):
     """
 
     input_type = InputType.POINTWISE
-    tasks = ("next_item", "ctr")
-    reads = ("backbone", "dtype", "quantization")
-    keys = {"center_vectors": Key("subtract the items' mean vector", Flag())}
+    spec = ModelSpec(
+        "conventional",
+        tasks=("next_item", "ctr"),
+        reads=("backbone", "dtype", "quantization"),
+        keys={"center_vectors": Key("subtract the items' mean vector", Flag())},
+        learns_from="interactions",
+        probability=True,
+        takes_item_vectors=True,
+    )
 
     def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
         super().__init__(config, dataset)
@@ -47,10 +53,6 @@ class TitleKNN(Conventional, SequentialRecommender):
         vectors[0] = 0
         self.register_buffer("unit", F.normalize(vectors, dim=1), persistent=False)
         self.nothing = nn.Parameter(torch.zeros(()))  # RecBole's Trainer wants something to optimise
-
-    @classmethod
-    def wants_item_vectors(cls, config) -> bool:
-        return True
 
     def interest(self, interaction: Interaction) -> Tensor:
         """``1/n sum_j y_j v(i_j) / |v(i_j)|`` of every row, ``[B, d]``: its product with a unit vector is ``s``."""

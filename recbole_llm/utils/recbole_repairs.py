@@ -162,7 +162,7 @@ def checkpoint_loading(module: ModuleType | None = None) -> bool:
     RecBole pickles its Config and numpy numbers into a checkpoint; `torch.load` refuses that since torch 2.6,
     whose default is ``weights_only=True``. ``Trainer.evaluate`` (trainer/trainer.py:583) and
     ``resume_checkpoint`` (323) then fail, as do models that start from a pre-trained file (NeuMF, S3Rec,
-    ConvNCF, ...: `registry.get_model` calls this for a model's module). Only the name ``torch`` inside that
+    ConvNCF, ...: see `model_module`). Only the name ``torch`` inside that
     module is replaced: `torch.load` elsewhere keeps its safe default.
 
     Warning:
@@ -177,12 +177,18 @@ def checkpoint_loading(module: ModuleType | None = None) -> bool:
     return True
 
 
+def model_module(module: ModuleType) -> None:
+    """Apply the repairs that belong to the module of one of RecBole's models (`registry.get_model` calls this)."""
+    checkpoint_loading(module)
+    if module.__name__ == "recbole.model.general_recommender.pop":
+        popularity_counts(module)
+
+
 def popularity_counts(module: ModuleType) -> bool:
     """Let Pop count every interaction, and positive ones only.
 
     ``item_cnt[item] = item_cnt[item] + 1`` (general_recommender/pop.py:44) adds one to an item however often it comes
     in a batch, and sampled negatives come in the same batches: with 2,048 rows per batch popular items are all alike.
-    `registry.get_model` calls this for Pop's module.
     """
 
     def make_init(original: Callable) -> Callable:

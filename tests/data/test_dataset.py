@@ -13,12 +13,12 @@ import torch
 from atomic_files import INTER_HEADER, REPOSITORY, data_folder, random_interactions, write_atomic
 from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
 from recbole.data.dataset import SequentialDataset
-from recbole.utils import FeatureType, init_seed
+from recbole.utils import FeatureType, get_trainer, init_seed
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.dataset import CTRDataset, draw_rows
 from recbole_llm.data.retriever import RecentRetriever, SemanticRetriever
-from recbole_llm.registry import get_model, get_trainer
+from recbole_llm.registry import get_model
 
 
 def tokens(dataset, rows, field):

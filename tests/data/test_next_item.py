@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recbole.data.dataloader import FullSortEvalDataLoader, TrainDataLoader
 from recbole.data.dataset import SequentialDataset
-from recbole.utils import init_seed
+from recbole.utils import get_trainer, init_seed
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.next_item import NextItemDataset
-from recbole_llm.registry import get_model, get_trainer
+from recbole_llm.registry import get_model
 
 PLAIN_HEADER = "user_id:token item_id:token timestamp:float"
 GIVEN_HEADER = "user_id:token item_id_list:token_seq item_id:token"

@@ -6,8 +6,8 @@ import numpy as np
 from synthetic import write_dataset
 
 from recbole_llm.config.configurator import Config
+from recbole_llm.data.create import create_dataset
 from recbole_llm.experiment.exhibits import principal_components, profile_of
-from recbole_llm.registry import create_dataset
 
 
 def test_principal_components_are_those_of_the_covariance():

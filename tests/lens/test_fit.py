@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_scope_is_what_the_state_depends_on(configure, train, valid, tmp_path) -
     assert resolve_scope("DIN", model, "auto", "recent") == "user_item"
     with pytest.raises(ValueError, match="gate_scope: user needs id_retrieval: recent"):
         resolve_scope("DIN", model, "user", "semantic")
-    model.gate_scopes = ("user",)
+    model.spec = replace(model.spec, gate_scopes=("user",))
     with pytest.raises(ValueError, match="gate_scope: user_item is not possible with the lens X.*lens: DIN"):
         resolve_scope("X", model, "user_item", "recent")
 

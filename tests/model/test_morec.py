@@ -14,10 +14,11 @@ from synthetic import TEXT
 
 from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
+from recbole_llm.config.model_spec import class_for
+from recbole_llm.data.create import create_dataset
 from recbole_llm.model.morec import LabelledMoRec, MoRec
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.registry import create_dataset
 
 NETWORK = {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 1}
 D = 5
@@ -36,7 +37,7 @@ def model_and_rows(settings: dict, **given):
     config = Config("MoRec", "toy", config_dict={**settings, **given})
     train = create_dataset(config).build()[0]
     torch.manual_seed(0)
-    model_class = MoRec.for_task(config["task"])
+    model_class = class_for(MoRec, config["task"])
     return model_class(config, train, item_vectors=vectors_of(train.item_num)).double().eval(), train, config
 
 

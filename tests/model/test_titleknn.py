@@ -11,10 +11,10 @@ import torch
 from synthetic import TEXT
 
 from recbole_llm.config.configurator import Config
+from recbole_llm.data.create import create_dataset
 from recbole_llm.experiment.assembly import conventional_parts
 from recbole_llm.model.titleknn import TitleKNN
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.registry import create_dataset
 
 K = 6
 
