@@ -9,18 +9,24 @@ from pathlib import Path
 
 from recbole_llm.comparison import plan as compare
 from recbole_llm.comparison.report import terminal_table
-from recbole_llm.experiment.result import result_table
+from recbole_llm.experiment.table import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
+from recbole_llm.utils.text_output import write_any_text
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: ``--model --dataset --config_files`` and any ``--key=value``, as RecBole's."""
+    """The command line: ``--model --dataset --config_files`` and any ``--key=value``, as RecBole's.
+
+    Returns:
+        The exit status: 0; 1 where models of a comparison failed; 2 for an error; 130 for Ctrl-C.
+    """
+    write_any_text((sys.stdout, sys.stderr))
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="run_recbole_llm.py",
-        description="Train and evaluate one recommender, LLM or classical, with RecBole's data and evaluator.",
+        description="Train and evaluate one recommender, LLM or conventional, with RecBole's data and evaluator.",
         epilog="Every other --key=value is a configuration key; see properties/overall.yaml.",
         allow_abbrev=False,
     )
@@ -28,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", "-d", default="ml-100k", help="name of the dataset (default: ml-100k)")
     parser.add_argument("--config_files", default="", help="yaml files, separated by spaces; later ones win")
     parser.add_argument(
-        "--report", metavar="FOLDER", help="run nothing: work out the report of a comparison's folder anew"
+        "--report", metavar="FOLDER", help="run nothing: write the report of a comparison's folder again"
     )
     known, rest = parser.parse_known_args(argv)
     models, files = compare.split_models(known.model), known.config_files.split() or None
@@ -40,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # what was kept has been logged where it was kept
+        print("interrupted", file=sys.stderr)  # the log has said how to resume
         return 130
     except (ValueError, OSError) as error:
         logger.debug("traceback of the error below", exc_info=True)
@@ -57,7 +63,8 @@ def report(result: dict) -> str:
     results = result.get("compared", [result])
     if not result["metrics"]["test"]:
         valid = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"]["valid"].items())
-        return f"test rows were not read (read_test: False); validation: {valid or 'none'}\nresult: {result['path']}"
+        told = f"the test split was not read (read_test: False); validation: {valid or 'none'}"
+        return f"{told}\nresult: {result['path']}"
     lines = [result_table(results)]
     if "comparison" in result:
         lines += [
@@ -67,21 +74,22 @@ def report(result: dict) -> str:
     for found in results:
         if work := found.get("scoring"):
             lines.append(
-                f"{found['name']}: {work['tokens']:,} tokens computed for {work['rows']:,} rows, {work['ratio']:.2f} x "
-                f"(prompt tokens {work['prompt_tokens']:,} + edges of the title trees {work['edges']:,})"
+                f"{found['name']}: {work['tokens']:,} tokens computed for {work['rows']:,} samples, "
+                f"{work['ratio']:.2f} x (prompt tokens {work['prompt_tokens']:,} + edges of the title trees "
+                f"{work['edges']:,})"
             )
         if written := found.get("generated"):
-            ratios = [("ValidRatio", "valid_ratio"), ("HitRatio@1 of all rows", "hit_ratio_all")]
+            ratios = [("ValidRatio", "valid_ratio"), ("HitRatio@1 of all samples", "hit_ratio_all")]
             ratios.append(("HitRatio@1 of valid answers", "hit_ratio_valid"))
             lines.append(
-                f"{found['name']}, written answers of {written['n']:,} rows: "
+                f"{found['name']}, written answers of {written['n']:,} samples: "
                 + ", ".join(f"{title} {_ratio(written['intervals'][key])}" for title, key in ratios)
             )
     return "\n".join([*lines, *(f"result: {found['path']}" for found in results)])
 
 
 def _ratio(interval: dict) -> str:
-    """``0.5263 [0.4211, 0.6211]``, or as much of it as there is."""
+    """``0.5263 [0.4211, 0.6211]``, without the interval where there is none."""
     if interval["value"] is None:
         return "undefined"
     bounds = "" if interval["low"] is None else f" [{interval['low']:.4f}, {interval['high']:.4f}]"

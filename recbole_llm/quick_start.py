@@ -1,52 +1,55 @@
-"""From a configuration to a result: the one path behind the command line.
+"""RecBole's quick start with language models: train one model, compare several, load a finished run.
 
-    config -> data -> lens -> model -> trainer -> evaluator -> result.json and a table
-
-RecBole's own models take the same path with RecBole's own dataset, loaders and trainer.
+One run is config -> data -> model -> trainer -> fit -> evaluate -> result (:func:`recbole_llm.experiment.run.run_one`),
+for LLM recommenders and conventional models alike.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-
-from recbole.utils import init_logger, init_seed
+from typing import Any
 
 from recbole_llm.comparison import plan as compare
 from recbole_llm.comparison.search import search
 from recbole_llm.config.configurator import Config
-from recbole_llm.experiment.assembly import (
-    CONFIG_FILE,
-    Assembly,
-    assemble,
-)
+from recbole_llm.experiment.assembly import Assembly
+from recbole_llm.experiment.loading import load_run
 from recbole_llm.experiment.run import read_result, run_one
-from recbole_llm.experiment.run_folder import RESULT_FILE, open_run_folder
-from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.experiment.run_folder import open_run_folder
+from recbole_llm.utils.run_files import RESULT_FILE
+from recbole_llm.utils.text_output import start_log
 
 logger = logging.getLogger(__name__)
 
 
 def run_recbole_llm(
-    model: str | None = None,
+    model: str | type | None = None,
     dataset: str | None = None,
     config_file_list: list[str] | None = None,
-    config_dict: dict | None = None,
+    config_dict: dict[str, Any] | None = None,
     cmd_line: list[str] | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Train and evaluate one model on one dataset.
 
+    >>> result = run_recbole_llm("RecLoRA", "ml-100k", config_dict={"epochs": 1})  # doctest: +SKIP
+
     Args:
-        model: name of one of our models or of RecBole's; ``None`` if the configuration says it.
+        model: name of a built-in model, of one of RecBole's, or of one that an installed package registers under the
+            entry point group ``recbole_llm.models``; or a class, such as your own subclass of
+            :class:`recbole_llm.model.answer_ctr.AnswerCTR`. ``None`` if the configuration names it.
         dataset: name of the dataset's folder and files; likewise.
         config_file_list: yaml files, later ones win.
         config_dict: parameters; win over files.
         cmd_line: ``--key=value`` arguments; win over everything.
 
     Returns:
-        The content of ``result.json`` (see :func:`recbole_llm.evaluation.build_result`) with the key ``path``; for a
-        dry run, its text under the key ``dry_run``.
+        The content of ``result.json`` (see :mod:`recbole_llm.experiment.result`) with the key ``path``; for a dry run,
+        its text under the key ``dry_run``.
+
+    Raises:
+        ValueError: for keys, values and data that cannot work; the message names the remedy.
+        OSError: if a file is missing or a folder cannot be written.
     """
     config = Config(
         model=model,
@@ -63,7 +66,7 @@ def run_recbole_llm(
     folder = open_run_folder(config)
     others = compare.check_models(config, folder)
     if config["resume"] and (folder / RESULT_FILE).is_file() and others:
-        logger.info("%s is finished, going on with the models to compare with", folder)
+        logger.info("%s is finished, continuing with the models to compare with", folder)
         result = read_result(folder)
     else:
         result = run_one(config, folder)
@@ -72,7 +75,7 @@ def run_recbole_llm(
     try:
         failed = compare.run_all(others, run_one)
     except KeyboardInterrupt:
-        logger.warning("interrupted; what is finished is kept: repeat the command with --resume=%s", folder)
+        logger.warning("interrupted; finished runs are kept: repeat the command with --resume=%s", folder)
         raise
     results = [result, *(read_result(run.folder) for run in others if run.finished)]
     return {**result, "compared": results, "comparison": compare.report(folder, failed)}
@@ -82,10 +85,10 @@ def compare_models(
     models: list[str],
     dataset: str | None = None,
     config_file_list: list[str] | None = None,
-    config_dict: dict | None = None,
+    config_dict: dict[str, Any] | None = None,
     cmd_line: list[str] | None = None,
-) -> dict:
-    """Train and evaluate several models, with several seeds, on the same rows; write the report.
+) -> dict[str, Any]:
+    """Train and evaluate several models, with several seeds, on the same samples; write the report.
 
     Args:
         models: names of models, each possibly with changes, ``"RecLoRA gate=uniform"``.
@@ -98,40 +101,36 @@ def compare_models(
     plan = compare.make_plan(models, dataset, config_file_list, config_dict, cmd_line)
     if plan.first["dry_run"]:
         return {"dry_run": compare.describe(plan)}
-    init_logger(plan.first)
+    start_log(plan.first)
     if plan.first["search"]:
         compare.check_folder(plan)
         plan = plan.with_values(search(plan, run_one))
     arguments = [f"--model={','.join(models)!r}", f"--dataset={plan.first.dataset}", *(cmd_line or [])]
     arguments += [f"--config_files={' '.join(map(str, config_file_list))!r}"] if config_file_list else []
-    arguments = " ".join(arguments)
-    return compare.run_comparison(plan, run_one, f"python run_recbole_llm.py {arguments}")
+    return compare.run_comparison(plan, run_one, f"python run_recbole_llm.py {' '.join(arguments)}")
 
 
-def load_data_and_model(run_folder: str | Path, device: str | None = None, **changes) -> Assembly:
-    """Rebuild a finished run: its data, its prompts and its best model, ready to predict.
+def load_data_and_model(
+    run_folder: str | Path, device: str | None = None, model: type | None = None, **changes: Any
+) -> Assembly:
+    """Rebuild a finished run, of an LLM recommender or a conventional model: its data and its best model.
+
+    ``run.model.predict(interaction)`` and ``run.model.full_sort_predict(interaction)`` take batches of the loaders, and
+    also ``Interaction({"user_id": ..., "item_id": ...})``, or ``{"user_id": ...}`` for the scores of all items
+    ``[B, n_items]``. Such a pair is scored after all interactions of the user in the data, those of the test split
+    included. ``run.dataset.token2id("user_id", "42")`` gives the internal id of a token.
 
     Args:
         run_folder: the folder that holds ``config.json`` and ``best.safetensors``.
-        device: where to put it; by default the device is chosen anew, as ``auto``.
+        device: where to put it; by default the device is chosen again, as ``auto``.
+        model: the class, where the run was made with a class that no name stands for.
         **changes: configuration values to change, e.g. ``data_path`` or ``eval_rows``.
 
     Returns:
-        The assembly, whose ``model``, ``train_data``, ``valid_data`` and ``test_data`` are RecBole's usual objects.
+        ``config``, ``dataset``, ``model``, ``train_data``, ``valid_data`` and ``test_data``, RecBole's usual objects,
+        and what else the run is made of.
 
     Raises:
-        CheckpointError: if backbone, lens or data are not those of the checkpoint.
+        CheckpointError: if model, backbone, lens or data are not those of the checkpoint.
     """
-    run_folder = Path(run_folder)
-    tensors, meta = load_checkpoint(run_folder / "best.safetensors")
-    saved = json.loads((run_folder / CONFIG_FILE).read_text())
-    config = Config.from_dict({**saved, "device": device or "auto", "resume": None, **changes})
-    init_seed(config["seed"], config["reproducibility"])
-    parts = assemble(config, lens_root=run_folder, warm_start=False)
-    wanted = {"model", "backbone", "lens", "data"}
-    different = [key for key in sorted(wanted) if meta["identities"][key] != parts.identities[key]]
-    if different:
-        raise CheckpointError(f"{run_folder} was made with another {' and another '.join(different)}")
-    parts.model.load_trained_state(tensors)
-    parts.model.eval()
-    return parts
+    return load_run(Path(run_folder), model=model, device=device, changes=changes)

@@ -1,10 +1,11 @@
-"""The class that a model name stands for: built-in models first, then RecBole's."""
+"""The class that a model name stands for: built-in models, then those of installed packages, then RecBole's."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import re
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import recbole
@@ -39,9 +40,16 @@ def recbole_models() -> dict[str, str]:
     return models
 
 
+@functools.cache
+def installed_models() -> dict[str, EntryPoint]:
+    """Models that installed packages register under the entry point group ``recbole_llm.models``, by name."""
+    return {entry.name: entry for entry in entry_points(group="recbole_llm.models")}
+
+
 def list_models() -> dict[str, list[str]]:
     """Every model name that `get_model` knows, under ``"recbole_llm"`` and ``"recbole"``."""
-    return {"recbole_llm": sorted(BUILT_IN_MODELS), "recbole": sorted(recbole_models())}
+    own = sorted({*BUILT_IN_MODELS, *installed_models()})
+    return {"recbole_llm": own, "recbole": sorted(recbole_models())}
 
 
 def get_model(name: str) -> type:
@@ -54,9 +62,11 @@ def get_model(name: str) -> type:
     if name in BUILT_IN_MODELS:
         with recbole_repairs.anomaly_detection_kept():
             return getattr(importlib.import_module(f"recbole_llm.model.{name.lower()}"), name)
-    modules = recbole_models()
+    modules, installed = recbole_models(), installed_models()
+    if name in installed:
+        return installed[name].load()
     if name not in modules:
-        near = nearest(name, [*BUILT_IN_MODELS, *modules])
+        near = nearest(name, [*BUILT_IN_MODELS, *installed, *modules])
         hint = f"did you mean {' or '.join(near)}?" if near else f"built-in are {', '.join(BUILT_IN_MODELS)}"
         raise ValueError(
             f"model {name!r} is neither one of recbole_llm nor of RecBole {recbole.__version__}: {hint}"

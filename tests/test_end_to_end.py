@@ -19,8 +19,8 @@ from synthetic import TEXT, write_dataset
 from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.create import create_dataset
-from recbole_llm.experiment.assembly import prepare_rows
-from recbole_llm.experiment.conventional import our_loaders
+from recbole_llm.experiment.conventional import ConventionalExperiment
+from recbole_llm.experiment.splits import prepare_splits
 from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 from recbole_llm.registry import get_model
@@ -337,7 +337,7 @@ def test_dry_run_shows_the_run_and_trains_nothing(settings, capsys, tmp_path):
     output = capsys.readouterr().out
     for expected in ("800", "640 / 80 / 80", "prompt tokens", "memory estimate", "label balance"):
         assert expected in output
-    assert output.count("--- prompt of few_shot row") == 3
+    assert output.count("--- prompt of few_shot sample") == 3
     assert not list(tmp_path.glob("saved/*"))
 
 
@@ -421,18 +421,16 @@ def test_models_of_recbole_on_labelled_rows_have_all_four_metrics(model, setting
     assert {"auc", "logloss", "acc", "gauc"} == set(result["metrics"]["test"])
     assert result["intervals"]["models"]["model"]["auc"]["low"] is not None
     # The very rows of our models, whatever the kind of model.
-    ours = prepare_rows(Config("TALLRec", "toy", config_dict={**settings, "eval_rows": 40}))
+    ours = prepare_splits(Config("TALLRec", "toy", config_dict={**settings, "eval_rows": 40}))
     np.testing.assert_array_equal(rows_of(result)["row_id"], ours.test.inter_feat["row_id"].numpy())
 
 
 def test_a_model_of_recbole_learns_from_the_few_shot_rows_alone(settings):
     keep = ("data_path", "show_progress", "bootstrap_samples", "few_shot")
     given = {key: settings[key] for key in keep} | {"task": "ctr", "train_rows": "few_shot"}
-    config = Config("DIN", "toy", config_dict=given)
-    dataset = create_dataset(config)
-    train_data, *_ = our_loaders(config, dataset, dataset.build())
-    ours = prepare_rows(Config("TALLRec", "toy", config_dict=settings))
-    np.testing.assert_array_equal(train_data._dataset.inter_feat["row_id"], ours.train.inter_feat["row_id"])
+    learned_from = ConventionalExperiment.assemble(Config("DIN", "toy", config_dict=given)).train
+    ours = prepare_splits(Config("TALLRec", "toy", config_dict=settings))
+    np.testing.assert_array_equal(learned_from.inter_feat["row_id"], ours.train.inter_feat["row_id"])
     result = run_recbole_llm("DIN", "toy", config_dict={**given, "epochs": 1})
     assert result["rows"]["train"] == result["rows"]["few_shot"] == settings["few_shot"]
     with pytest.raises(ValueError, match="train_rows.* is for conventional models"):

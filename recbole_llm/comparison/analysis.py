@@ -91,6 +91,11 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
         raise ValueError(
             f"{rows_file} has no row_id: {result['model']} was not run on the rows of task ctr or next_item"
         )
+    if (
+        rows.get("candidates", rows["row_id"]).ndim == 2
+    ):  # the items, where only their number is asked for here
+        rows["candidates"] = np.full(len(rows["row_id"]), rows["candidates"].shape[1])
+        del rows["candidate_scores"]
     order = np.argsort(rows["row_id"], kind="stable")
     rows = {column: values[order] for column, values in rows.items()}
     return FinishedRun(name or result["name"], int(result["seed"]), folder, result, rows)

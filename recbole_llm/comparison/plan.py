@@ -27,9 +27,8 @@ from recbole_llm.config.keys import KEYS
 from recbole_llm.config.model_spec import spec_of
 from recbole_llm.experiment.assembly import VOLATILE_KEYS, lasting_configuration
 from recbole_llm.registry import get_model
-from recbole_llm.trainer.checkpoint import LAST_FILE
 from recbole_llm.utils.files import write_json
-from recbole_llm.utils.run_files import RESULT_FILE
+from recbole_llm.utils.run_files import LAST_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -134,7 +134,8 @@ class RowCollector(Collector):
             'user', 'item' [n] internal ids (of a ranking, the target), 'row_id' [n] if the dataset has it;
             labelled: 'label', 'score' [n] float64;
             ranking: 'rank' [n] int64 of the target, ties against the model, and 'candidates' [n] int64: how
-            many items were ranked (those with a score other than -inf).
+            many items were ranked (those with a score other than -inf); where the same number C was ranked in each,
+            as drawn candidates are, 'candidate_items' [n, C] internal ids and 'candidate_scores' [n, C].
 
         Raises:
             ValueError: if there was none, or the last evaluation's rankings had several targets each.
@@ -168,6 +169,10 @@ class RowCollector(Collector):
         }
         if ROW_ID in interaction:
             part["row_id"] = interaction[ROW_ID][::each]
+        if each > 1:
+            items = interaction[self.config["ITEM_ID_FIELD"]].view(n, each)
+            part["candidate_items"] = items
+            part["candidate_scores"] = scores.gather(1, items.to(scores.device))
         for name, value in part.items():
             self._row_parts[name].append(value.detach().clone())
 

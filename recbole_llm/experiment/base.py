@@ -109,9 +109,7 @@ class Experiment(ABC):
             self.parts.valid_data, load_best_model=False, show_progress=self.config["show_progress"]
         )
         columns = self._columns("valid")
-        write_atomically(
-            self.folder / VALID_ROWS_FILE, lambda file: np.savez_compressed(file, **columns)
-        )
+        write_atomically(self.folder / VALID_ROWS_FILE, lambda file: np.savez_compressed(file, **columns))
 
     def _columns(self, split: str) -> dict[str, np.ndarray]:
         """The columns of the last evaluation, which was of ``split``; users and items as the dataset's tokens."""
@@ -139,6 +137,9 @@ class Experiment(ABC):
             self.cost(),
             self.extra(),
         )
+
+    def clean_up(self) -> None:  # noqa: B027 - most runs have nothing to remove
+        """Remove what only an unfinished run needs."""
 
     @abstractmethod
     def counts(self) -> dict[str, int | None]:

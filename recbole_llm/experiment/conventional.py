@@ -1,8 +1,9 @@
 """Conventional models, RecBole's own and the built-in ones, on the samples and candidates of the LLM recommenders.
 
-With ``task: ctr`` every model runs on the samples of :class:`recbole_llm.data.dataset.CTRDataset` (one that learns pairs
-of items, on the liked ones), with ``task: next_item`` on those of :class:`recbole_llm.data.next_item.NextItemDataset`,
-and ranks the same stored candidates. Without a task it follows RecBole's own protocol.
+With ``task: ctr`` every model runs on the samples of :class:`recbole_llm.data.dataset.CTRDataset` (one that learns
+pairs of items, on the liked ones), with ``task: next_item`` on those of
+:class:`recbole_llm.data.next_item.NextItemDataset`, and ranks the same stored candidates. Without a task it follows
+RecBole's own protocol.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class ConventionalExperiment(Experiment):
 
     def __init__(self, config: Config, folder: Path) -> None:
         parts = self.assemble(config)
-        config = config.with_values(checkpoint_dir=str(folder))
+        config = in_folder(config, folder)
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, parts.model)
         trainer.eval_collector = RowCollector(config)  # RecBole's fails on metrics that read counts
         super().__init__(parts, trainer, folder)
@@ -120,7 +121,7 @@ class ConventionalExperiment(Experiment):
     def assemble(cls, config: Config, *, fit: bool = True, saved: Path | None = None) -> Assembly:
         """As of every experiment; ``fit`` and ``saved`` change nothing here."""
         seconds: dict[str, float] = {}
-        candidates, available, few_shot = None, {}, None
+        candidates, available = None, {}
         with stage(seconds, "data"):
             dataset = create_dataset(config)
             logger.info(dataset)
@@ -175,6 +176,14 @@ class ConventionalExperiment(Experiment):
         )
 
 
+def in_folder(config: Config, folder: Path) -> Config:
+    """The same configuration for RecBole's trainer, which writes into ``checkpoint_dir``."""
+    values = {**config.final_config_dict, "checkpoint_dir": str(folder)}
+    copied = Config.__new__(Config)
+    copied.__dict__.update(config.__dict__, final_config_dict=values)
+    return copied
+
+
 def is_labelled(config: Config) -> bool:
     """Whether evaluations compare scores with labels, and rank nothing."""
     return config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
@@ -202,7 +211,11 @@ def stored_candidates(config: Config, splits: Splits) -> dict[str, CandidateSet]
     Raises:
         ValueError: for candidates that only a lens can choose.
     """
-    if config["task"] == "next_item" and config["eval_mode"] == "candidates" and config["negatives"] == "hard":
+    if (
+        config["task"] == "next_item"
+        and config["eval_mode"] == "candidates"
+        and config["negatives"] == "hard"
+    ):
         raise ValueError(
             f"negatives: hard are chosen by a lens, and {config['model']} is run without one; set negatives: uniform "
             "or popularity"

@@ -1,4 +1,4 @@
-"""What a run would do, told before it does it."""
+"""What a run would do, before it does it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_llm.experiment.assembly import Assembly
+from recbole_llm.experiment.llm_assembly import LLMAssembly
 
-SAMPLE_ROWS = 1000
+PROMPTS = 1000
 EXAMPLES = 3
 
 
-def describe(parts: Assembly) -> str:
-    """A page of text: device, rows, labels, prompts, memory, and three full prompts."""
+def describe(parts: LLMAssembly) -> str:
+    """A page of text: device, samples, labels, prompts, memory, and three full prompts."""
     config = parts.config
     lines = [
         f"dry run: {config['model']} on {config['dataset']} (nothing is trained; the lens has random weights)",
@@ -24,22 +24,22 @@ def describe(parts: Assembly) -> str:
     interaction = parts.train[torch.from_numpy(examples)]
     for i, row in enumerate(examples):
         lines += [
-            f"--- prompt of few_shot row {row}, {_answer(parts, interaction, i)} ---",
+            f"--- prompt of few_shot sample {row}, {_answer(parts, interaction, i)} ---",
             parts.prompts.text(interaction, i),
         ]
     return "\n".join(lines)
 
 
-def _answer(parts: Assembly, interaction: Interaction, i: int) -> str:
-    """What row ``i`` teaches, in words."""
+def _answer(parts: LLMAssembly, interaction: Interaction, i: int) -> str:
+    """The answer that sample ``i`` teaches."""
     if parts.config["task"] == "ctr":
         label = int(interaction[parts.config["LABEL_FIELD"]][i])
         return f"label {label} ({parts.prompts.answer_words[1 - label]!r})"
     return f"answer {parts.prompts.answer_text(int(interaction[parts.dataset.iid_field][i]))!r}"
 
 
-def _task_decisions(parts: Assembly) -> list[str]:
-    """What only one of the tasks has to say: label balance, or candidates."""
+def _task_decisions(parts: LLMAssembly) -> list[str]:
+    """What only one of the tasks has: label balance, or candidates."""
     config = parts.config
     if config["task"] == "ctr":
         lines = []
@@ -51,7 +51,7 @@ def _task_decisions(parts: Assembly) -> list[str]:
         "candidates": f"{config['num_negatives'] + 1} stored candidates ({config['negatives']})",
         "full": f"all {parts.dataset.item_num - 1:,} items"
         + (f", of which the LLM ranks the lens's first {config['two_stage']}" if config["two_stage"] else ""),
-    }.get(config["eval_mode"], f"RecBole's {config['eval_mode']}, drawn anew at every evaluation")
+    }.get(config["eval_mode"], f"RecBole's {config['eval_mode']}, drawn again at every evaluation")
     digests = {name: found.sha256[:16] for name, found in (parts.candidates or {}).items()}
     return [
         f"targets are ranked among {among}" + (f", hashes {digests}" if digests else ""),
@@ -60,8 +60,8 @@ def _task_decisions(parts: Assembly) -> list[str]:
     ]
 
 
-def decisions(parts: Assembly) -> list[str]:
-    """What was decided for a run, a line each: device, backbone, rows, label balance, prompt lengths, memory."""
+def decisions(parts: LLMAssembly) -> list[str]:
+    """What was decided for a run, a line each: device, backbone, samples, label balance, prompt lengths, memory."""
     config, sizes = parts.config, parts.sizes
     rng = np.random.default_rng(config["seed"])
     preparation = parts.dataset.preparation
@@ -69,10 +69,10 @@ def decisions(parts: Assembly) -> list[str]:
         f"device: {config['device']}; dtype: {parts.backbone.dtype}; "
         f"backbone: {parts.backbone.name}, {parts.backbone.source}, sha256 {parts.backbone.sha256[:16]}",
         f"lens: {parts.lens.name + ', state width ' + str(parts.lens.width) if parts.lens else 'none'}",
-        f"rows after the rule of {config['min_history']} earlier interactions: {sizes['all']:,}; split "
+        f"samples with at least {config['min_history']} earlier interactions: {sizes['all']:,}; split "
         f"{sizes['train']:,} / {sizes['valid']:,} / {sizes['test']:,} (train / valid / test, "
         f"order {config['eval_args']['order']}, group_by {config['eval_args']['group_by']})",
-        f"rows used: {sizes['few_shot']:,} to tune the LLM (few_shot), {sizes['valid_used']:,} valid, "
+        f"samples used: {sizes['few_shot']:,} to tune the LLM (few_shot), {sizes['valid_used']:,} valid, "
         f"{sizes['test_used']:,} test" + (" (bounded by eval_rows)" if config["eval_rows"] else ""),
         f"data prepared in {preparation['seconds']:.1f} s with {preparation['peak_bytes'] / 2**30:.2f} GiB more "
         "than before at the peak",
@@ -80,7 +80,7 @@ def decisions(parts: Assembly) -> list[str]:
     lines += _task_decisions(parts)
     steps = -(-len(parts.train) // config["train_batch_size"])
     lines.append(
-        f"an epoch: {len(parts.train):,} rows"
+        f"an epoch: {len(parts.train):,} samples"
         + (
             " (each of few_shot with its recent and its retrieved history)"
             if config["mixed_training"]
@@ -90,19 +90,19 @@ def decisions(parts: Assembly) -> list[str]:
     )
     longest = 0
     for name, rows in (("few_shot", parts.train), ("test", parts.test)):
-        picked = np.sort(rng.permutation(len(rows))[:SAMPLE_ROWS])
+        picked = np.sort(rng.permutation(len(rows))[:PROMPTS])
         encoded = parts.model.encode(rows[torch.from_numpy(picked)])
         lengths = np.array([len(ids) for ids in encoded.input_ids])
         longest = max(longest, int(lengths.max()))
         quantiles = ", ".join(f"{q}%: {np.percentile(lengths, q):.0f}" for q in (5, 25, 50, 75, 95, 100))
         lines.append(
-            f"prompt tokens, {name} ({len(picked):,} of {len(rows):,} rows): mean {lengths.mean():.1f}; {quantiles}; "
-            f"shortened to {config['max_prompt_tokens']} tokens: {encoded.n_shortened}"
+            f"prompt tokens, {name} ({len(picked):,} of {len(rows):,} samples): mean {lengths.mean():.1f}; "
+            f"{quantiles}; shortened to {config['max_prompt_tokens']} tokens: {encoded.n_shortened}"
         )
     return [*lines, *memory_estimate(parts, longest), parts.model.summary()]
 
 
-def memory_estimate(parts: Assembly, longest: int) -> list[str]:
+def memory_estimate(parts: LLMAssembly, longest: int) -> list[str]:
     """Bytes of weights, trained state and activations of one training micro-batch.
 
     Activations are estimated as the tensors a decoder layer keeps for its backward pass without checkpointing: about

@@ -1,4 +1,4 @@
-"""What a result shows beside its numbers: how users differ in the gate's eyes, and a few prompts."""
+"""What a result shows beside its numbers: the gate's mixture by user, and a few prompts."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import torch
 from recbole.utils import FeatureType
 
 from recbole_llm.data.dataset import HistoryDataset
-from recbole_llm.experiment.assembly import Assembly
+from recbole_llm.experiment.llm_assembly import LLMAssembly
+from recbole_llm.utils.run_files import ROW_ID
 
 MOST_USERS = 200
-"""A map of more points is a cloud, and its numbers would fill the result."""
+"""More points cannot be told apart in a map, and their numbers would fill the result."""
 MOST_VALUES = 12
-"""Of a profile's field: more could not be told apart by colour and shape."""
+"""Of a profile's field: more cannot be told apart by colour and shape."""
 EXAMPLES = 3
 
 
 @torch.no_grad()
-def gate_table(parts: Assembly) -> dict[str, Any] | None:
-    """Every test user's mixture of experts, mean over his rows and over projections; the first ``MOST_USERS`` users.
+def gate_table(parts: LLMAssembly) -> dict[str, Any] | None:
+    """Every test user's mixture of experts, the mean over samples and projections; the first ``MOST_USERS`` users.
 
     Returns:
         ``model``, ``experts`` (their number K), ``users`` (tokens), ``values`` (K weights per user), ``coordinates``
         (the first two principal components of these), ``profile_field`` and ``profile`` (its value by user), or
-        ``None`` where there are no experts, or the lens does not decide.
+        ``None`` where there are no experts, or the lens does not choose them.
     """
     model, dataset = parts.model, parts.dataset
     if not model.gated or parts.lens is None or parts.config["gate"] == "token":
@@ -58,7 +59,7 @@ def gate_table(parts: Assembly) -> dict[str, Any] | None:
 
 
 def principal_components(values: np.ndarray, n: int = 2) -> np.ndarray:
-    """The first ``n`` principal components of ``values [rows, d]``, ``[rows, n]``; zeros where there are fewer.
+    """The first ``n`` principal components of ``values [m, d]``, ``[m, n]``; zeros where there are fewer.
 
     A component's sign is free: here its largest entry is positive.
     """
@@ -83,10 +84,10 @@ def profile_of(dataset: HistoryDataset, users: np.ndarray) -> tuple[str | None, 
     return None, None
 
 
-def example_prompts(parts: Assembly) -> list[dict[str, Any]]:
-    """The prompts of the first test rows: ``row_id`` and ``text``."""
+def example_prompts(parts: LLMAssembly) -> list[dict[str, Any]]:
+    """The prompts of the first test samples: ``row_id`` and ``text``."""
     rows = parts.test[np.arange(min(EXAMPLES, len(parts.test)))]
     return [
-        {"row_id": row_id, "text": parts.prompts.text(rows, i)}
-        for i, row_id in enumerate(rows["row_id"].tolist())
+        {ROW_ID: row_id, "text": parts.prompts.text(rows, i)}
+        for i, row_id in enumerate(rows[ROW_ID].tolist())
     ]

@@ -1,6 +1,6 @@
-"""What a model's result is compared with, on the very rows that it was tested on: lens, popularity, untrained LLM.
+"""What a model's result is compared with, on the same test samples: lens, popularity, untrained LLM.
 
-Every function returns columns for ``test_rows.npz``, in the order of the test rows: ``NAME_score`` in the ctr task,
+Every function returns columns for ``test_rows.npz``, in the order of the test samples: ``NAME_score`` in the ctr task,
 ``NAME_rank`` in the next-item task.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,17 +21,20 @@ from tqdm import tqdm
 
 from recbole_llm.evaluation.generation import generation_report, match_title
 from recbole_llm.evaluation.ranking import target_ranks
-from recbole_llm.experiment.assembly import Assembly, cache_folder, stage
+from recbole_llm.experiment.assembly import cache_folder
+from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.trainer.score_cache import KeptScores
 from recbole_llm.utils.files import locked, write_atomically
+from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.timing import stage
 
 logger = logging.getLogger(__name__)
 
 BATCH = 64
 
 
-def reference_columns(parts: Assembly) -> dict[str, np.ndarray]:
-    """The columns of every reference that this run has; what each cost is added to ``parts.seconds``."""
+def reference_columns(parts: LLMAssembly) -> dict[str, np.ndarray]:
+    """The columns of every reference that this run has; the time of each is added to ``parts.seconds``."""
     if parts.config["task"] == "ctr":
         references = {"lens_score": lens_scores, "zero_shot_score": untrained_scores}
     elif parts.config["eval_mode"] in ("candidates", "full"):
@@ -57,19 +60,19 @@ def reference_columns(parts: Assembly) -> dict[str, np.ndarray]:
     return columns
 
 
-# ---------------------------------------------------------------------- labelled rows
+# ---------------------------------------------------------------------- labelled samples
 
 
-def lens_scores(parts: Assembly, split: str = "test") -> np.ndarray:
-    """Probability of "yes" by the lens alone for every row of a split, ``[n]``."""
+def lens_scores(parts: LLMAssembly, split: str = "test") -> np.ndarray:
+    """Probability of "yes" by the lens alone for every sample of a split, ``[n]``."""
     scores = []
-    for interaction, *_ in getattr(parts, f"{split}_data"):
+    for interaction, *_ in {"valid": parts.valid_data, "test": parts.test_data}[split]:
         scores.append(parts.lens.probability(interaction).cpu())
     return torch.cat(scores).numpy()
 
 
-def untrained_scores(parts: Assembly) -> np.ndarray:
-    """Probability of "yes" by the language model before any tuning for every test row, ``[n]``."""
+def untrained_scores(parts: LLMAssembly) -> np.ndarray:
+    """Probability of "yes" by the language model before any tuning for every test sample, ``[n]``."""
     batches = [batch[0] for batch in parts.test_data]
     digest = _digest(parts, str(parts.model.answer_ids))
     for interaction in batches:
@@ -80,21 +83,21 @@ def untrained_scores(parts: Assembly) -> np.ndarray:
 # ---------------------------------------------------------------------- ranking
 
 
-def popularity_ranks(parts: Assembly) -> np.ndarray:
-    """Rank of every test row's target when items are ranked by how many training rows have them, int64 ``[n]``."""
+def popularity_ranks(parts: LLMAssembly) -> np.ndarray:
+    """Rank of every test sample's target by the number of training samples of each item, int64 ``[n]``."""
     counts = torch.from_numpy(parts.item_counts).double()
     counts[0] = -torch.inf
     return _ranks(parts, lambda interaction: counts.expand(len(interaction), -1))
 
 
 @torch.no_grad()
-def lens_ranks(parts: Assembly) -> np.ndarray:
-    """Rank of every test row's target by the lens alone, int64 ``[n]``."""
+def lens_ranks(parts: LLMAssembly) -> np.ndarray:
+    """Rank of every test sample's target by the lens alone, int64 ``[n]``."""
     return _ranks(parts, lambda interaction: parts.lens.score_items(interaction).double().cpu())
 
 
-def untrained_ranks(parts: Assembly) -> np.ndarray:
-    """Rank of every test row's target by the language model before any tuning, int64 ``[n]``."""
+def untrained_ranks(parts: LLMAssembly) -> np.ndarray:
+    """Rank of every test sample's target by the language model before any tuning, int64 ``[n]``."""
     model = parts.model
     digest = _digest(parts, "ranks")
     batches = [interaction for interaction, _ in _test_batches(parts, BATCH)]
@@ -118,18 +121,18 @@ def untrained_ranks(parts: Assembly) -> np.ndarray:
     return _cached(parts, digest, batches, ranks).astype(np.int64)
 
 
-def _test_batches(parts: Assembly, size: int):
-    """The test rows in pieces of ``size``, each with its stored candidates ``[b, C]`` or ``None`` (all items)."""
+def _test_batches(parts: LLMAssembly, size: int) -> Iterator[tuple[Interaction, Tensor | None]]:
+    """The test samples in pieces of ``size``, each with its stored candidates ``[b, C]`` or ``None`` (all items)."""
     candidates = parts.candidates["test"] if parts.candidates else None
     for start in range(0, len(parts.test), size):
         interaction = parts.test[np.arange(start, min(start + size, len(parts.test)))]
         items = None
         if candidates is not None:
-            items = torch.from_numpy(candidates.of(interaction["row_id"].numpy()))
+            items = torch.from_numpy(candidates.of(interaction[ROW_ID].numpy()))
         yield interaction, items
 
 
-def _ranks(parts: Assembly, score: Callable[[Interaction], Tensor]) -> np.ndarray:
+def _ranks(parts: LLMAssembly, score: Callable[[Interaction], Tensor]) -> np.ndarray:
     """Ranks of the targets among the candidates by ``score(interaction)``, ``[b, n_items]``."""
     ranks = []
     for interaction, items in _test_batches(parts, BATCH):
@@ -141,11 +144,11 @@ def _ranks(parts: Assembly, score: Callable[[Interaction], Tensor]) -> np.ndarra
     return torch.cat(ranks).numpy()
 
 
-def written_answers(parts: Assembly) -> tuple[np.ndarray, dict]:
-    """What the tuned model writes for every test row, and how much of it is a candidate's title.
+def written_answers(parts: LLMAssembly) -> tuple[np.ndarray, dict]:
+    """What the tuned model writes for every test sample, and how much of it is a candidate's title.
 
     Returns:
-        The texts ``[n]``, and the report of :func:`recbole_llm.evaluation.generation_report`.
+        The texts ``[n]``, and the report of :func:`recbole_llm.evaluation.generation.generation_report`.
     """
     texts, matches, targets, users = [], [], [], []
     size = parts.config["micro_batch_size"]
@@ -170,33 +173,33 @@ def written_answers(parts: Assembly) -> tuple[np.ndarray, dict]:
 # ---------------------------------------------------------------------- the untrained model's cache
 
 
-def _digest(parts: Assembly, what: str):
+def _digest(parts: LLMAssembly, what: str) -> Any:
     return hashlib.sha256(f"{parts.backbone.sha256} {parts.backbone.dtype} {what}".encode())
 
 
-def _add(digest, rows: list[np.ndarray]) -> None:
-    for ids in rows:
+def _add(digest: Any, token_ids: list[np.ndarray]) -> None:
+    for ids in token_ids:
         digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
 
 
-def _progress(parts: Assembly, batches: list, what: str = "Zero-shot  ") -> tqdm:
+def _progress(parts: LLMAssembly, batches: list, what: str = "Zero-shot  ") -> tqdm:
     parts.model.eval()
     show = parts.config["show_progress"]
     return tqdm(batches, ncols=100, desc=set_color(what, "pink"), disable=not show)
 
 
 @torch.no_grad()
-def _cached(parts: Assembly, digest, batches: list, score: Callable[[Any], Tensor]) -> np.ndarray:
-    """What ``score`` gives for all batches, kept by weights and prompts: every run on the same rows needs the same."""
+def _cached(parts: LLMAssembly, digest, batches: list, score: Callable[[Any], Tensor]) -> np.ndarray:
+    """What ``score`` gives for all batches, cached by weights and prompts: every run on the same samples needs it."""
     path = cache_folder(parts.config) / "zero_shot" / f"{digest.hexdigest()[:32]}.npy"
     with locked(path):
         if path.is_file():
             logger.info("zero-shot scores from the cache: %s", path)
             return np.load(path, allow_pickle=False)
-        cut_off = path.with_suffix(".safetensors")
+        partial_file = path.with_suffix(".safetensors")
         identity = f"{digest.hexdigest()}, {len(batches)} batches"
         every = parts.config["checkpoint_seconds"]
-        with KeptScores(cut_off, identity, parts.model.counts, every) as kept:
+        with KeptScores(partial_file, identity, parts.model.counts, every) as kept:
             found = [
                 kept(str(number), partial(score, batch))
                 for number, batch in enumerate(_progress(parts, batches))
@@ -204,5 +207,5 @@ def _cached(parts: Assembly, digest, batches: list, score: Callable[[Any], Tenso
         parts.seconds["zero_shot_test"] = parts.seconds.get("zero_shot_test", 0.0) + kept.seconds_before
         values = torch.cat(found).double().numpy()
         write_atomically(path, lambda file: np.save(file, values))
-        cut_off.unlink(missing_ok=True)
+        partial_file.unlink(missing_ok=True)
     return values

@@ -6,7 +6,7 @@ Every CTR model of this package is this class with another mixer, gate or prompt
     p(u, i)      = sigmoid(margin)                                  = softmax over the two answer words
 
 The adapted projections follow one formula, ``y = W0 x + s B M(z) A x`` (:mod:`recbole_llm.adapter`), where ``z`` is
-the lens's state of the row. With ``lens_residual`` the prediction starts at the lens's and is corrected by the LLM:
+the lens's state of the sample. With ``lens_residual`` the prediction starts at the lens's and is corrected by the LLM:
 
     logit(u, i) = a * lens_logit(u, i) + b * margin(u, i) + c,      (a, b, c) learned from (1, 0.1, 0)
 
@@ -15,7 +15,7 @@ would start below the lens. It does not start at zero, because there the gradien
 is that of the sign which ``b`` takes first.
 
 Where the template has slots (:mod:`recbole_llm.model.slots`), prompts are hybrid: projected vectors of the lens stand
-behind titles, or for the user. The untrained LLM is always asked in text alone.
+behind titles, or for the user. The untrained LLM always gets text alone.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class AnswerCTR(LLMRecommender):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows (:class:`recbole_llm.data.CTRDataset`).
+        dataset: the training samples (:class:`recbole_llm.data.dataset.CTRDataset`).
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
-        prompts: turns rows into token ids.
+        prompts: turns samples into token ids.
         lens: the frozen conventional model that gives ``z``, its own logit and the slots' vectors. May be ``None`` if
             neither the mixer nor ``lens_residual`` nor a slot needs it.
 
@@ -117,11 +117,11 @@ class AnswerCTR(LLMRecommender):
     # ------------------------------------------------------------------ forward
 
     def encode(self, interaction: Interaction) -> EncodedPrompts:
-        """The prompts of some rows as the model gets them now."""
+        """The prompts of some samples as the model gets them now."""
         return self.prompts.encode(interaction, slots=self.hybrid)
 
     def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
-        """Cut a batch into pieces of ``micro_batch_size`` rows, rows of similar length together."""
+        """Cut a batch into pieces of ``micro_batch_size`` samples, samples of similar length together."""
         return self._cut(interaction, self.encode(interaction))
 
     def _cut(self, interaction: Interaction, encoded: EncodedPrompts) -> Iterator[MicroBatch]:
@@ -138,7 +138,7 @@ class AnswerCTR(LLMRecommender):
             )
 
     def embed(self, input_ids: Tensor, state: Tensor) -> Tensor:
-        """Input embeddings ``[b, T, d]`` of hybrid prompts ``[b, T]``; ``state [b, H]`` is the lens's of their rows."""
+        """Input embeddings ``[b, T, d]`` of hybrid prompts ``[b, T]``, given the lens's ``state [b, H]``."""
 
         def vectors(is_slot: Tensor) -> Tensor:
             items = -input_ids[is_slot]

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class MicroBatch:
-    """Some rows of a batch, padded together.
+    """Some samples of a batch, padded together.
 
     Attributes:
-        rows: positions of these rows in the batch they were cut from, shape ``[b]``.
+        rows: positions of these samples in the batch they were cut from, shape ``[b]``.
         interaction: their fields, on the model's device.
         input_ids: right-padded token ids, ``[b, T]``; a negative entry is a slot (:mod:`recbole_llm.model.slots`).
         lengths: prompt lengths in tokens, ``[b]``.
@@ -54,18 +54,18 @@ class LLMRecommender(SequentialRecommender):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows.
+        dataset: the training samples.
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
-        lens: the frozen conventional model that gives the gate's ``z``; ``None`` if nothing reads it. With
+        lens: the lens, a frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
             ``tune_lens`` the model trains a copy.
         instance_size: width of ``z``.
 
     Attributes:
-        gated: whether the adapter's update depends on the row.
+        gated: whether the adapter's update depends on the sample.
         lora_given: whether A and B come from another run (``lora_from``) and are not trained.
         counts: of ``tokens`` that went through the LLM so far, padding not counted, and of ``prompts_shortened``, which
             lost history because they were too long.
-        kept_scores: takes the scores of every batch while an evaluation is to be kept.
+        kept_scores: keeps the scores of every batch of an evaluation, so that it can be resumed.
     """
 
     input_type = InputType.POINTWISE
@@ -118,7 +118,7 @@ class LLMRecommender(SequentialRecommender):
         return torch.cat([state, lens_logit.unsqueeze(-1)], dim=-1) if self.gate_reads_logit else state
 
     def with_gate_penalty(self, loss: Tensor) -> Tensor:
-        """``loss`` and what ``gate_balance`` and ``gate_entropy`` add to it for the rows last set."""
+        """``loss`` and what ``gate_balance`` and ``gate_entropy`` add to it for the samples last set."""
         if not self.gated or not (self.gate_balance or self.gate_entropy):
             return loss
         return loss + self.adapter.gate_penalty(self.gate_balance, self.gate_entropy).to(loss.device)
@@ -181,7 +181,7 @@ class LLMRecommender(SequentialRecommender):
         return self
 
     def extra_results(self) -> dict:
-        """What the model has to say for ``result.json`` beside its metrics; for subclasses."""
+        """What a model adds to ``result.json`` beside its metrics; for subclasses."""
         return {}
 
     def reset_work(self) -> None:
@@ -190,41 +190,41 @@ class LLMRecommender(SequentialRecommender):
     # ------------------------------------------------------------------ scoring
 
     def predict(self, interaction: Interaction) -> Tensor:
-        """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before it was cut off."""
+        """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before an interruption."""
         if self.kept_scores is None:
             return self.score_rows(interaction)
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
         return self.kept_scores(key, lambda: self.score_rows(interaction)).to(self.device)
 
     def score_rows(self, interaction: Interaction) -> Tensor:
-        """One score per row, ``[B]``, which must not depend on what else is in the batch."""
+        """One score per sample, ``[B]``, which must not depend on what else is in the batch."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ batches
 
     def begin_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
-        """Told before optimizer step ``step`` (0-based, over all epochs), for models that change while they train."""
+        """Called before optimizer step ``step`` (0-based, over all epochs), for models that change while they train."""
 
     def schedule_span(self, step: int, total_steps: int) -> tuple[int, int]:
         """First step and end of the part of the training around ``step`` that has its own learning-rate schedule."""
         return 0, total_steps
 
     def encode(self, interaction: Interaction) -> EncodedPrompts:
-        """The prompts of some rows as the model gets them."""
+        """The prompts of some samples as the model gets them."""
         raise NotImplementedError
 
     def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
-        """Cut a training batch into pieces of ``micro_batch_size`` rows, rows of similar length together."""
+        """Cut a training batch into pieces of ``micro_batch_size`` samples, samples of similar length together."""
         raise NotImplementedError
 
     def loss(self, batch: MicroBatch) -> Tensor:
-        """Mean loss of the rows of a micro-batch, scalar."""
+        """Mean loss of the samples of a micro-batch, scalar."""
         raise NotImplementedError
 
     def pieces(self, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
-        """Positions of the rows of each piece, the longest rows first where ``bucket_by_length``.
+        """Positions of the samples of each piece, the longest samples first where ``bucket_by_length``.
 
-        Sorting happens inside the batch only, so that bucketing saves padding without changing which rows share an
+        Sorting happens inside the batch only, so that bucketing saves padding without changing which samples share an
         optimizer step.
         """
         order = np.argsort(-lengths, kind="stable") if self.bucket_by_length else np.arange(len(lengths))

@@ -23,7 +23,7 @@ class CoLLM(AnswerCTR):
         stage 2   slot = W2 GELU(W1 e + b1) + b2             these trained, A and B frozen, hybrid prompts
 
     ``e`` is the lens's state of the user, or its vector of the target. ``stage_one_share`` of the optimizer steps are
-    stage 1; with ``lora_from`` that stage is a finished run. Each stage has its own learning-rate schedule. Rows are
+    stage 1; with ``lora_from`` that stage is a finished run. Each stage has its own learning-rate schedule. Samples are
     scored as in the stage that training is in. Differences from the released code: ``docs/models/collm.md``.
 
     Attributes:
@@ -59,7 +59,7 @@ class CoLLM(AnswerCTR):
         if self.stage_one_share and not 0 < first < total_steps:
             raise ValueError(
                 f"stage_one_share: {self.stage_one_share} of {total_steps} optimizer steps leave one of the two stages "
-                "without any; train on more rows or epochs, or in smaller batches"
+                "without any; train on more samples or epochs, or in smaller batches"
             )
         return first
 

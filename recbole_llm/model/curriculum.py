@@ -2,7 +2,7 @@
 
 Reference: Liao et al. "LLaRA: Large Language-Recommendation Assistant" in SIGIR 2024, curriculum prompt tuning: the
 probability rises linearly from 0 to 1 over the whole training. In the released code the counter lives in the workers
-of a DataLoader, which are made anew in each epoch; there the probability climbs from 0 to 1 / epochs again and again.
+of a DataLoader, which are made again in each epoch; there the probability rises from 0 to 1 / epochs in every epoch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MODES = ("linear", "text_only", "hybrid_only", "as_released")
 def hybrid_probability(mode: str, step: int, steps_per_epoch: int, epochs: int) -> float:
     """Probability that optimizer step ``step`` (0-based, over all epochs) shows the item vectors.
 
-    ``linear`` is ``(step + 1) / total``: the last step is a hybrid one for certain. ``as_released`` starts again at
+    ``linear`` is ``(step + 1) / total``: the last step is always a hybrid one. ``as_released`` starts again at
     each epoch.
 
     Raises:

@@ -49,7 +49,7 @@ class MoRec(SASRec):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows.
+        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item.
     """
 

@@ -14,7 +14,7 @@ from recbole_llm.model.answer_ctr import AnswerCTR
 
 
 class RecLoRA(AnswerCTR):
-    """A bank of meta-LoRAs, mixed per row by the state of a conventional CTR model (the lens).
+    """A bank of meta-LoRAs, mixed per sample by the state of a conventional CTR model (the lens).
 
     For every adapted projection with gate logits ``l(z)`` from the lens's state ``z``:
 
@@ -22,7 +22,7 @@ class RecLoRA(AnswerCTR):
         A_z = sum_k g_k A_k,    B_z = sum_k g_k B_k             (mixer: factor, the released code)
         y   = W0 x + (alpha / r) B_z A_z x
 
-    The lens has read ``id_history_length`` items and all training rows; the prompt shows ``text_history_length``
-    items and the LLM is tuned on ``few_shot`` rows (Long-Short Modality Retriever, Few2Many). Differences from the
+    The lens has read ``id_history_length`` items and all training samples; the prompt shows ``text_history_length``
+    items and the LLM is tuned on ``few_shot`` samples (Long-Short Modality Retriever, Few2Many). Differences from the
     released code are listed in ``docs/models/reclora.md``.
     """

@@ -20,6 +20,6 @@ class ReLLa(AnswerCTR):
         y       = W0 x + (alpha / r) B A x
 
     ``e_j`` is the LLM's own mean-pooled vector of the item's text (``text_retrieval: semantic``). With
-    ``mixed_training`` an epoch has each few-shot row twice, with its K latest items and with ``S``; rows to be
+    ``mixed_training`` an epoch has each few-shot sample twice, with its K latest items and with ``S``; samples to be
     predicted show ``S`` alone. Differences from the released code are listed in ``docs/models/rella.md``.
     """

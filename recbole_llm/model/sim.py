@@ -35,7 +35,7 @@ class SIM(LensDIN):
 
     Args:
         config: the run's configuration, or the lens's own.
-        dataset: the training rows.
+        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item; ``None`` where the key is not set.
     """
 

@@ -1,7 +1,7 @@
 """Slots: places of a prompt that hold a projected vector of the lens instead of a token.
 
 Among token ids a slot is a negative number, so there is no new token and no text that could be taken for one. With an
-MLP per kind of vector, ``e`` being the lens's vector of the item, or its state of the row:
+MLP per kind of vector, ``e`` being the lens's vector of the item, or its state of the sample:
 
     slot = W2 GELU(W1 e + b1) + b2,         b2 starting at the mean of the LLM's token embeddings
 """

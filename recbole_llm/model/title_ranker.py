@@ -1,14 +1,14 @@
 """Next-item recommendation by the likelihood of titles under a causal language model.
 
-The prompt tells the history (and the candidates, if they are listed); the answer is a title and a line break:
+The prompt holds the history (and the candidates, if they are listed); the answer is a title and a line break:
 
     score(u, i) = 1 / n_i  sum_t log p(answer_i[t] | prompt(u), answer_i[:t])        n_i tokens, line break included
 
-Items with the same title are the same to the model: equal scores, told apart by nothing here. In a *hybrid* prompt
+Items with the same title are the same to the model and get equal scores. In a *hybrid* prompt
 (LLaRA) each title is followed by a slot, one input embedding made of the lens's vector of the item
 (:mod:`recbole_llm.model.slots`). In a text-only step of the curriculum every slot holds one trained vector instead,
 which starts at the mean token embedding, as the projector's bias does.
-All candidates of a row share one pass over its prompt. That is exact only where neither prompt nor adapter depend on
+All candidates of a sample share one pass over its prompt. That is exact only where neither prompt nor adapter depend on
 the candidate, so a gate that has seen the target is refused.
 """
 
@@ -47,7 +47,7 @@ BELOW_ALL = -1e6
 
 @dataclass
 class Work:
-    """What scoring has cost.
+    """The cost of scoring.
 
     Attributes:
         rows: prompts that were scored.
@@ -77,9 +77,9 @@ class TitleRanker(LLMRecommender):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows (:class:`recbole_llm.data.NextItemDataset`).
+        dataset: the training samples (:class:`recbole_llm.data.next_item.NextItemDataset`).
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
-        prompts: turns rows into token ids with slots, and items into answers.
+        prompts: turns samples into token ids with slots, and items into answers.
         lens: the frozen sequential recommender that gives ``z``, the slots' item vectors and the first stage.
 
     Raises:
@@ -156,11 +156,11 @@ class TitleRanker(LLMRecommender):
         return fill_slots(self.adapter.model.get_input_embeddings(), input_ids, vectors)
 
     def encode(self, interaction: Interaction) -> EncodedPrompts:
-        """The prompts of some rows, with slots if the template has them."""
+        """The prompts of some samples, with slots if the template has them."""
         return self.prompts.encode(interaction, slots=self.slots)
 
     def _set_instance(self, interaction: Interaction, input_ids: Tensor, lengths: Tensor) -> None:
-        """Tell the adapter whose rows come next: the lens's state, or (gate ``token``) the prompt's mean embedding."""
+        """Give the gate its input: the lens's state, or (gate ``token``) the prompt's mean embedding."""
         if not self.gated:
             return
         if self._gate_reads_tokens:
@@ -175,7 +175,7 @@ class TitleRanker(LLMRecommender):
     # ------------------------------------------------------------------ training
 
     def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
-        """Prompts and the titles of the rows' targets; the last token of an answer is only ever predicted."""
+        """Prompts and the titles of the samples' targets; the last token of an answer is only ever predicted."""
         encoded = self.encode(interaction)
         self.counts["prompts_shortened"] += encoded.n_shortened
         answers = [self.prompts.answers[item] for item in interaction[self.ITEM_ID].tolist()]
@@ -194,7 +194,7 @@ class TitleRanker(LLMRecommender):
             )
 
     def loss(self, batch: MicroBatch) -> Tensor:
-        """Mean over rows of the mean negative log-likelihood of the target's title, scalar."""
+        """Mean over samples of the mean negative log-likelihood of the target's title, scalar."""
         self._set_instance(batch.interaction, batch.input_ids, batch.lengths)
         embedded = self.embed(batch.input_ids, hybrid=self._hybrid_step)
         total = answer_log_likelihood(self.adapter.peft_model, embedded, batch.lengths, batch.answers)
@@ -210,7 +210,7 @@ class TitleRanker(LLMRecommender):
 
     @property
     def work(self) -> Work:
-        """What scoring has cost since :meth:`reset_work`."""
+        """The cost of scoring since :meth:`reset_work`."""
         return Work(**{name: self.counts[f"scored_{name}"] for name in Work.names()})
 
     def extra_results(self) -> dict:
@@ -221,21 +221,21 @@ class TitleRanker(LLMRecommender):
     def score_items(
         self, interaction: Interaction, items: Sequence[Sequence[int]] | None, *, adapted: bool = True
     ) -> list[Tensor]:
-        """Mean log-likelihood of titles for each row.
+        """Mean log-likelihood of titles for each sample.
 
         Args:
-            interaction: ``B`` rows of the dataset.
-            items: for each row the items to score; ``None``: the whole catalogue, items ``1 ... n_items - 1``.
+            interaction: ``B`` samples of the dataset.
+            items: for each sample the items to score; ``None``: the whole catalogue, items ``1 ... n_items - 1``.
             adapted: ``False``: by the untrained LLM, whose prompt is text without slots.
 
         Returns:
-            One float64 tensor per row, in the order of ``items``. A row's scores do not depend on other rows.
+            One float64 tensor per sample, in the order of ``items``. A sample's scores do not depend on other samples.
         """
         slots = self.slots and adapted
         encoded = self.prompts.encode(interaction, slots=slots)
         lengths = np.array([len(ids) for ids in encoded.input_ids])
         scores: list[Tensor | None] = [None] * len(lengths)
-        # One row of the catalogue is many tokens already; more only need more memory, which was slower on a CPU.
+        # One sample of the catalogue is many tokens already; more only need more memory, which was slower on a CPU.
         for rows in self.pieces(lengths, 1 if items is None else self.scoring_batch_size):
             input_ids, row_lengths = pad_right([encoded.input_ids[i] for i in rows], self.pad_id)
             input_ids, row_lengths = input_ids.to(self.device), row_lengths.to(self.device)
@@ -285,7 +285,7 @@ class TitleRanker(LLMRecommender):
         return scores
 
     def score_rows(self, interaction: Interaction) -> Tensor:
-        """Score of each (row, item), ``[B]`` float32. Rows that are candidates of one row share its prompt."""
+        """Score of each (sample, item), ``[B]`` float32. Samples that are candidates of one sample share its prompt."""
         return self._predict(interaction, adapted=True)
 
     def predict_untrained(self, interaction: Interaction) -> Tensor:
@@ -294,7 +294,7 @@ class TitleRanker(LLMRecommender):
 
     @torch.no_grad()
     def full_sort_predict(self, interaction: Interaction, *, adapted: bool = True) -> Tensor:
-        """Score of every item for each row, ``[B, n_items]`` float64; the padding item has ``-inf``.
+        """Score of every item for each sample, ``[B, n_items]`` float64; the padding item has ``-inf``.
 
         With ``two_stage`` the LLM scores the lens's first ``two_stage`` items and these come first; the others follow
         in the lens's order.

@@ -1,4 +1,4 @@
-"""TitleKNN: how like a user's recent items a title is, to a language model that nobody tuned."""
+"""TitleKNN: similarity of a title to those of a user's recent items, by an untuned language model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TitleKNN(SequentialRecommender):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows.
+        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item.
     """
 
@@ -55,7 +55,7 @@ class TitleKNN(SequentialRecommender):
         self.nothing = nn.Parameter(torch.zeros(()))  # RecBole's Trainer wants something to optimise
 
     def interest(self, interaction: Interaction) -> Tensor:
-        """``1/n sum_j y_j v(i_j) / |v(i_j)|`` of every row, ``[B, d]``: its product with a unit vector is ``s``."""
+        """``1/n sum_j y_j v(i_j) / |v(i_j)|`` of every sample, ``[B, d]``: its product with a unit vector is ``s``."""
         items = interaction[self.ITEM_SEQ]
         weights = (items != 0).to(self.unit.dtype)
         count = weights.sum(dim=1, keepdim=True).clamp(min=1)
@@ -68,7 +68,7 @@ class TitleKNN(SequentialRecommender):
         return (similarity if self.LABEL_SEQ is None else (1 + similarity).clamp(0, 2) / 2).float()
 
     def forward(self, interaction: Interaction) -> Tensor:
-        """``s`` of every row, float64 ``[B]``."""
+        """``s`` of every sample, float64 ``[B]``."""
         return (self.interest(interaction) * F.embedding(interaction[self.ITEM_ID], self.unit)).sum(dim=1)
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
@@ -76,9 +76,9 @@ class TitleKNN(SequentialRecommender):
         return 0 * self.nothing
 
     def predict(self, interaction: Interaction) -> Tensor:
-        """The score of every row's item, ``[B]``."""
+        """The score of every sample's item, ``[B]``."""
         return self.score(self.forward(interaction))
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """The scores of all items for every row, ``[B, n_items]``."""
+        """The scores of all items for every sample, ``[B, n_items]``."""
         return self.score(self.interest(interaction) @ self.unit.T)

@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
-LAST_FILE = "last.safetensors"
-"""Of a run's folder: what it goes on from."""
 
 
 class CheckpointError(ValueError):
@@ -39,7 +37,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Read what :func:`save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: if there is no such file, it is not one of ours, it is damaged, or has another format.
+        CheckpointError: if the file is missing, damaged, no checkpoint of recbole_llm, or of another format.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
@@ -73,6 +71,22 @@ def check_identity(saved: dict[str, str], current: dict[str, str], path: Path) -
     ]
     if different:
         raise CheckpointError(f"checkpoint {path} does not fit this run:\n  " + "\n  ".join(different))
+
+
+def check_origin(folder: Path, saved: dict[str, str], here: dict[str, str]) -> None:
+    """Refuse to load a trained model under other data, or with another backbone or lens.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    names = [name for name in ("model", "data", "backbone", "lens") if saved.get(name) != here.get(name)]
+    if "data" in names and "lens" in names:
+        names.remove("lens")  # it is trained on the data
+    if names:
+        raise CheckpointError(
+            f"{folder} was trained with another {' and another '.join(names)} than there is now: restore what it was "
+            "trained with (data_path names the data), or train again"
+        )
 
 
 def rng_state() -> dict[str, Tensor]:

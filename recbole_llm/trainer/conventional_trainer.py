@@ -1,8 +1,8 @@
-"""Conventional models, trained by RecBole's own Trainer, go on after their last validated epoch when they were killed.
+"""Conventional models, trained by RecBole's own Trainer, resume after their last validated epoch.
 
-RecBole's ``resume_checkpoint`` reads the best epoch, not the last, and neither the random numbers nor the order of rows
-go on from where they were, so a resumed model is another one. Here everything that the next epoch depends on is kept.
-The language models have a trainer of their own, which goes on in the middle of an epoch
+RecBole's ``resume_checkpoint`` reads the best epoch, not the last, and restores neither the random-number states nor
+the order of the samples, so a resumed model is another one. Here everything that the next epoch depends on is kept.
+LLM recommenders have a trainer of their own, which resumes in the middle of an epoch
 (:class:`recbole_llm.trainer.llm_trainer.LLMTrainer`).
 """
 
@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from recbole.data.dataloader import AbstractDataLoader
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
+from recbole.utils import ModelType
 from torch import Tensor
 
 import recbole_llm
@@ -28,23 +31,24 @@ from recbole_llm.trainer.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from recbole_llm.utils.recbole_repairs import load_recbole_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class EpochTraining:
-    """A training by :class:`recbole.trainer.Trainer` that a file keeps after each validated epoch.
+    """A training by :class:`recbole.trainer.Trainer`, saved to a file after each validated epoch.
 
     Attributes:
         trainer: RecBole's trainer of one process.
-        train_data: RecBole's loader; the order of its rows is part of what is kept.
+        train_data: RecBole's loader; the state of its shuffling is part of what is kept.
         file: written after each validated epoch.
         identities: what the training belongs to, by name.
-        how_to_go_on: told on Ctrl-C.
+        how_to_resume: what the log says on Ctrl-C.
         keep_best: whether the best epoch's weights are kept here (``best``); else RecBole saves them in its own file.
-        valid: the metrics of the best epoch on the validation rows.
-        curve: the leading metric by validation.
+        valid: the metrics of the best epoch on the validation samples.
+        curve: ``valid_metric`` of each validation.
         best_epoch: from 1.
         seconds: spent in training and validation, earlier processes included.
     """
@@ -53,7 +57,7 @@ class EpochTraining:
     train_data: torch.utils.data.DataLoader
     file: Path
     identities: Mapping[str, str]
-    how_to_go_on: str = "repeat the command"
+    how_to_resume: str = "repeat the command"
     keep_best: bool = False
     best: dict[str, Tensor] = field(default_factory=dict)
     valid: dict[str, float] = field(default_factory=dict)
@@ -70,11 +74,11 @@ class EpochTraining:
             type(self.trainer) is Trainer
             and bool(self.trainer.config["single_spec"])
             and not self.trainer.model.other_parameter()
-            and hasattr(self.train_data, "generator")
+            and isinstance(self.train_data, AbstractDataLoader)  # those of knowledge graphs shuffle elsewhere
         )
 
     def fit(self, valid_data, *, show_progress: bool) -> None:
-        """Train to the end. The random-number states are those of an unbroken training then.
+        """Train to the end, with the random-number states of an uninterrupted training.
 
         Raises:
             KeyboardInterrupt: what was trained up to the last validated epoch is in ``file``.
@@ -91,9 +95,9 @@ class EpochTraining:
         except KeyboardInterrupt:
             if self.file.is_file():
                 logger.warning(
-                    "interrupted; %s has the training up to its last validation: %s to go on",
+                    "interrupted; %s has the training up to its last validation: %s to resume",
                     self.file,
-                    self.how_to_go_on,
+                    self.how_to_resume,
                 )
             raise
         self.seconds = time.monotonic() - self._started
@@ -101,7 +105,7 @@ class EpochTraining:
             self.valid = {name: float(value) for name, value in valid.items()}
 
     def load(self) -> None:
-        """Go on from ``file``.
+        """Resume from ``file``.
 
         Raises:
             CheckpointError: if it is missing, damaged, or belongs to another training.
@@ -131,7 +135,36 @@ class EpochTraining:
         self.best_epoch, self.seconds = meta["best_epoch"], meta["seconds"]
         # RecBole's fit would train one more epoch, or overwrite its file of the best one with the last.
         self._finished = trainer.cur_step > trainer.stopping_step or trainer.start_epoch >= trainer.epochs
-        logger.info("going on after epoch %d, from %s", meta["epoch"], self.file)
+        logger.info("resuming after epoch %d, from %s", meta["epoch"], self.file)
+
+    def save_best(self, file: Path, identities: Mapping[str, str]) -> None:
+        """Put the best epoch into the model and save its weights without pickles, for :meth:`load_best`.
+
+        Decision trees, which have no tensors, are left to RecBole's own file.
+        """
+        model = self.trainer.model
+        if self.trainer.config["MODEL_TYPE"] == ModelType.DECISIONTREE:
+            return
+        best = load_recbole_checkpoint(self.trainer.saved_model_file, map_location=self.trainer.device)
+        model.load_state_dict(best["state_dict"])
+        model.load_other_parameter(best["other_parameter"])
+        tensors = {f"model/{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+        tensors |= {
+            f"other/{name}": value
+            for name, value in model.other_parameter().items()
+            if isinstance(value, Tensor)
+        }
+        save_checkpoint(file, tensors, {"version": recbole_llm.__version__, "identities": dict(identities)})
+
+    @staticmethod
+    def load_best(model: AbstractRecommender, tensors: Mapping[str, Tensor]) -> None:
+        """Put what :meth:`save_best` saved into a model of the same configuration."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "other": {}}
+        for name, tensor in tensors.items():
+            part, rest = name.split("/", 1)
+            parts[part][rest] = tensor.to(model.device)
+        model.load_state_dict(parts["model"])
+        model.load_other_parameter(parts["other"])
 
     def _names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self.trainer.model.named_parameters()}

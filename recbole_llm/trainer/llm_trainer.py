@@ -3,7 +3,7 @@
 What RecBole already does is inherited: the loop over epochs, validation, early stopping, selection of the best model,
 TensorBoard, the evaluator. What is added: micro-batches with accumulation, parameter groups, a learning-rate schedule,
 clipping under a gradient scaler, a choice of autocast dtype, and checkpoints from which a run that was killed in the
-middle of an epoch ends with the same numbers as an unbroken one.
+middle of an epoch ends with the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from recbole.config import Config
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import set_color
 from torch import Tensor
@@ -27,7 +29,6 @@ from tqdm import tqdm
 import recbole_llm
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.trainer.checkpoint import (
-    LAST_FILE,
     CheckpointError,
     check_identity,
     load_checkpoint,
@@ -38,6 +39,7 @@ from recbole_llm.trainer.checkpoint import (
     set_rng_state,
 )
 from recbole_llm.trainer.score_cache import KeptScores, hash_of
+from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedul
 
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done, so that it cannot leave half-updated parameters behind."""
+    """Defer a Ctrl-C until the block is done, so that it cannot leave half-updated parameters behind."""
     in_main = threading.current_thread() is threading.main_thread()  # only there are signals handled
     if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
@@ -83,7 +85,9 @@ class LLMTrainer(Trainer):
         identities: what a checkpoint of this run belongs to (backbone, lens, data, configuration), by name.
     """
 
-    def __init__(self, config, model, *, run_folder: Path, identities: dict[str, str]) -> None:
+    def __init__(
+        self, config: Config, model: AbstractRecommender, *, run_folder: Path, identities: dict[str, str]
+    ) -> None:
         # Read by _build_optimizer, which RecBole's constructor calls.
         self._names = {
             id(p): f"{group}.{name}"
@@ -93,7 +97,7 @@ class LLMTrainer(Trainer):
         super().__init__(config, model)
         self.run_folder = run_folder
         self.identities = identities
-        self.best_file = run_folder / "best.safetensors"
+        self.best_file = run_folder / BEST_FILE
         self.last_file = run_folder / LAST_FILE
         self.scores_folder = run_folder / "scores"
         self.saved_model_file = str(self.best_file)
@@ -145,9 +149,9 @@ class LLMTrainer(Trainer):
     # ------------------------------------------------------------------ training
 
     def _train_epoch(self, train_data, epoch_idx, loss_func=None, show_progress=False) -> float:
-        """One pass over the rows; returns the mean loss per row.
+        """One pass over the samples; returns the mean loss per sample.
 
-        The order of the rows depends on ``(seed, epoch)`` alone, so that a resumed epoch continues with the batch
+        The order of the samples depends on ``(seed, epoch)`` alone, so that a resumed epoch continues with the batch
         after the checkpoint's.
         """
         n_rows = len(train_data._dataset)
@@ -225,12 +229,12 @@ class LLMTrainer(Trainer):
         self.scaler.update()
 
     def fit(self, *args, **kwargs):
-        """As RecBole's; Ctrl-C keeps what was trained and says how to go on."""
+        """As RecBole's; Ctrl-C keeps what was trained and says how to resume."""
         self._fit_started = time.monotonic() - self.seconds["fit"]
         try:
             result = super().fit(*args, **kwargs)
             self.seconds["fit"] = time.monotonic() - self._fit_started
-            logger.info("trained on %(rows)d rows in %(steps)d optimizer steps", self.trained_on)
+            logger.info("trained on %(rows)d samples in %(steps)d optimizer steps", self.trained_on)
             return result
         except KeyboardInterrupt:
             # An update cannot be interrupted, so the parameters are those of the last finished step and `_rng` is the
@@ -238,7 +242,7 @@ class LLMTrainer(Trainer):
             with deferred_interrupt():
                 self._save_last()
             logger.warning(
-                "interrupted in epoch %d after step %d; saved %s. Repeat the command with --resume=%s to go on.",
+                "interrupted in epoch %d after step %d; saved %s. To resume, repeat the command with --resume=%s.",
                 self._epoch,
                 self._step,
                 self.last_file,
@@ -270,7 +274,7 @@ class LLMTrainer(Trainer):
             logger.info(set_color("Saving current", "blue") + f": {self.best_file}")
 
     def _save_last(self) -> None:
-        """Everything needed to go on from the last finished optimizer step."""
+        """Everything needed to resume after the last finished optimizer step."""
         tensors: dict[str, Tensor] = {f"model/{n}": t for n, t in self.model.trained_state().items()}
         tensors |= {f"rng/{n}": t for n, t in self._rng.items()}
         tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors(self.optimizer, self._names).items()}
@@ -323,7 +327,7 @@ class LLMTrainer(Trainer):
 
     @contextmanager
     def _kept(self, eval_data) -> Iterator[KeptScores]:
-        """Keep the scores of an evaluation, which goes on where it was cut off with the same parameters and rows."""
+        """Keep the scores of an evaluation: with the same weights and samples it resumes where it was interrupted."""
         texts = [f"{key} {value}" for key, value in self.identities.items()]
         identity = hash_of(self.model.trained_state(), *texts, eval_data._dataset.content_hash())
         file = self.scores_folder / f"{identity[:32]}.safetensors"
@@ -338,11 +342,11 @@ class LLMTrainer(Trainer):
     def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
         """As RecBole's, on safetensors checkpoints and under the same autocast as training.
 
-        The per-row scores of the last evaluation are in ``self.eval_collector.rows()``.
+        The scores by sample of the last evaluation are in ``self.eval_collector.rows()``.
         """
         if load_best_model:
             self.load_best(model_file)
-        self.eval_collector.reset()  # an evaluation cut off by Ctrl-C or an error leaves its rows behind
+        self.eval_collector.reset()  # an evaluation that Ctrl-C or an error ended leaves its samples behind
         started, tokens_before = time.monotonic(), self.model.counts["tokens"]
         with self._autocast(), self._kept(eval_data) as kept:
             result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)

@@ -1,4 +1,4 @@
-"""Scores of an evaluation, kept while it goes on, so that one that was cut off does not begin anew."""
+"""Scores of an evaluation, kept while it runs, so that an interrupted one does not start again."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ logger = logging.getLogger(__name__)
 
 
 PROCESS = uuid.uuid4().hex
-"""What is kept and used by one process has not been paid for twice."""
+"""Tells scores of this process, whose cost is already counted, from those of earlier ones."""
 
 
 class KeptScores:
-    """The scores of an evaluation's batches, each under a key of its own. A context.
+    """The scores of an evaluation's batches, each under a key of its own. A context manager.
 
     The file is written at the first batch after every ``seconds`` seconds and when the context is left, however that
-    happens; who no longer needs it removes it.
+    happens. The caller removes it when it is no longer needed.
 
     Args:
         file: where they are kept.
-        identity: of what is scored by what, a batch apart; scores of another identity are passed over.
-        counts: what scoring has cost, which every batch adds to; the cost of batches that an earlier process scored is
+        identity: of model and samples; scores of another identity are ignored.
+        counts: the cost of scoring, which every batch adds to; the cost of batches that an earlier process scored is
             added when they are used.
         seconds: least time between two writings.
 
     Attributes:
-        seconds_before: what the scores that were used have taken in earlier processes.
+        seconds_before: seconds that earlier processes spent on the scores that were used.
     """
 
     def __init__(self, file: Path, identity: str, counts: Counter[str], seconds: float) -> None:
@@ -54,11 +54,11 @@ class KeptScores:
             try:
                 scores, meta = load_checkpoint(self.file)
             except CheckpointError as error:
-                logger.warning("scores that were kept are computed again: %s", error)
+                logger.warning("ignoring cached scores; recomputing: %s", error)
                 return self
             if meta["identity"] == self.identity:
                 self._scores, self._costs = scores, meta["costs"]
-                logger.info("the scores of %d batches are in %s", len(scores), self.file)
+                logger.info("scores of %d batches from %s", len(scores), self.file)
         return self
 
     def __call__(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -99,7 +99,7 @@ def hash_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
 
 
 def batch_key(*columns: Tensor) -> str:
-    """Of a batch: hash of what tells its rows apart."""
+    """Hash of the columns that identify the samples of a batch."""
     digest = hashlib.sha256()
     for column in columns:
         digest.update(np.ascontiguousarray(column.cpu().numpy()).tobytes() + b"|")

@@ -1,8 +1,8 @@
 """Starting from the plain LoRA of a finished run: ``lora_from``.
 
-Models that put something on top of a tuned LoRA (a matrix between A and B, soft tokens in the prompt) load its A and B
-and train the rest alone. What is loaded becomes part of the new run's own checkpoints, so the folder it came from is
-needed only while that run is trained.
+Models that add something to a tuned LoRA (a matrix between A and B, soft tokens in the prompt) load its A and B and
+train the rest alone. What is loaded becomes part of the new run's own checkpoints, so the folder it came from is needed
+only while that run is trained.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.utils.run_files import BEST_FILE, CONFIG_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
 
-_SAME = ("lora_r", "lora_alpha", "target_modules")
+SHAPE = ("lora_r", "lora_alpha", "target_modules")
+"""Keys that A and B of two runs must have in common."""
 
 
 @dataclass
@@ -30,7 +34,7 @@ class PlainLora:
         folder: of the run.
         tensors: by name, as in :meth:`recbole_llm.adapter.PersonalizedAdapter.state_dict`.
         identities: hashes of what the run was made with.
-        eval_args: how its rows were split.
+        eval_args: how its samples were split.
     """
 
     folder: Path
@@ -46,8 +50,12 @@ class PlainLora:
             digest.update(name.encode() + self.tensors[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def check(self, identities: dict[str, str], config) -> None:
-        """Refuse another backbone; warn where this run's test rows may have tuned the LoRA.
+    def check(self, identities: dict[str, str], eval_args: dict) -> None:
+        """Refuse another backbone; warn where this run's test samples may have tuned the LoRA.
+
+        Args:
+            identities: hashes of this run's backbone and data.
+            eval_args: how this run's samples are split.
 
         Raises:
             CheckpointError: naming both hashes.
@@ -59,45 +67,42 @@ class PlainLora:
             )
         split = {key: self.eval_args.get(key) for key in ("split", "order", "group_by")}
         if self.identities["data"] != identities["data"] or split != {
-            key: config["eval_args"].get(key) for key in split
+            key: eval_args.get(key) for key in split
         }:
             logger.warning(
-                "lora_from: %s was tuned on other data or another split; rows that are tested here may be among the "
-                "rows it was tuned on",
+                "lora_from: %s was tuned on other data or another split; samples that are tested here may be among "
+                "those it was tuned on",
                 self.folder,
             )
 
 
-def read_plain_lora(config) -> PlainLora | None:
-    """What ``lora_from`` names, ``None`` if it names nothing.
+def read_plain_lora(folder: Path, shape: Mapping[str, Any]) -> PlainLora:
+    """The A and B of the finished run in a folder.
+
+    Args:
+        folder: what ``lora_from`` names.
+        shape: ``lora_r``, ``lora_alpha`` and ``target_modules`` that they must have.
 
     Raises:
         CheckpointError: if the run is not finished, is no plain LoRA, or has another rank, scale or other modules.
     """
-    if not config["lora_from"]:
-        return None
-    folder = Path(config["lora_from"])
-    for name in ("config.json", "result.json", "best.safetensors"):
+    for name in (CONFIG_FILE, RESULT_FILE, BEST_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"lora_from: {folder} is no finished run of recbole_llm: it has no {name}")
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if saved.get("mixer") != "identity":
         raise CheckpointError(
             f"lora_from: {folder} is a {saved['model']} with mixer={saved.get('mixer')}; a plain LoRA (mixer: "
             "identity) is needed, e.g. a run of ReLLa or TALLRec"
         )
     different = [
-        f"{key}: {saved[key]!r} there, {config[key]!r} here"
-        for key in _SAME
-        if (
-            sorted(saved[key]) != sorted(config[key])
-            if key == "target_modules"
-            else saved[key] != config[key]
-        )
+        f"{key}: {saved[key]!r} there, {value!r} here"
+        for key, value in shape.items()
+        if (sorted(saved[key]) != sorted(value) if key == "target_modules" else saved[key] != value)
     ]
     if different:
         raise CheckpointError(f"lora_from: the LoRA of {folder} does not fit:\n  " + "\n  ".join(different))
-    tensors, meta = load_checkpoint(folder / "best.safetensors")
+    tensors, meta = load_checkpoint(folder / BEST_FILE)
     lora = {
         name.removeprefix("adapter."): tensor
         for name, tensor in tensors.items()

@@ -14,15 +14,9 @@ import torch
 
 from recbole_llm.evaluation.metrics import accuracy, auc, gauc, logloss
 from recbole_llm.evaluation.ranking import rank_metrics
-from recbole_llm.experiment.result import (
-    build_result,
-    environment,
-    merge_rows,
-    peak_memory,
-    reset_peak_memory,
-    result_table,
-    write_result,
-)
+from recbole_llm.experiment.result import Cost, Evaluation, Ingredients, build_result, write_result
+from recbole_llm.experiment.table import result_table
+from recbole_llm.utils.machine import environment, peak_memory, reset_peak_memory
 
 N = 300
 
@@ -40,32 +34,41 @@ def evaluation(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def run(rows=None, **more) -> dict:
+def columns(model: dict[str, np.ndarray], **others: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns as a run writes them, of evaluations of several models on the same samples."""
+    value = "rank" if "rank" in model else "score"
+    named = {key: values for key, values in model.items() if key != value}
+    return named | {f"{name}_{value}": rows[value] for name, rows in {"model": model, **others}.items()}
+
+
+CONFIG = {
+    "model": "RecLoRA",
+    "dataset": "ml-100k",
+    "task": "ctr",
+    "seed": 7,
+    "device": "cpu",
+    "run_name": None,
+    "eval_rows": None,
+    "bootstrap_samples": 60,
+}
+BACKBONE = {"name": "tiny", "sha256": "0", "source": "made", "dtype": "float32"}
+
+
+def run(rows=None, *, extra=None, ingredients=None, counts=None, test=None, n_items=None, **config) -> dict:
     lens = {"name": "DIN", "identity": "abc"} if rows is None or "lens_score" in rows else None
+    counts = counts or {"train": 1000, "few_shot": 64, "valid": 300, "test": N}
     return build_result(
-        **{
-            "model": "RecLoRA",
-            "dataset": "ml-100k",
-            "task": "ctr",
-            "seed": 7,
-            "device": torch.device("cpu"),
-            "config": {"epochs": 3},
-            "row_counts": {"train": 1000, "few_shot": 64, "valid": 300, "test": N},
-            "valid": {"auc": 0.61},
-            "rows": rows,
-            "lens": lens,
-            "backbone": {"name": "tiny", "sha256": "0", "source": "made", "dtype": "float32"},
-            "seconds": {"fit": 1.5},
-            "tokens_per_second": np.float32(12.5),
-            "bootstrap_samples": 60,
-            **more,
-        }
+        {**CONFIG, **config},
+        Evaluation(counts, valid={"auc": 0.61}, test=test, rows=rows, n_items=n_items),
+        ingredients or Ingredients(BACKBONE, lens),
+        Cost({"fit": 1.5}, tokens_per_second=np.float32(12.5)),
+        extra,
     )
 
 
 @pytest.fixture
 def rows():
-    return merge_rows(evaluation(1), lens=evaluation(2), zero_shot=evaluation(3))
+    return columns(evaluation(1), lens=evaluation(2), zero_shot=evaluation(3))
 
 
 def test_result_holds_the_metrics_of_all_models_on_the_same_rows(rows):
@@ -102,19 +105,19 @@ def test_table_has_one_aligned_line_per_model(rows):
     column = lines[0].index("LogLoss")
     assert all(line[column - 1] == " " and line[column] != " " for line in lines[2:5])
     assert lines[5] == (
-        "ml-100k: 300 test rows of 30 users; intervals from 60 bootstrap samples of users, differences paired"
+        "ml-100k: 300 test samples of 30 users; intervals from 60 bootstrap samples of users, differences paired"
     )
 
 
 def test_table_of_several_runs_lists_lens_and_zero_shot_once(rows):
-    other = merge_rows(evaluation(8), lens=evaluation(2), zero_shot=evaluation(3))
-    runs = [run(rows, name="RecLoRA as published"), run(other, name="RecLoRA + lens_residual")]
+    other = columns(evaluation(8), lens=evaluation(2), zero_shot=evaluation(3))
+    runs = [run(rows, run_name="RecLoRA as published"), run(other, run_name="RecLoRA + lens_residual")]
     lines = result_table(runs).splitlines()
     names = ["untrained LLM", "lens DIN", "RecLoRA as published", "RecLoRA + lens_residual"]
     assert [line.split("  ")[0].strip() for line in lines[2:6]] == names
     shorter = {key: value[:-30] for key, value in rows.items()}
     with pytest.raises(ValueError, match="one test set"):
-        result_table([runs[0], run(shorter, row_counts={"valid": 1, "test": N - 30})])
+        result_table([runs[0], run(shorter, counts={"valid": 1, "test": N - 30})])
 
 
 def test_bounded_rows_are_said_in_json_and_table(rows):
@@ -126,19 +129,21 @@ def test_bounded_rows_are_said_in_json_and_table(rows):
         "valid_available": 300,
         "test_available": 97000,
     }
-    result = run(rows, row_counts=counts, eval_rows=N)
+    result = run(rows, counts=counts, eval_rows=N)
     assert result["rows"]["eval_rows_bounded"] is True and result["rows"]["eval_rows"] == N
-    assert "300 of 97,000 (a seeded draw: eval_rows) test rows" in result_table(result)
+    assert "300 of 97,000 (a seeded draw: eval_rows) test samples" in result_table(result)
 
 
 def test_a_run_without_lens_has_no_difference_column():
-    result = run(merge_rows(evaluation(1)), model="DIN", backbone=None)
+    result = run(columns(evaluation(1)), model="DIN", ingredients=Ingredients())
     assert result["lens"] is result["zero_shot"] is result["backbone"] is None
     assert "AUC - lens" not in result_table(result)
 
 
 def test_a_ranking_run_shows_recbole_metrics():
-    result = run(None, model="SASRec", lens=None, test={"recall@10": 0.12345, "ndcg@10": 0.05})
+    result = run(
+        None, model="SASRec", ingredients=Ingredients(), test={"recall@10": 0.12345, "ndcg@10": 0.05}
+    )
     assert result["intervals"] is None and result["metrics"]["test"] == {
         "recall@10": 0.12345,
         "ndcg@10": 0.05,
@@ -156,13 +161,14 @@ def ranking(seed: int, candidates: int = 20) -> dict[str, np.ndarray]:
 
 
 def ranking_run(rows, **more) -> dict:
-    settings = {"model": "iLoRA", "task": "next_item", "lens": {"name": "SASRec"}, "n_items": 1682, **more}
+    lens = Ingredients(lens={"name": "SASRec", "identity": "abc"})
+    settings = {"model": "iLoRA", "task": "next_item", "ingredients": lens, "n_items": 1682, **more}
     return run(rows, **settings)
 
 
 @pytest.fixture
 def ranks():
-    return merge_rows(ranking(1), lens=ranking(2), zero_shot=ranking(3), popularity=ranking(4))
+    return columns(ranking(1), lens=ranking(2), zero_shot=ranking(3), popularity=ranking(4))
 
 
 def test_a_ranking_run_holds_the_metrics_of_all_models(ranks):
@@ -203,7 +209,7 @@ def test_table_of_a_ranking_run(ranks):
     gap = (ranks["model_rank"] == 1).mean() - (ranks["lens_rank"] == 1).mean()
     assert f"{gap:+.4f} [" in lines[5]
     assert lines[6] == (
-        "ml-100k: 300 test rows of 30 users, each target ranked among 20 candidates; ties count against the "
+        "ml-100k: 300 test samples of 30 users, each target ranked among 20 candidates; ties count against the "
         "model; intervals from 60 bootstrap samples of users, differences paired"
     )
 
@@ -219,40 +225,27 @@ def test_table_of_a_ranking_run(ranks):
 )
 def test_footer_says_what_was_ranked(candidates, n_items, said):
     rows = {**ranking(1), "candidates": candidates}
-    merged = merge_rows({key: value for key, value in rows.items() if value is not None})
-    assert said in result_table(ranking_run(merged, lens=None, n_items=n_items))
+    merged = columns({key: value for key, value in rows.items() if value is not None})
+    assert said in result_table(ranking_run(merged, ingredients=Ingredients(), n_items=n_items))
 
 
 def test_only_k_below_the_number_of_candidates():
-    result = ranking_run(merge_rows(ranking(1, candidates=10), lens=ranking(2, candidates=10)))
+    result = ranking_run(columns(ranking(1, candidates=10), lens=ranking(2, candidates=10)))
     assert set(result["metrics"]["test"]) == {"hr@1", "hr@5", "ndcg@5", "mrr@5"}
     head = result_table(result).splitlines()[0]
     assert "NDCG@5" in head and "@10" not in head and head.endswith("HR@1 - lens [95% interval]")
-    alone = ranking_run(merge_rows(ranking(1, candidates=1)), lens=None)
+    alone = ranking_run(columns(ranking(1, candidates=1)), ingredients=Ingredients())
     assert set(alone["metrics"]["test"]) == {"hr@1"}
 
 
-def test_rankings_of_other_candidates_or_rows_are_not_mixed(ranks, rows):
-    model = ranking(1)
-    with pytest.raises(ValueError, match="lens ranked 1,682 candidates where the model ranked 20"):
-        merge_rows(model, lens=ranking(2, candidates=1682))
-    with pytest.raises(ValueError, match="the rows of lens"):
-        merge_rows(model, lens={**ranking(2), "item": model["item"] + 1})
-    with pytest.raises(ValueError, match=r"the rows of lens have no \[rank\]"):
-        merge_rows(model, lens=evaluation(2))
-    with pytest.raises(ValueError, match=r"no \[score\]"):
-        merge_rows(evaluation(2), lens=model)
-    unknown = {key: value for key, value in ranking(2).items() if key != "candidates"}
-    order = np.random.default_rng(4).permutation(N)
-    merged = merge_rows(model, popularity={key: value[order] for key, value in unknown.items()})
-    np.testing.assert_array_equal(merged["popularity_rank"], ranking(2)["rank"])
+def test_rankings_of_other_candidates_or_samples_are_not_mixed(ranks, rows):
     with pytest.raises(ValueError, match="either scored or ranked"):
         ranking_run({**ranks, "label": rows["label"], "model_score": rows["model_score"]})
-    with pytest.raises(ValueError, match="row_counts"):
+    with pytest.raises(ValueError, match="counts"):
         ranking_run({key: value[1:] for key, value in ranks.items()})
-    full = ranking_run(merge_rows(ranking(1, candidates=1682), lens=ranking(2, candidates=1682)))
+    full = ranking_run(columns(ranking(1, candidates=1682), lens=ranking(2, candidates=1682)))
     for others in ([ranking_run(ranks), full], [ranking_run(ranks), run(rows)]):
-        with pytest.raises(ValueError, match=r"one table needs one test set.*\(rows, users, candidates\)"):
+        with pytest.raises(ValueError, match=r"one table needs one test set.*\(samples, users, candidates\)"):
             result_table(others)
 
 
@@ -262,8 +255,8 @@ def test_ranking_results_survive_the_file_and_share_a_table(ranks, tmp_path):
     with np.load(tmp_path / "test_rows.npz", allow_pickle=False) as stored:
         assert set(stored.files) == set(ranks)
         np.testing.assert_array_equal(stored["model_rank"], ranks["model_rank"])
-    other = merge_rows(ranking(9), lens=ranking(2), zero_shot=ranking(3), popularity=ranking(4))
-    lines = result_table([saved, ranking_run(other, name="LLaRA")]).splitlines()
+    other = columns(ranking(9), lens=ranking(2), zero_shot=ranking(3), popularity=ranking(4))
+    lines = result_table([saved, ranking_run(other, run_name="LLaRA")]).splitlines()
     assert [line.split("  ")[0] for line in lines[2:7]] == [
         *("untrained LLM", "lens SASRec", "popularity", "iLoRA", "LLaRA")
     ]
@@ -272,7 +265,7 @@ def test_ranking_results_survive_the_file_and_share_a_table(ranks, tmp_path):
 
 def test_too_few_users_of_a_ranking_are_said(ranks, caplog):
     few = {key: value[ranks["user"] < 4] for key, value in ranks.items()}
-    text = result_table(ranking_run(few, row_counts={"valid": 1, "test": len(few["user"])}))
+    text = result_table(ranking_run(few, counts={"valid": 1, "test": len(few["user"])}))
     assert "iLoRA, HR@1: no interval: only 4 users, fewer than 10" in text
     assert "iLoRA, NDCG@10: no interval" in caplog.text
 
@@ -286,7 +279,7 @@ def test_a_labelled_result_has_the_keys_it_had(rows):
 def test_what_cannot_be_computed_is_null_with_its_reason(rows, tmp_path, caplog):
     few = {key: value[rows["user"] < 4] for key, value in rows.items()}
     few["lens_score"] = few["lens_score"] * 9 - 4
-    result = run(few, row_counts={"valid": 1, "test": len(few["label"])})
+    result = run(few, counts={"valid": 1, "test": len(few["label"])})
     text = result_table(result)
     assert "RecLoRA, AUC: no interval: only 4 users, fewer than 10" in text
     assert "lens DIN, LogLoss: LogLoss needs probabilities" in text and "needs probabilities" in caplog.text
@@ -297,29 +290,11 @@ def test_what_cannot_be_computed_is_null_with_its_reason(rows, tmp_path, caplog)
 
 
 def test_rows_must_fit_the_counts_and_extra_the_schema(rows):
-    with pytest.raises(ValueError, match=r"300 test rows were scored, but row_counts\['test'\] is 5"):
-        run(rows, row_counts={"test": 5})
+    with pytest.raises(ValueError, match=r"300 test samples were scored, but counts\['test'\] is 5"):
+        run(rows, counts={"test": 5})
     with pytest.raises(ValueError, match=r"\['seed'\]"):
         run(rows, extra={"seed": 1})
     assert run(rows, extra={"note": 1})["note"] == 1
-
-
-def test_merge_matches_by_row_id_and_refuses_other_rows():
-    model, lens = evaluation(1), evaluation(2)
-    order = np.random.default_rng(4).permutation(N)
-    shuffled = {key: value[order] for key, value in lens.items()}
-    merged = merge_rows(model, lens=shuffled, zero_shot=None)
-    np.testing.assert_array_equal(merged["lens_score"], lens["score"])
-    backwards = merge_rows({key: value[::-1] for key, value in model.items()}, lens=shuffled)
-    np.testing.assert_array_equal(backwards["lens_score"], lens["score"][::-1])
-    assert "zero_shot_score" not in merged
-    for wrong in (
-        {key: value[:-1] for key, value in lens.items()},
-        {**lens, "label": 1 - lens["label"]},
-        {**lens, "row_id": lens["row_id"] + 1},
-    ):
-        with pytest.raises(ValueError, match="the rows of lens"):
-            merge_rows(model, lens=wrong)
 
 
 class Kind(Enum):
@@ -342,14 +317,15 @@ def test_json_takes_what_a_config_holds(rows, tmp_path, caplog):
         "path": Path("a") / "b",
         "set": {"b", "a"},
         "class": torch.nn.Linear,
-        5: (1, 2),
+        "tuple": (1, 2),
         "title": "Amélie",
     }
     with caplog.at_level(logging.WARNING):
-        path = write_result(tmp_path / "new" / "folder", run(rows, config=config), rows)
+        path = write_result(tmp_path / "new" / "folder", run(rows, **config), rows)
     assert path.name == "result.json"
     saved = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert saved["config"] == {
+        **CONFIG,
         "f32": 0.5,
         "i64": 3,
         "flag": True,
@@ -364,7 +340,7 @@ def test_json_takes_what_a_config_holds(rows, tmp_path, caplog):
         "path": str(Path("a") / "b"),
         "set": ["a", "b"],
         "class": "torch.nn.modules.linear.Linear",
-        "5": [1, 2],
+        "tuple": [1, 2],
         "title": "Amélie",
     }
     assert "config.nan" in caplog.text and "config.deep[0].inf" in caplog.text
@@ -392,8 +368,8 @@ def test_a_failed_write_keeps_the_old_result_and_leaves_no_scraps(rows, tmp_path
         write_result(tmp_path, run(rows), {**rows, "user": np.array([None] * N, dtype=object)})
     with pytest.raises(ValueError, match="differ in length"):
         write_result(tmp_path, run(rows), {**rows, "user": rows["user"][1:]})
-    with pytest.raises(ValueError, match="must be a vector"):
-        write_result(tmp_path, run(rows), {**rows, "user": rows["user"][None]})
+    with pytest.raises(ValueError, match="must be a vector or a matrix"):
+        write_result(tmp_path, run(rows), {**rows, "user": rows["user"][:, None, None]})
 
     def full(*_):
         raise OSError(28, "No space left on device")

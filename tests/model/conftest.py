@@ -11,7 +11,7 @@ import torch
 from synthetic import TEXT
 
 from recbole_llm.config.configurator import Config
-from recbole_llm.experiment.assembly import assemble
+from recbole_llm.experiment.llm_assembly import assemble
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.trainer.llm_trainer import LLMTrainer
 

@@ -17,7 +17,7 @@ from recbole_llm.config.configurator import Config
 from recbole_llm.data.dataset import CTRDataset
 from recbole_llm.data.prompts.lines import item_token_ids
 from recbole_llm.data.retriever import RecentRetriever
-from recbole_llm.experiment.assembly import conventional_parts
+from recbole_llm.experiment.conventional import llm_arguments
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.model.sim import SIM
 from recbole_llm.quick_start import run_recbole_llm
@@ -34,7 +34,7 @@ def settings(toy_settings):
 def rows_and_model(settings: dict, **given) -> tuple[CTRDataset, SIM]:
     config = Config("SIM", "toy", config_dict={**settings, **NETWORK, **given})
     train = CTRDataset(config).build()[0]
-    assert conventional_parts(config, train)[0] == {}
+    assert llm_arguments(config, train)[0] == {}
     torch.manual_seed(0)
     return train, SIM(config, train)
 
@@ -119,7 +119,7 @@ def test_run_with_titles(settings, how):
     assert 0 < result["metrics"]["test"]["auc"] < 1
     config = Config("SIM", "toy", config_dict={**options, "item_fields": ["item_id"]})
     train = CTRDataset(config).build()[0]
-    model = SIM(config, train, **conventional_parts(config, train)[0])
+    model = SIM(config, train, **llm_arguments(config, train)[0])
     fields = model.fields.field_names["item"]
     assert fields == (["item_id"] if how == "add" else [])
     assert model.embed_items(torch.arange(4)).shape == (4, 8 * (1 + len(fields)))

@@ -12,7 +12,7 @@ from synthetic import write_dataset
 
 from recbole_llm.cli import report as printed
 from recbole_llm.config.configurator import Config
-from recbole_llm.experiment.assembly import assemble
+from recbole_llm.experiment.llm_assembly import assemble
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 from recbole_llm.trainer.llm_trainer import LLMTrainer
 

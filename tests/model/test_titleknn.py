@@ -12,7 +12,7 @@ from synthetic import TEXT
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.create import create_dataset
-from recbole_llm.experiment.assembly import conventional_parts
+from recbole_llm.experiment.conventional import llm_arguments
 from recbole_llm.model.titleknn import TitleKNN
 from recbole_llm.quick_start import run_recbole_llm
 
@@ -102,11 +102,11 @@ def test_vectors_are_computed_once_for_weights_and_texts(settings, monkeypatch):
     config = Config("TitleKNN", "toy", config_dict=settings)
     dataset = create_dataset(config)
     dataset.build()
-    first = conventional_parts(config, dataset)[0]["item_vectors"]
+    first = llm_arguments(config, dataset)[0]["item_vectors"]
     monkeypatch.setattr(
         "recbole_llm.experiment.assembly.mean_pooled_vectors", lambda *a, **k: pytest.fail("again")
     )
-    np.testing.assert_array_equal(conventional_parts(config, dataset)[0]["item_vectors"], first)
+    np.testing.assert_array_equal(llm_arguments(config, dataset)[0]["item_vectors"], first)
     assert first.shape[0] == dataset.item_num and np.isfinite(first).all()
 
 

@@ -1,0 +1,232 @@
+"""The parts of an LLM recommender's run: backbone, lens, retrievers, prompts, model with adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataloader import TrainDataLoader
+
+from recbole_llm.backbone.loader import Backbone
+from recbole_llm.config.configurator import Config
+from recbole_llm.data.candidates import CandidateSet
+from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
+from recbole_llm.data.prompts.next_item import TitlePromptBuilder, load_title_prompt_config
+from recbole_llm.data.retriever import (
+    MixedRetriever,
+    RecentRetriever,
+    Retriever,
+    SemanticRetriever,
+    ShuffledRetriever,
+)
+from recbole_llm.experiment.assembly import (
+    Assembly,
+    backbone_of,
+    cache_folder,
+    configuration_hash,
+    described,
+    item_vectors,
+)
+from recbole_llm.experiment.result import Ingredients
+from recbole_llm.experiment.splits import (
+    Splits,
+    draw_candidate_sets,
+    eval_loader,
+    item_counts,
+    prepare_splits,
+    set_id_retrieval,
+)
+from recbole_llm.lens.fit import fit_lens
+from recbole_llm.lens.lens import Lens
+from recbole_llm.model.base import LLMRecommender
+from recbole_llm.trainer.warm_start import SHAPE, read_plain_lora
+from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.timing import stage
+
+
+@dataclass(kw_only=True)
+class LLMAssembly(Assembly):
+    """The parts of an LLM recommender's run.
+
+    Attributes:
+        item_counts: how often each item is the target of a training sample, int64 ``[n_items]``.
+    """
+
+    model: LLMRecommender
+    backbone: Backbone
+    lens: Lens | None
+    prompts: PromptBuilder | TitlePromptBuilder
+    item_counts: np.ndarray
+
+
+def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> LLMAssembly:
+    """Build everything of an LLM recommender's run but the trainer.
+
+    Args:
+        config: the run's configuration.
+        fit: ``False`` for dry runs: the lens has random weights instead of being trained.
+        saved: the folder of a run that is loaded, which has its own copies of lens and LoRA.
+
+    Raises:
+        CheckpointError: if ``lora_from`` does not fit.
+    """
+    seconds: dict[str, float] = {}
+    lora = None
+    if config["lora_from"] and saved is None:
+        lora = read_plain_lora(Path(config["lora_from"]), {key: config[key] for key in SHAPE})
+    with stage(seconds, "data"):
+        splits = prepare_splits(config)
+    with stage(seconds, "backbone"):
+        backbone = backbone_of(config, splits.dataset.item_texts())
+
+    def train_lens() -> Lens | None:
+        if not config["lens"]:
+            return None
+        with stage(seconds, "lens"):
+            lens = fit_lens(
+                config,
+                splits.full_train,
+                splits.full_valid,
+                cache_dir=saved or cache_folder(config),
+                exclude_rows=splits.train.inter_feat[ROW_ID].numpy()
+                if config["lens_rows"] == "without_few_shot"
+                else None,
+                fit=fit,
+            )
+            return lens.to(config["device"])
+
+    candidates = None
+    if config["task"] == "ctr":
+        prompts, lens = _ctr_prompts(config, splits, backbone, train_lens, seconds)
+    else:
+        lens = train_lens()
+        with stage(seconds, "candidates"):
+            candidates = draw_candidate_sets(
+                config,
+                {"train": splits.train, "valid": splits.valid, "test": splits.test},
+                splits.full_train,
+                item_scores=lens.score_items if lens else None,
+                scores_identity=lens.identity if lens else None,
+            )
+        prompts = _title_prompts(config, splits, backbone, candidates)
+
+    train = splits.train.mixed() if config["mixed_training"] else splits.train
+    torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
+    model = config.model_class(config, splits.train, backbone=backbone, prompts=prompts, lens=lens)
+    model.to(config["device"])
+    identities = {
+        "model": config["model"],
+        "data": splits.dataset.content_hash(),
+        "backbone": backbone.sha256,
+        "lens": lens.identity if lens else "none",
+        "configuration": configuration_hash(config),
+    } | {f"{name} candidates": found.sha256 for name, found in (candidates or {}).items()}
+    if lora is not None:
+        lora.check(identities, config["eval_args"])
+        model.adapter.load_lora(lora.tensors)
+        identities["lora_from"] = lora.sha256
+    return LLMAssembly(
+        config=config,
+        dataset=splits.dataset,
+        train=train,
+        valid=splits.valid,
+        test=splits.test,
+        full_train=splits.full_train,
+        backbone=backbone,
+        lens=lens,
+        prompts=prompts,
+        model=model,
+        candidates=candidates,
+        item_counts=item_counts(splits.full_train),
+        train_data=TrainDataLoader(config, train, None, shuffle=True),
+        valid_data=eval_loader(config, splits.dataset, splits.valid, candidates, "valid"),
+        test_data=eval_loader(config, splits.dataset, splits.test, candidates, "test"),
+        sizes=splits.sizes,
+        identities=identities,
+        ingredients=Ingredients(described(backbone), lens_facts(lens)),
+        seconds=seconds,
+    )
+
+
+def lens_facts(lens: Lens | None) -> dict[str, Any] | None:
+    """The lens as the result describes it."""
+    if lens is None:
+        return None
+    return {"name": lens.name, "identity": lens.identity, "gate_scope": lens.gate_scope, **lens.info}
+
+
+def template(config: Config, load: Callable[[str], dict]) -> dict:
+    """The prompt's template, with what the configuration changes of it."""
+    settings = load(config["prompt"])
+    hidden = config["obfuscate_titles"]
+    return settings if hidden is None else {**settings, "obfuscate_titles": hidden}
+
+
+def _ctr_prompts(
+    config: Config,
+    splits: Splits,
+    backbone: Backbone,
+    train_lens: Callable[[], Lens | None],
+    seconds: dict[str, float],
+) -> tuple[PromptBuilder, Lens | None]:
+    """Prompts and lens of the labelled task; either may need vectors of the other for semantic retrieval."""
+    dataset, length = splits.dataset, config["text_history_length"]
+    with stage(seconds, "backbone"):
+        prompts = PromptBuilder(
+            dataset,
+            backbone.tokenizer,
+            template(config, load_prompt_config),
+            max_prompt_tokens=config["max_prompt_tokens"],
+            retriever=RecentRetriever(dataset.history, length),
+        )
+    vectors = None
+    semantic = config["id_retrieval"] == "semantic" or config["text_retrieval"] != "recent"
+    if semantic and config["semantic_vectors"] == "backbone":
+        with stage(seconds, "item_vectors"):
+            vectors = item_vectors(backbone, prompts.item_token_ids(), cache_folder(config))
+    set_id_retrieval(config, dataset, lambda: vectors)
+    lens = train_lens()
+    if config["text_retrieval"] != "recent":
+        source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
+        kind = {"semantic": SemanticRetriever, "mixed": MixedRetriever}[config["text_retrieval"]]
+        prompts.retriever = kind(dataset.history, length, source)
+    if config["shuffle_history"]:
+        prompts.retriever = ShuffledRetriever(prompts.retriever, config["eval_seed"])
+    if prompts.tells_lens:
+        if lens is None:
+            raise ValueError(
+                f"prompt: {config['prompt']} states the lens's score, but lens is ~; set e.g. lens: DIN, or another "
+                "prompt"
+            )
+        prompts.lens_scores = lambda interaction: lens.probability(interaction).cpu().numpy()
+    return prompts, lens
+
+
+def _title_prompts(
+    config: Config, splits: Splits, backbone: Backbone, candidates: dict[str, CandidateSet] | None
+) -> TitlePromptBuilder:
+    """Prompts of the next-item task; they may list each sample's candidates where these are stored."""
+    listed = None
+    if candidates is not None:  # the splits have no sample in common
+        sets = list(candidates.values())
+        listed = CandidateSet(
+            *(
+                np.concatenate([getattr(part, name) for part in sets])
+                for name in ("row_ids", "items", "targets")
+            )
+        ).of
+    retriever: Retriever = RecentRetriever(splits.dataset.history, config["text_history_length"])
+    if config["shuffle_history"]:
+        retriever = ShuffledRetriever(retriever, config["eval_seed"])
+    return TitlePromptBuilder(
+        splits.dataset,
+        backbone.tokenizer,
+        template(config, load_title_prompt_config),
+        max_prompt_tokens=config["max_prompt_tokens"],
+        retriever=retriever,
+        candidates=listed,
+    )
