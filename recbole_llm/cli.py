@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from recbole_llm.comparison import plan as compare
 from recbole_llm.comparison.report import terminal_table
 from recbole_llm.experiment.table import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
+from recbole_llm.serving.commands import COMMANDS, run_command
 from recbole_llm.utils.text_output import write_any_text
 
 logger = logging.getLogger(__name__)
@@ -24,10 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     write_any_text((sys.stdout, sys.stderr))
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return guarded(lambda: run_command(argv))
     parser = argparse.ArgumentParser(
         prog="run_recbole_llm.py",
         description="Train and evaluate one recommender, LLM or conventional, with RecBole's data and evaluator.",
-        epilog="Every other --key=value is a configuration key; see properties/overall.yaml.",
+        epilog=f"To use a finished run: recbole-llm {'|'.join(COMMANDS)} RUN ...; see docs/using_a_model.md. "
+        "Every other --key=value is a configuration key; see properties/overall.yaml.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", "-m", default="RecLoRA", help="name of the model (default: RecLoRA)")
@@ -38,13 +43,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     known, rest = parser.parse_known_args(argv)
     models, files = compare.split_models(known.model), known.config_files.split() or None
-    try:
+
+    def run() -> int:
         if known.report:
             result = compare.report(Path(known.report))
         elif len(models) > 1 or compare.is_comparison(files, rest):
             result = compare_models(models, known.dataset, files, cmd_line=rest)
         else:
             result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)
+        print(result["dry_run"] if "dry_run" in result else report(result))
+        return 1 if result.get("failed") else 0
+
+    return guarded(run)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit status of a command; errors of the user's become one line, Ctrl-C a word."""
+    try:
+        return command()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # the log has said how to resume
         return 130
@@ -52,8 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("traceback of the error below", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(result["dry_run"] if "dry_run" in result else report(result))
-    return 1 if result.get("failed") else 0
 
 
 def report(result: dict) -> str:

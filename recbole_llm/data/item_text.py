@@ -316,6 +316,9 @@ class _Table:
                 self.path, dataset.config["field_separator"], dataset.config["encoding"]
             )
             self.columns = list(self._table.columns)
+            for added in dataset._shared.get("item_files", ()) if suffix == "item" else ():
+                more = read_atomic(added, dataset.config["field_separator"], dataset.config["encoding"])
+                self._table = pd.concat([self._table, more.reindex(columns=self.columns, fill_value="")])
             if id_field not in self.columns:
                 raise ValueError(f"{self.path} has no column {id_field!r}; it has {self.columns}")
             self._rows = self._table[id_field].map(lambda token: self._ids.get(token, 0)).to_numpy()
