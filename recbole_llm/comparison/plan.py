@@ -22,10 +22,13 @@ from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_
 from recbole_llm.comparison.controls import control_models
 from recbole_llm.comparison.report import write_report
 from recbole_llm.comparison.workers import side_by_side
-from recbole_llm.config.configurator import Config, given_values, parse_value
-from recbole_llm.config.keys import KEYS
+from recbole_llm.config.command_line import parse_model, slug
+from recbole_llm.config.command_line import split_models as split_models
+from recbole_llm.config.configurator import Config
+from recbole_llm.config.keys import KEYS, RUN_ONLY_KEYS, SHARED_KEYS, VOLATILE_KEYS, keys_not_passed_to
 from recbole_llm.config.model_spec import spec_of
-from recbole_llm.experiment.assembly import VOLATILE_KEYS, lasting_configuration
+from recbole_llm.config.sources import given_values
+from recbole_llm.experiment.assembly import lasting_configuration
 from recbole_llm.registry import get_model
 from recbole_llm.utils.files import write_json
 from recbole_llm.utils.run_files import LAST_FILE, RESULT_FILE
@@ -34,29 +37,6 @@ logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 FOLDER = "compare"
-
-# Of a single run only.
-_OF_THE_RUN = (
-    "model", "dataset", "compare_with", "resume", "run_name", "output_dir", "checkpoint_dir", "seeds", "subject",
-    "controls", "search", "trials", "nproc",
-)  # fmt: skip
-# What makes the first model's adapter, where other models join a single run.
-_OF_THE_ADAPTER = (
-    "mixer", "gate", "num_experts", "temperature", "top_k", "share_gate", "gate_dropout", "gate_learning_rate",
-    "curriculum", "lens_residual", "prompt", "mixed_training", "lora_from",
-    "gate_inputs", "gate_balance", "gate_entropy", "stage_one_share", "tune_lens",
-)  # fmt: skip
-# How a model is trained: RecBole's own models that join a single run go by their own defaults.
-_OF_THE_TRAINING = (
-    "epochs", "train_batch_size", "learning_rate", "weight_decay", "learner", "eval_step", "stopping_step",
-    "clip_grad_norm", "loss_type",
-)  # fmt: skip
-# What decides which rows are tested and what their targets are ranked among, and by what they are measured.
-_OF_THE_ROWS = (
-    "task", "eval_rows", "eval_seed", "min_history", "history_ties", "history_scope", "min_rating", "user_split",
-    "eval_mode", "num_negatives", "negatives", "candidate_seed", "bootstrap_samples", "threshold", "eval_args", "topk",
-    "metrics", "valid_metric",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,50 +62,6 @@ class PlannedRun:
         return f"{self.text}, seed {self.config['seed']}"
 
 
-def split_models(text: str) -> list[str]:
-    """``"DIN,RecLoRA gate=uniform"`` -> the models; a comma inside brackets or quotes does not separate.
-
-    >>> split_models("DIN, RecLoRA target_modules=[q_proj,v_proj],Pop")
-    ['DIN', 'RecLoRA target_modules=[q_proj,v_proj]', 'Pop']
-    """
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "[{(":
-            depth += 1
-        elif character in ")}]":
-            depth -= 1
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
-
-
-def parse_model(text: str) -> tuple[str, dict[str, Any]]:
-    """``"iLoRA gate=uniform"`` -> the model's name and the keys to change.
-
-    Raises:
-        ValueError: for anything else than a name followed by ``key=value``.
-    """
-    name, *changes = text.split()
-    values = {}
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"cannot read {change!r} in the model {text!r}; write 'NAME key=value'")
-        values[key] = parse_value(value, key)
-    return name, values
-
-
-def slug(text: str) -> str:
-    """A folder's name for a model and its changes."""
-    return "".join(c if c.isalnum() or c in "-._=" else "-" for c in text)
-
-
 def config_for(
     first: Config, text: str, given: Mapping[str, Any], folder: Path, seed: int | None = None
 ) -> Config:
@@ -144,8 +80,8 @@ def config_for(
     name, changes = parse_model(text)
     spec = spec_of(get_model(name))
     unread = {key for key, known in KEYS.items() if not spec.reads_key(key, known)}
-    values = {key: value for key, value in given.items() if key not in _OF_THE_RUN and key not in unread}
-    for key in _OF_THE_ROWS:  # also where the first model has a default
+    values = {key: value for key, value in given.items() if key not in RUN_ONLY_KEYS and key not in unread}
+    for key in SHARED_KEYS:  # also where the first model has a default
         value = first[key]
         if key in changes and changes[key] != value:
             raise ValueError(
@@ -177,7 +113,7 @@ def check_models(first: Config, folder: Path) -> list[PlannedRun]:
     runs = []
     for text in wanted:
         llm = spec_of(get_model(parse_model(text)[0])).is_llm
-        left_out = {*_OF_THE_ADAPTER} if llm else {*_OF_THE_ADAPTER, *_OF_THE_TRAINING}
+        left_out = keys_not_passed_to(llm)
         given = {key: value for key, value in first.external_config_dict.items() if key not in left_out}
         where = folder / FOLDER / slug(text)
         runs.append(PlannedRun(text, config_for(first, text, given, where), where))
@@ -319,8 +255,8 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shared_hash(first: Config, given: Mapping[str, Any]) -> str:
     """Of everything that holds for all models: the same command finds its folder again, also with more models."""
-    left_out = {*VOLATILE_KEYS, "model", "dataset"} - {"preset"}
-    shared = {key: first[key] for key in _OF_THE_ROWS}
+    left_out = (VOLATILE_KEYS | RUN_ONLY_KEYS) - {"preset"}
+    shared = {key: first[key] for key in SHARED_KEYS}
     shared |= {key: value for key, value in given.items() if key not in left_out}
     shared |= {"dataset": first.dataset, "seed": first["seed"]}
     return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).hexdigest()[:10]
@@ -399,7 +335,7 @@ def _unfinished(runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
         if (run.folder / LAST_FILE).is_file():
-            run.config["resume"] = str(run.folder)
+            run = replace(run, config=run.config.override(resume=str(run.folder)))
         logger.info("%d of %d: %s, in %s", number, len(runs), run, run.folder)
         yield run
 

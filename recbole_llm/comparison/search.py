@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from recbole_llm.comparison.plan import Plan, PlannedRun, config_for, parse_model, run_all, slug
-from recbole_llm.config.configurator import Config, parse_value
+from recbole_llm.comparison.plan import Plan, PlannedRun, config_for, run_all
+from recbole_llm.config.command_line import parse_model, parse_value, slug
+from recbole_llm.config.configurator import Config
 from recbole_llm.utils.files import write_json
 from recbole_llm.utils.names import nearest
 from recbole_llm.utils.run_files import RESULT_FILE

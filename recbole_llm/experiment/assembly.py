@@ -17,40 +17,11 @@ from recbole_llm.backbone.answers import mean_pooled_vectors
 from recbole_llm.backbone.loader import Backbone, load_backbone
 from recbole_llm.backbone.store import default_cache_dir
 from recbole_llm.config.configurator import Config
+from recbole_llm.config.keys import VOLATILE_KEYS
 from recbole_llm.data.candidates import CandidateSet
 from recbole_llm.experiment.result import Ingredients
 from recbole_llm.utils.files import locked, write_atomically, write_json
 from recbole_llm.utils.run_files import CONFIG_FILE
-
-# Keys that do not change what is computed, so that a run may be resumed with other values of them.
-VOLATILE_KEYS = frozenset(
-    {
-        "dry_run",
-        "resume",
-        "run_name",
-        "output_dir",
-        "checkpoint_dir",
-        "cache_dir",
-        "data_path",
-        "show_progress",
-        "state",
-        "checkpoint_seconds",
-        "device",
-        "gpu_id",
-        "use_gpu",
-        "bootstrap_samples",
-        "compare_with",
-        "seeds",
-        "subject",
-        "controls",
-        "preset",
-        "search",
-        "trials",
-        "nproc",
-        "log_wandb",
-        "wandb_project",
-    }
-)
 
 
 @dataclass(kw_only=True)

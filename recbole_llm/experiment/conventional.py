@@ -59,7 +59,7 @@ class ConventionalExperiment(Experiment):
 
     def __init__(self, config: Config, folder: Path) -> None:
         parts = self.assemble(config)
-        config = in_folder(config, folder)
+        config = config.override(checkpoint_dir=str(folder))  # where RecBole's trainer saves
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, parts.model)
         trainer.eval_collector = RowCollector(config)  # RecBole's fails on metrics that read counts
         super().__init__(parts, trainer, folder)
@@ -174,14 +174,6 @@ class ConventionalExperiment(Experiment):
             ingredients=Ingredients(backbone=backbone),
             seconds=seconds,
         )
-
-
-def in_folder(config: Config, folder: Path) -> Config:
-    """The same configuration for RecBole's trainer, which writes into ``checkpoint_dir``."""
-    values = {**config.final_config_dict, "checkpoint_dir": str(folder)}
-    copied = Config.__new__(Config)
-    copied.__dict__.update(config.__dict__, final_config_dict=values)
-    return copied
 
 
 def is_labelled(config: Config) -> bool:

@@ -28,7 +28,7 @@ class TargetAttention(SequenceAttLayer):
 
         W [q, k, q - k, q * k] + b = (Wq + Wd) q + b + (Wk - Wd) k + Wp (q * k)
 
-    whose first part is needed once per row. The parameters are RecBole's own; a test compares the two.
+    whose first part is needed once per sample. The parameters are RecBole's own; a test compares the two.
 
     Args:
         width: ``d``, of queries and keys.
@@ -95,7 +95,7 @@ class LensDIN(DIN):
 
     Args:
         config: the lens's own configuration (see ``properties/lens/DIN.yaml``).
-        dataset: the training rows.
+        dataset: the training samples.
         titles: a further field of items, by id: a module with ``embedding_dim``.
         without: fields of items that are left out.
     """
@@ -142,7 +142,7 @@ class LensDIN(DIN):
         """``h_j`` of every position, ``[B, L, d]``; padded positions hold the padding item's.
 
         A batch of histories repeats few (item, rating) pairs many times, so ``h`` is computed once per
-        distinct pair and gathered: long histories do not make the embedding of item fields dearer.
+        distinct pair and gathered: long histories do not make the embedding of item fields slower.
         """
         pairs = interaction[self.ITEM_SEQ]
         levels = 1 if self.ratings is None else self.ratings.count
@@ -169,11 +169,11 @@ class LensDIN(DIN):
         return final, torch.cat([mean, user], dim=-1)
 
     def forward(self, interaction: Interaction) -> Tensor:
-        """The logit of every row, ``[B]``."""
+        """The logit of every sample, ``[B]``."""
         return self.dnn_predict_layers(self.states(interaction)[0]).squeeze(1)
 
     def represent(self, interaction: Interaction, gate_scope: str) -> tuple[Tensor, Tensor]:
-        """``final`` (``user_item``) or ``user`` (``user``), and the logit of every row."""
+        """``final`` (``user_item``) or ``user`` (``user``), and the logit of every sample."""
         final, user = self.states(interaction)
         logit = self.dnn_predict_layers(final).squeeze(1)
         return (final if gate_scope == "user_item" else user), logit

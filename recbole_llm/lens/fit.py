@@ -17,11 +17,12 @@ from torch import nn
 
 from recbole_llm.lens.lens import DESCRIPTION, Lens, LensError
 from recbole_llm.lens.next_item import NextItemSequence
-from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
+from recbole_llm.lens.settings import build_model, lens_settings, lens_task
 from recbole_llm.trainer.checkpoint import CheckpointError
 from recbole_llm.trainer.conventional_trainer import EpochTraining
 from recbole_llm.utils import recbole_repairs
 from recbole_llm.utils.files import locked
+from recbole_llm.utils.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +45,27 @@ def fit_lens(
 ) -> Lens:
     """Train the lens of a configuration, or take it from the cache.
 
-    It is trained on all rows of ``train``, selected on ``valid``, and stops early: in the ctr task on their
+    It is trained on all samples of ``train``, selected on ``valid``, and stops early: in the ctr task on their
     labels and by AUC, in the next-item task on their items and by NDCG@10 of ranking all items. The caller's
     random-number state does not change, so that nothing depends on whether the cache was warm.
 
     Args:
         config: the run's (``task``, ``lens``, ``lens_config``, ``lens_ratings``, ``gate_scope``, ``seed``, ...).
-        train: all training rows (:class:`recbole_llm.data.CTRDataset`, or rows of its interface without labels).
-        valid: all validation rows.
+        train: all training samples (:class:`recbole_llm.data.CTRDataset`, or samples of its interface without labels).
+        valid: all validation samples.
         cache_dir: the cache; lenses are kept in its subfolder ``lens``.
-        exclude_rows: ``row_id`` of training rows that the lens must not be trained on (``lens_rows:
-            without_few_shot``: the rows that will tune the LLM, as stacking demands). They remain part of the
-            histories of later rows.
+        exclude_rows: ``row_id`` of training samples that the lens must not be trained on (``lens_rows:
+            without_few_shot``: the samples that will tune the LLM, as stacking requires). They remain part of the
+            histories of later samples.
         fit: ``False``: random weights, no training and no cache (dry runs).
 
     Returns:
         The frozen lens, on the configuration's device.
 
     Raises:
-        ValueError: for a lens that cannot be built or cannot have the wanted ``gate_scope``, rows of one
-            class only (``ctr``), no rows or too few items (``next_item``), or ``exclude_rows`` that are not
-            training rows.
+        ValueError: for a lens that cannot be built or cannot have the wanted ``gate_scope``, samples of one
+            class only (``ctr``), no samples or too few items (``next_item``), or ``exclude_rows`` that are not
+            training samples.
     """
     name, seed, task = config["lens"], config["seed"], lens_task(config)
     settings = lens_settings(config, train)
@@ -112,7 +113,7 @@ def lens_folder(root: Path, name: str, identity: str) -> Path:
 
 
 def without_rows(dataset, rows: np.ndarray | None):
-    """``dataset`` without the rows whose ``row_id`` is in ``rows``.
+    """``dataset`` without the samples whose ``row_id`` is in ``rows``.
 
     Raises:
         ValueError: if one of ``rows`` is not in the dataset: it would be excluded from nothing, unnoticed.
@@ -123,7 +124,7 @@ def without_rows(dataset, rows: np.ndarray | None):
     unknown = np.setdiff1d(rows, row_ids)
     if len(unknown):
         raise ValueError(
-            f"exclude_rows: {len(unknown)} of {len(rows)} are not training rows, e.g. row_id {unknown[0]}"
+            f"exclude_rows: {len(unknown)} of {len(rows)} are not training samples, e.g. row_id {unknown[0]}"
         )
     return dataset.subset(np.flatnonzero(~np.isin(row_ids, rows)))
 
@@ -132,7 +133,7 @@ def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -
     """What the state will depend on: ``user_item`` or ``user``.
 
     A retrieved history is chosen by the target, so with it every state depends on the target, and items cannot
-    be ranked: the history of the row's own item would give that item away.
+    be ranked: the history of the sample's own item would give that item away.
 
     Args:
         name: the lens's name.
@@ -186,7 +187,7 @@ def lens_identity(settings, train, valid) -> str:
 
     for rows in (train, valid):
         digest.update(rows.content_hash().encode())
-        # The retriever may be anything, so its work is hashed, on rows from all over the split.
+        # The retriever may be anything, so its work is hashed, on samples from all over the split.
         probe = rows[np.unique(np.linspace(0, len(rows) - 1, 1024).astype(np.int64))]
         digest.update(probe[rows.iid_field + settings["LIST_SUFFIX"]].numpy().tobytes())
     return digest.hexdigest()
@@ -196,7 +197,7 @@ def _check_labels(rows, label_field: str, name: str, split: str) -> None:
     labels = np.unique(rows.inter_feat[label_field].numpy()) if len(rows) else np.zeros(0)
     if not np.array_equal(labels, [0, 1]):
         raise ValueError(
-            f"lens {name}: the {len(rows)} {split} rows have the labels {labels.tolist()}, both 0 and 1 are "
+            f"lens {name}: the {len(rows)} {split} samples have the labels {labels.tolist()}, both 0 and 1 are "
             "needed; check threshold, the split and lens_rows"
         )
 
@@ -204,7 +205,7 @@ def _check_labels(rows, label_field: str, name: str, split: str) -> None:
 def _check_items(rows, topk: int, name: str, split: str) -> None:
     if len(rows) == 0:
         raise ValueError(
-            f"lens {name}: there are no {split} rows; check min_history, eval_args and lens_rows"
+            f"lens {name}: there are no {split} samples; check min_history, eval_args and lens_rows"
         )
     if rows.item_num - 1 < topk:
         raise ValueError(
@@ -227,15 +228,15 @@ def _check_state(model: nn.Module, rows) -> None:
 def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) -> dict:
     """Train ``model`` in place, leave the best epoch's weights in it, and say how it went.
 
-    A training that was killed goes on after the last validated epoch, which ``file`` has.
+    An interrupted training resumes after the last validated epoch, which is in ``file``.
     """
     name = settings["lens"]
-    logger.info("lens %s: training on %d rows, validating on %d", name, len(train), len(valid))
+    logger.info("lens %s: training on %d samples, validating on %d", name, len(train), len(valid))
     task, metric = lens_task(settings), settings["valid_metric"].lower()
     eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
     # The folder stays empty: nothing is pickled with the configuration.
     with tempfile.TemporaryDirectory() as scratch, recbole_repairs.no_tensorboard():
-        settings["checkpoint_dir"] = scratch
+        settings = settings.override(checkpoint_dir=scratch)
         training = EpochTraining(
             Trainer(settings, model),
             TrainDataLoader(settings, train, None, shuffle=True),

@@ -15,8 +15,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from recbole_llm.lens.next_item import NextItemSequence
-from recbole_llm.lens.settings import build_model, lens_settings, lens_task, random_state_kept
+from recbole_llm.lens.settings import build_model, lens_settings, lens_task
 from recbole_llm.utils.files import write_atomically
+from recbole_llm.utils.random_state import random_state_kept
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "lens.safetensors", "lens.json"
@@ -36,7 +37,7 @@ class Lens(nn.Module):
         name: its name in the configuration.
         gate_scope: ``user_item`` if the state depends on the target, ``user`` if it does not.
         identity: hash of everything that determined the weights.
-        info: how it was trained: seconds, epochs, validation metrics, rows.
+        info: how it was trained: seconds, epochs, validation metrics, numbers of samples.
 
     Attributes:
         width: size of the state.
@@ -76,14 +77,14 @@ class Lens(nn.Module):
         return next(self.model.parameters()).device
 
     def represent(self, interaction: Interaction) -> tuple[Tensor, Tensor]:
-        """What the lens makes of each row; with gradients only where it is :attr:`tuned` and they are on.
+        """What the lens makes of each sample; with gradients only where it is :attr:`tuned` and they are on.
 
         Args:
-            interaction: a joined batch of ``B`` rows, on any device.
+            interaction: a joined batch of ``B`` samples, on any device.
 
         Returns:
             The state ``[B, width]`` and the logit of a positive label ``[B]`` (next-item task: the score of the
-            row's item, its logit among all items), float32, on the lens's device.
+            sample's item, its logit among all items), float32, on the lens's device.
         """
         device = self.device
         gradients = torch.set_grad_enabled(self.tuned and torch.is_grad_enabled())
@@ -94,15 +95,15 @@ class Lens(nn.Module):
     forward = represent
 
     def probability(self, interaction: Interaction) -> Tensor:
-        """What the lens itself predicts for each row of labelled data, ``[B]`` float64, on its device."""
+        """What the lens itself predicts for each sample of labelled data, ``[B]`` float64, on its device."""
         return torch.sigmoid(self.represent(interaction)[1].double())
 
     @torch.no_grad()
     def score_items(self, interaction: Interaction) -> Tensor:
-        """How well every item would follow each row's history, in the next-item task.
+        """How well every item would follow each sample's history, in the next-item task.
 
         Args:
-            interaction: a joined batch of ``B`` rows, on any device; their own items are not looked at.
+            interaction: a joined batch of ``B`` samples, on any device; their own items are not looked at.
 
         Returns:
             ``[B, n_items]`` float32, on the lens's device; column 0, the padding item, is -inf. Items of the
@@ -151,7 +152,7 @@ class Lens(nn.Module):
             folder: the folder given to :meth:`save`.
             config: the run's configuration; its ``task``, ``lens``, ``lens_config`` and ``lens_ratings`` must
                 be those that the lens was trained with.
-            dataset: the training rows (sizes of the vocabularies, fields of users and items).
+            dataset: the training samples (sizes of the vocabularies, fields of users and items).
             gate_scope: read another state than the one saved with (a DIN has two).
 
         Raises:

@@ -4,7 +4,7 @@ Network, loss (cross-entropy over all items), ``predict`` and ``full_sort_predic
 only reads them:
 
     state  = model(history)                     [B, H]          what iLoRA's gate sees
-    logit  = predict(history, item)             [B]             the model's own score of the row's item
+    logit  = predict(history, item)             [B]             the model's own score of the sample's item
     scores = full_sort_predict(history)         [B, n_items]    the same of every item; -inf for padding
 
 The state does not see the target, so the gate scope is ``user``.
@@ -33,7 +33,7 @@ class NextItemSequence(HistoryEncoder):
 
     Args:
         config: the lens's own configuration.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Raises:
         ValueError: if the model does not make one vector of a history; the message names models that do.
@@ -42,7 +42,7 @@ class NextItemSequence(HistoryEncoder):
     known_to_work = NEXT_ITEM_WORKING
 
     def represent(self, interaction: Interaction, gate_scope: str = "user") -> tuple[Tensor, Tensor]:
-        """The state ``[B, H]``, and the model's score ``[B]`` of the item of every row."""
+        """The state ``[B, H]``, and the model's score ``[B]`` of the item of every sample."""
         return self.state(interaction), self.predict(interaction)
 
     def score_items(self, interaction: Interaction) -> Tensor:
@@ -52,7 +52,7 @@ class NextItemSequence(HistoryEncoder):
         return scores.masked_fill(padding, -torch.inf)
 
     def check(self, interaction: Interaction) -> None:
-        """Try everything on a few rows, so that an unsuitable model is refused before it is trained.
+        """Try everything on a few samples, so that an unsuitable model is refused before it is trained.
 
         Args:
             interaction: a joined batch.
@@ -69,11 +69,11 @@ class NextItemSequence(HistoryEncoder):
         except (KeyError, TypeError, NotImplementedError) as error:
             problem = f"{type(error).__name__} {error}"
             raise self._unsuitable(
-                f"it cannot be run on rows of a history and one item ({problem})"
+                f"it cannot be run on samples of a history and one item ({problem})"
             ) from error
         if scores.numel() != rows * self.n_items or logit.numel() != rows:
             raise self._unsuitable(
-                f"for {rows} rows and {self.n_items} items it gives {logit.numel()} and {scores.numel()} scores"
+                f"for {rows} samples and {self.n_items} items it gives {logit.numel()} and {scores.numel()} scores"
             )
         own = scores.reshape(rows, -1).gather(1, interaction[self.ITEM_ID].unsqueeze(1)).squeeze(1)
         if not torch.allclose(own, logit, rtol=1e-3, atol=1e-4):
@@ -83,7 +83,7 @@ class NextItemSequence(HistoryEncoder):
             raise self._unsuitable("its loss is no number")
 
 
-def next_item(model_class: type[SequentialRecommender]) -> type[NextItemSequence]:
+def next_item_lens_class(model_class: type[SequentialRecommender]) -> type[NextItemSequence]:
     """One of RecBole's sequential models with its state readable (a new class ``Lens<Name>``)."""
     bases = (NextItemSequence, model_class)
     return type(f"Lens{model_class.__name__}", bases, {"__doc__": model_class.__doc__})

@@ -45,7 +45,7 @@ class HistoryEncoder(SequentialRecommender):
 
     Args:
         config: the lens's own configuration.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Raises:
         ValueError: if the model does not make one vector of a history; the message names models that do.
@@ -101,7 +101,7 @@ class LabelledSequence(HistoryEncoder):
 
     Args:
         config: the lens's own configuration.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Raises:
         ValueError: if the model cannot give a state as above; the message names models that can.
@@ -151,7 +151,7 @@ class LabelledSequence(HistoryEncoder):
         return state
 
     def represent(self, interaction: Interaction, gate_scope: str = "user") -> tuple[Tensor, Tensor]:
-        """The state ``[B, H]`` and the logit ``[B]`` of every row."""
+        """The state ``[B, H]`` and the logit ``[B]`` of every sample."""
         state = self.state(interaction)
         target = interaction[self.ITEM_ID]
         dot = (state * self.item_embedding(target)).sum(dim=-1)
@@ -191,7 +191,7 @@ class LastPositionSASRec(SASRec):
 
 
 def attend(attention: MultiHeadAttention, query: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
-    """RecBole's multi-head self-attention, for one position of each row.
+    """RecBole's multi-head self-attention, for one position of each sample.
 
     Args:
         attention: the module whose parameters are used.
@@ -222,7 +222,7 @@ class LensSASRec(LabelledSequence, LastPositionSASRec):
     """RecBole's SASRec, trained on labels; the state is its last position's output."""
 
 
-def labelled(model_class: type[SequentialRecommender]) -> type[LabelledSequence]:
+def labelled_lens_class(model_class: type[SequentialRecommender]) -> type[LabelledSequence]:
     """The labelled form of one of RecBole's sequential models (a new class ``Lens<Name>``)."""
     bases = (LabelledSequence, model_class)
     return type(f"Lens{model_class.__name__}", bases, {"__doc__": model_class.__doc__})

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import EvaluatorType, InputType, ModelType
@@ -15,9 +11,10 @@ from torch import nn
 
 from recbole_llm.config.keys import check_values
 from recbole_llm.config.model_spec import spec_of
+from recbole_llm.config.settings import LensSettings
 from recbole_llm.lens.din import LensDIN
-from recbole_llm.lens.next_item import NEXT_ITEM_WORKING, next_item
-from recbole_llm.lens.sequence import WORKING, LensSASRec, labelled
+from recbole_llm.lens.next_item import NEXT_ITEM_WORKING, next_item_lens_class
+from recbole_llm.lens.sequence import WORKING, LensSASRec, labelled_lens_class
 from recbole_llm.registry import get_model
 from recbole_llm.utils.names import nearest
 from recbole_llm.utils.yaml_files import RECBOLE_PROPERTIES, load_yaml, properties_dir
@@ -48,7 +45,7 @@ _FIXED = {
     "log_wandb": False,
 }
 
-# ... and per task how validation rows are scored: by their labels, or by the rank of the item among all items.
+# ... and per task how validation samples are scored: by their labels, or by the rank of the item among all items.
 _FIXED_BY_TASK = {
     "ctr": {
         "metrics": ["AUC", "LogLoss"],
@@ -62,6 +59,9 @@ _FIXED_BY_TASK = {
         "eval_type": EvaluatorType.RANKING,
     },
 }
+LABELLED_LENSES = {"DIN": LensDIN, "SASRec": LensSASRec}
+"""Models of RecBole that have a class of their own as lenses of the ctr task."""
+
 _EVAL_MODE = {"ctr": "labeled", "next_item": "full"}
 
 
@@ -90,7 +90,7 @@ def lens_settings(config, dataset):
 
     Args:
         config: the run's configuration.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Returns:
         A RecBole configuration. ``settings["lens_keys"]`` holds the lens's own keys and their values.
@@ -98,9 +98,9 @@ def lens_settings(config, dataset):
     Raises:
         ValueError: for a key in ``lens_config`` that the lens does not have, or a value that it cannot have.
     """
-    name, task = config["lens"], lens_task(config)
+    wanted = LensSettings.from_config(config)
+    name, task, given = wanted.lens, lens_task(config), wanted.lens_config or {}
     keys = lens_keys(name, task)
-    given = config["lens_config"] or {}
     for key in given:
         if key not in keys:
             near = nearest(key, keys)
@@ -111,21 +111,18 @@ def lens_settings(config, dataset):
     if keys["epochs"] < 1:
         raise ValueError("lens_config epochs: a lens is trained for at least one epoch")
 
-    settings = copy.copy(config)
-    settings.final_config_dict = dict(config.final_config_dict)
-    # In the next-item task the model is RecBole's own, which knows no ratings.
-    ratings = task == "ctr" and bool(config["lens_ratings"]) and dataset.history.ratings is not None
     device = torch.device(config["device"])
     fixed = _FIXED | _FIXED_BY_TASK[task]
-    for key, value in {**keys, **fixed, "lens_ratings": ratings, "lens_keys": keys}.items():
-        settings[key] = copy.deepcopy(value)
-    settings["device"] = device
-    settings["use_gpu"] = device.type == "cuda"
-    settings["eval_args"] = {
-        **config["eval_args"],
-        "mode": dict.fromkeys(("valid", "test"), _EVAL_MODE[task]),
+    # In the next-item task the model is RecBole's own, which knows no ratings.
+    ratings = task == "ctr" and bool(wanted.lens_ratings) and dataset.history.ratings is not None
+    values = {
+        **keys,
+        **fixed,
+        "lens_ratings": ratings,
+        "lens_keys": keys,
+        "eval_args": {**config["eval_args"], "mode": dict.fromkeys(("valid", "test"), _EVAL_MODE[task])},
     }
-    return settings
+    return config.override(**copy.deepcopy(values), device=device, use_gpu=device.type == "cuda")
 
 
 def build_model(settings, dataset) -> nn.Module:
@@ -133,16 +130,14 @@ def build_model(settings, dataset) -> nn.Module:
 
     Args:
         settings: from :func:`lens_settings`.
-        dataset: the training rows.
+        dataset: the training samples.
 
     Raises:
         ValueError: if there is no such model, or it cannot serve as a lens.
     """
     name, of_task = settings["lens"], lens_task(settings)
-    if of_task == "ctr" and name == "DIN":
-        return LensDIN(settings, dataset).to(settings["device"])
-    if of_task == "ctr" and name == "SASRec":
-        return LensSASRec(settings, dataset).to(settings["device"])
+    if of_task == "ctr" and name in LABELLED_LENSES:
+        return LABELLED_LENSES[name](settings, dataset).to(settings["device"])
     model_class = get_model(name)
     spec = spec_of(model_class)
     if of_task == "ctr" and spec.family == "conventional" and spec.gate_scopes:  # built in, a lens as it is
@@ -151,24 +146,9 @@ def build_model(settings, dataset) -> nn.Module:
     if not issubclass(model_class, SequentialRecommender):
         raise ValueError(f"lens {name} is not a sequential recommender of RecBole. {works}")
     if of_task == "next_item" and spec.learns_from == "labels":
-        raise ValueError(f"lens {name} scores labelled rows, it cannot rank items. {works}")
-    make = labelled if of_task == "ctr" else next_item
+        raise ValueError(f"lens {name} scores labelled samples, it cannot rank items. {works}")
+    make = labelled_lens_class if of_task == "ctr" else next_item_lens_class
     try:
         return make(model_class)(settings, dataset).to(settings["device"])
     except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(f"lens {name} cannot be built from its defaults ({error}). {works}") from error
-
-
-@contextmanager
-def random_state_kept(seed: int) -> Iterator[None]:
-    """Seed python, numpy and torch for the block; afterwards all are as they were before."""
-    python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)

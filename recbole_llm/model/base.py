@@ -19,8 +19,8 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.personalized import attach_adapter
+from recbole_llm.config.settings import ModelSettings, adapter_config
 from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
 
@@ -56,7 +56,7 @@ class LLMRecommender(SequentialRecommender):
         config: the run's configuration.
         dataset: the training samples.
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
-        lens: the lens, a frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
+        lens: the frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
             ``tune_lens`` the model trains a copy.
         instance_size: width of ``z``.
 
@@ -74,38 +74,19 @@ class LLMRecommender(SequentialRecommender):
         self, config, dataset, *, backbone: Backbone, lens: Lens | None, instance_size: int | None = None
     ) -> None:
         super().__init__(config, dataset)
-        self.gated = config["mixer"] != "identity"
-        self.lens = lens.tunable() if config["tune_lens"] else lens
+        settings = ModelSettings.from_config(config)
+        self.gated, self.gate_reads_logit = settings.gated, settings.gate_reads_logit
+        self.gate_balance, self.gate_entropy = settings.gate_balance, settings.gate_entropy
+        self.micro_batch_size, self.bucket_by_length = settings.micro_batch_size, settings.bucket_by_length
+        self.lora_given = settings.lora_from is not None
+        self.lens = lens.tunable() if settings.tune_lens else lens
         self.backbone_dtype = backbone.dtype
         pad_id = backbone.tokenizer.pad_token_id
         self.pad_id = 0 if pad_id is None else pad_id  # never read: right padding under a causal mask
-        self.micro_batch_size = config["micro_batch_size"]
-        self.bucket_by_length = config["bucket_by_length"]
-        self.adapter = attach_adapter(
-            backbone.model,
-            AdapterConfig(
-                mixer=config["mixer"],
-                num_experts=config["num_experts"] if self.gated else 1,
-                r=config["lora_r"],
-                lora_alpha=config["lora_alpha"],
-                lora_dropout=config["lora_dropout"],
-                target_modules=config["target_modules"],
-                gate=config["gate"] if self.gated else "uniform",
-                gate_dropout=config["gate_dropout"],
-                temperature=config["temperature"],
-                top_k=config["top_k"],
-                share_gate=config["share_gate"],
-                instance_size=instance_size + (config["gate_inputs"] == "state_and_logit")
-                if self.gated
-                else 1,
-            ),
-        )
-        self.gate_reads_logit = self.gated and config["gate_inputs"] == "state_and_logit"
-        self.gate_balance, self.gate_entropy = config["gate_balance"], config["gate_entropy"]
-        self.lora_given = config["lora_from"] is not None
+        self.adapter = attach_adapter(backbone.model, adapter_config(config, instance_size))
         self.adapter.train_lora(not self.lora_given)
         self.llm = self.adapter.peft_model  # registered, so that .to() and .parameters() reach it
-        if config["torch_compile"]:
+        if settings.torch_compile:
             for layer in self.adapter.model.get_decoder().layers:
                 layer.compile()
         self.counts: Counter[str] = Counter()

@@ -25,7 +25,7 @@ class LensPrompt(AnswerCTR):
     def __init__(self, config, dataset, *, prompts, **parts) -> None:
         if not prompts.tells_lens:
             raise ValueError(
-                f"prompt: {config['prompt']} does not state the lens's score, without which {config['model']} is a plain "
-                "LoRA; set prompt: movie_ctr_lens, or give the template a line lens_score"
+                f"prompt: {config['prompt']} does not state the lens's score, without which {config['model']} is a "
+                "plain LoRA; set prompt: movie_ctr_lens, or give the template a line lens_score"
             )
         super().__init__(config, dataset, prompts=prompts, **parts)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from recbole.model.sequential_recommender.sasrec import SASRec
 
-from recbole_llm.config.keys import Choice, Key, Whole
+from recbole_llm.config.keys import Key
+from recbole_llm.config.kinds import Choice, Whole
 from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.sequence import LensSASRec
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components

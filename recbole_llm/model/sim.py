@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_llm.config.keys import Choice, Key, Whole
+from recbole_llm.config.keys import Key
+from recbole_llm.config.kinds import Choice, Whole
 from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.model.title_embedding import TitleEmbedding

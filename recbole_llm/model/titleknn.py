@@ -10,7 +10,8 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_llm.config.keys import Flag, Key
+from recbole_llm.config.keys import Key
+from recbole_llm.config.kinds import Flag
 from recbole_llm.config.model_spec import ModelSpec
 
 

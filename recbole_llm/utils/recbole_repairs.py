@@ -184,6 +184,13 @@ def model_module(module: ModuleType) -> None:
         popularity_counts(module)
 
 
+def model_class(model: type) -> None:
+    """`model_module` for the modules of a class and of its bases, where they are RecBole's."""
+    for base in model.__mro__:
+        if base.__module__.startswith("recbole.model."):
+            model_module(sys.modules[base.__module__])
+
+
 def popularity_counts(module: ModuleType) -> bool:
     """Let Pop count every interaction, and positive ones only.
 

@@ -24,9 +24,12 @@ from recbole.utils import InputType, ModelType, argument_list
 
 import recbole_llm.config.configurator as config_module
 from recbole_llm import registry
-from recbole_llm.config.configurator import Config, keys_read_by, parse_command_line, parse_value
+from recbole_llm.config.command_line import parse_command_line, parse_value
+from recbole_llm.config.configurator import Config
+from recbole_llm.config.device import SIZES
 from recbole_llm.config.keys import KEYS, RECBOLE_KEYS
 from recbole_llm.config.model_spec import ModelSpec
+from recbole_llm.config.recbole_defaults import keys_in_source
 from recbole_llm.utils import yaml_files
 from recbole_llm.utils.yaml_files import PROPERTIES, RECBOLE_PROPERTIES, load_yaml, properties_dir
 
@@ -436,8 +439,8 @@ def test_unknown_keys_of_files_and_dicts(tmp_path):
 
 
 def test_keys_that_only_the_model_reads_are_known():
-    assert "LABEL_FIELD" in keys_read_by(registry.get_model("DIN"))
-    assert "LABEL_FIELD" not in keys_read_by(registry.get_model("SASRec"))
+    assert "LABEL_FIELD" in keys_in_source(registry.get_model("DIN"))
+    assert "LABEL_FIELD" not in keys_in_source(registry.get_model("SASRec"))
     assert Config("SASRec", "ml-100k", cmd_line=["--hidden_size=8"])["hidden_size"] == 8
     assert Config("SASRecF", "ml-100k", cmd_line=["--selected_features=[class]"])["selected_features"] == [
         "class"
@@ -530,7 +533,7 @@ def test_few_shot_may_be_a_count_a_share_or_all(value):
         ),
         ({"id_retrieval": "semantic", "gate_scope": "user"}, "no state made from it is the user's alone"),
         ({"id_retrieval": "semantic", "semantic_vectors": "lens"}, "only the trained lens can choose"),
-        ({"lens_rows": "without_few_shot", "few_shot": None}, "no rows would be left for the lens"),
+        ({"lens_rows": "without_few_shot", "few_shot": None}, "no samples would be left for the lens"),
         ({"quantization": "4bit", "device": "cpu"}, "quantization='4bit' (config_dict) needs a CUDA device"),
         ({"dtype": "float16", "device": "cpu"}, "dtype='float16' (config_dict) needs a CUDA device"),
         ({"eval_args": {"mode": "full"}}, "set mode: labeled"),
@@ -760,4 +763,4 @@ def test_a_protocol_is_found_by_its_name():
 
 def test_auto_sizes_follow_the_device_and_the_user_wins():
     config = Config("LLaRA", "ml-100k", config_dict={"device": "cpu", "eval_rows": 50})
-    assert config["few_shot"] == config_module.SIZES["cpu"]["few_shot"] and config["eval_rows"] == 50
+    assert config["few_shot"] == SIZES["cpu"]["few_shot"] and config["eval_rows"] == 50

@@ -43,6 +43,13 @@ def test_recbole_models_learn_from_labels_exactly_where_their_loss_reads_them(na
     assert spec.negative_history == ("interaction[self.NEG_ITEM_SEQ]" in source(model_class))
 
 
+def test_scores_that_are_not_probabilities():
+    """ConvNCF reads the label's name and learns pairs; the others return the logit of what they learn."""
+    for name, learns_from in (("ConvNCF", "pairs"), ("MKR", "labels"), ("RippleNet", "labels")):
+        spec = spec_of(get_model(name))
+        assert not spec.probability and spec.learns_from == learns_from
+
+
 def test_every_exception_is_a_model_of_recbole():
     assert set(RECBOLE_EXCEPTIONS) <= set(recbole_models())
 

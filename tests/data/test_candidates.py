@@ -523,7 +523,7 @@ def test_the_trainer_of_recbole_evaluates_on_them(next_items, model_class):
     expected = by_hand(model.eval(), test, found)
     assert 0 < expected["hit@3"] < expected["hit@5"] < 1
     for eval_batch_size in (4096, 24, 5):
-        config["eval_batch_size"] = eval_batch_size
+        config = config.override(eval_batch_size=eval_batch_size)
         loader = CandidateDataLoader(config, test, found)
         result = Trainer(config, model).evaluate(loader, load_best_model=False)
         assert result == pytest.approx(expected, abs=1e-7)

@@ -233,7 +233,7 @@ def test_excluded_rows_are_not_trained_on(configure, train, valid, tmp_path, mon
     assert sorted(seen[0]) == sorted(set(row_ids) - set(excluded))
     assert lens.info["rows"]["train"] == len(train) - 30
     assert fit_lens(config, train, valid, cache_dir=tmp_path).identity != lens.identity
-    with pytest.raises(ValueError, match="exclude_rows: 1 of 2 are not training rows"):
+    with pytest.raises(ValueError, match="exclude_rows: 1 of 2 are not training samples"):
         outside = int(valid.inter_feat["row_id"][0])
         fit_lens(config, train, valid, cache_dir=tmp_path, exclude_rows=np.array([row_ids[0], outside]))
 
@@ -292,10 +292,10 @@ def test_wrong_keys_are_named(configure, train, valid, tmp_path, given: dict, me
 
 def test_one_class_is_an_error(configure, train, valid, tmp_path) -> None:
     negative = np.flatnonzero(train.inter_feat["label"].numpy() == 0)
-    with pytest.raises(ValueError, match=r"training rows have the labels \[0.0\]"):
+    with pytest.raises(ValueError, match=r"training samples have the labels \[0.0\]"):
         fit_lens(configure(), train.subset(negative), valid, cache_dir=tmp_path)
     rows = train.inter_feat["row_id"].numpy()
-    with pytest.raises(ValueError, match="the 0 training rows"):
+    with pytest.raises(ValueError, match="the 0 training samples"):
         fit_lens(configure(), train, valid, cache_dir=tmp_path, exclude_rows=rows)
 
 

@@ -23,8 +23,9 @@ from recbole_llm.lens import fit as fit_module
 from recbole_llm.lens.fit import fit_lens, lens_identity, without_rows
 from recbole_llm.lens.lens import Lens, LensError
 from recbole_llm.lens.next_item import NEXT_ITEM_WORKING
-from recbole_llm.lens.settings import build_model, lens_keys, lens_settings, random_state_kept
+from recbole_llm.lens.settings import build_model, lens_keys, lens_settings
 from recbole_llm.utils import recbole_repairs
+from recbole_llm.utils.random_state import random_state_kept
 
 ROWS = [0, 5, 50, 200]
 SASREC = {"hidden_size": 8, "inner_size": 16, "n_layers": 2, "n_heads": 2}
@@ -85,8 +86,7 @@ def make(next_item, train, name: str, **given):
 
 def test_it_is_recboles_model_trained_by_recboles_trainer(lens, next_item, rows, tmp_cwd) -> None:
     train, valid, _ = rows
-    settings = lens_settings(next_item(), train)
-    settings["checkpoint_dir"] = str(tmp_cwd)
+    settings = lens_settings(next_item(), train).override(checkpoint_dir=str(tmp_cwd))
     with random_state_kept(3), recbole_repairs.no_tensorboard():
         model = SASRec(settings, train)
         trainer = Trainer(settings, model)
@@ -190,8 +190,7 @@ def test_identity_is_of_task_data_configuration_and_seed(lens, next_item, rows, 
         identity(next_item(few_shot=7, num_negatives=4, learning_rate=0.01, eval_mode="full"))
         == lens.identity
     )
-    shorter, as_ctr = next_item(id_history_length=5), next_item()
-    as_ctr["task"] = "ctr"
+    shorter, as_ctr = next_item(id_history_length=5), next_item().override(task="ctr")
     different = {
         "seed": identity(next_item(seed=4)),
         "key": identity(next_item(lens_config={**SASREC, "hidden_dropout_prob": 0.4})),
@@ -286,11 +285,11 @@ def test_gru4rec_is_trained_cached_and_loaded(next_item, rows, tmp_path) -> None
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("DIN", "scores labelled rows, it cannot rank items"),
+        ("DIN", "scores labelled samples, it cannot rank items"),
         ("BERT4Rec", r"its forward returns \(2, 6, 64\)"),
         ("RepeatNet", "it has no item_embedding"),
         ("FPMC", "cannot be built from its defaults"),
-        ("TransRec", "cannot be run on rows of a history and one item .*neg_item_id"),
+        ("TransRec", "cannot be run on samples of a history and one item .*neg_item_id"),
         ("CORE", "predict and full_sort_predict give different scores"),
         ("LightGCN", "is not a sequential recommender"),
     ],
@@ -298,9 +297,8 @@ def test_gru4rec_is_trained_cached_and_loaded(next_item, rows, tmp_path) -> None
 def test_unsuitable_models_are_refused_before_training(
     next_item, rows, tmp_path, no_training, name: str, reason: str
 ) -> None:
-    config = next_item(lens_config={})
-    config["lens"] = name  # past the check of the configuration
-    config["lens_config"] = None
+    # Past the check of the configuration.
+    config = next_item(lens_config={}).override(lens=name, lens_config=None)
     with pytest.raises(ValueError, match=rf"lens {name}.*{reason}.*Known to work: SASRec, GRU4Rec"):
         fit_lens(config, rows[0], rows[1], cache_dir=tmp_path)
 
@@ -329,10 +327,10 @@ def test_every_task_has_its_own_defaults() -> None:
 
 def test_too_few_rows_or_items_are_an_error(next_item, rows, tmp_path, monkeypatch) -> None:
     train, valid, _ = rows
-    with pytest.raises(ValueError, match="no validation rows"):
+    with pytest.raises(ValueError, match="no validation samples"):
         fit_lens(next_item(), train, valid.subset(np.arange(0)), cache_dir=tmp_path)
     row_ids = train.inter_feat["row_id"].numpy()
-    with pytest.raises(ValueError, match="no training rows"):
+    with pytest.raises(ValueError, match="no training samples"):
         fit_lens(next_item(), train, valid, cache_dir=tmp_path, exclude_rows=row_ids)
     monkeypatch.setattr(NextItemDataset, "item_num", property(lambda self: 10))
     with pytest.raises(ValueError, match="has 9 items.*at least 10 items"):
@@ -344,7 +342,7 @@ def test_a_history_chosen_by_the_target_is_refused(next_item, tmp_path, no_train
     train, valid, _ = NextItemDataset(config).build()
     vectors = np.random.default_rng(0).normal(size=(train.item_num, 4))
     train.set_id_retriever(SemanticRetriever(train.history, 6, vectors))
-    config["id_retrieval"] = "semantic"  # past the check of the configuration
+    config = config.override(id_retrieval="semantic")  # past the check of the configuration
     with pytest.raises(ValueError, match="id_retrieval: semantic chooses the history by the target"):
         fit_lens(config, train, valid, cache_dir=tmp_path)
 

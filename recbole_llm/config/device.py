@@ -1,0 +1,103 @@
+"""The device of a run, and the sizes that depend on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SIZES = {
+    "cpu": {"few_shot": 128, "eval_rows": 200},
+    "cuda": {"few_shot": 8192, "eval_rows": None},
+}
+"""What ``auto`` stands for by the kind of device; chosen by run time alone."""
+
+
+def choose_device(wanted: str, user: Mapping[str, Any], said: Callable[[str], str]) -> torch.device:
+    """The device of the key ``device``; where it is ``auto``, RecBole's ``use_gpu: False`` and ``gpu_id`` decide.
+
+    Args:
+        wanted: the value of ``device``.
+        user: what the user set.
+        said: ``key=value (origin)`` of a key, for messages.
+
+    Raises:
+        ValueError: for a device that does not exist, or settings that contradict each other.
+    """
+    gpu_id = user.get("gpu_id", 0)
+    gpu_id = str(gpu_id[0] if isinstance(gpu_id, (tuple, list)) and gpu_id else gpu_id).split(",")[0].strip()
+    off = [
+        said(key)
+        for key, is_off in (
+            ("use_gpu", user.get("use_gpu") is False),
+            ("gpu_id", "gpu_id" in user and (user["gpu_id"] is None or gpu_id in ("", "()", "[]", "-1"))),
+        )
+        if is_off
+    ]
+    if off:
+        if wanted.startswith("cuda"):
+            raise ValueError(f"{said('device')} contradicts {off[0]}: leave one of them out")
+        logger.info("device: cpu, because of %s", off[0])
+        return torch.device("cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        if wanted == "auto":
+            logger.info("device: cpu (torch %s sees no CUDA device)", torch.__version__)
+            return torch.device("cpu")
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU-only build"
+        raise ValueError(
+            f"{said('device')}: torch {torch.__version__}, {build}, sees no CUDA device "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); use --device=cpu"
+        )
+    key = "device"
+    if wanted == "auto" and "gpu_id" in user:
+        key, wanted = "gpu_id", f"cuda:{gpu_id}"
+    if wanted in ("auto", "cuda"):
+        return torch.device("cuda")
+    index = wanted.removeprefix("cuda:")
+    if not index.isdigit() or int(index) >= count:
+        seen = ", ".join(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count))
+        raise ValueError(f"{said(key)}: no such device; torch sees {seen}")
+    device = torch.device("cuda", int(index))
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_process_group(final: dict[str, Any]) -> None:
+    """Become one process of several, as RecBole's ``run(..., nproc=N)`` starts them: rank r takes cuda:r.
+
+    Raises:
+        ValueError: if this rank has no device.
+    """
+    rank = final["local_rank"]
+    if not torch.cuda.is_available() or rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {rank} of nproc={final['nproc']} needs the device cuda:{rank}; torch sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    torch.distributed.init_process_group(
+        backend="nccl",
+        rank=rank + final["offset"],
+        world_size=final["world_size"],
+        init_method=f"tcp://{final['ip']}:{final['port']}",
+    )
+    torch.cuda.set_device(rank)
+    final.update(device=torch.device("cuda", rank), single_spec=False)
+    if rank != 0:
+        final.update(state="error", show_progress=False, verbose=False)
+
+
+def resolve_auto_sizes(final: dict[str, Any]) -> None:
+    """Replace ``auto`` of :data:`SIZES` by the size for the device, in place."""
+    kind = "cuda" if final["device"].type == "cuda" else "cpu"
+    for key, value in SIZES[kind].items():
+        if final.get(key) == "auto":
+            final[key] = value
+            logger.info("%s: %s (auto, on %s)", key, value or "all", final["device"].type)
