@@ -284,7 +284,7 @@ def _serve(argv: Sequence[str]) -> int:
         server = importlib.import_module("recbole_llm.serving.server")  # the one module that needs the extra
     except ImportError as error:
         raise ValueError(str(error)) from error
-    token = None
+    listening, token = server.listen(args.host, args.port), None
     if not args.no_token:
         token = args.token or os.environ.get("RECBOLE_LLM_TOKEN")
         if not token:
@@ -297,7 +297,7 @@ def _serve(argv: Sequence[str]) -> int:
         users_kept=args.max_users_kept,
         batch=args.batch,
     )
-    server.serve(_load(args), host=args.host, port=args.port, token=token, limits=limits)
+    server.serve(_load(args), listening, token=token, limits=limits)
     return 0
 
 

@@ -32,7 +32,10 @@ def explain(run: ServedRun, table: pd.DataFrame) -> pd.DataFrame:
     with no_candidates_listed(run.parts):
         found["prompt"] = [run.parts.prompts.text(samples, i) for i in range(len(samples))]
     if run.lens is not None:
-        found["lens_score"] = run.lens_scores(users, items)
+        scores = run.lens_scores(users, items)
+        found["lens_score"] = [
+            None if i >= run.new.n_items else float(x) for i, x in zip(items, scores, strict=True)
+        ]
     gates = run.gate(users, items)
     if gates is not None:
         found["gate"] = [np.round(gate, 4).tolist() for gate in gates]

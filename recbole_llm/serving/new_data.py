@@ -45,6 +45,8 @@ class NewData:
         user_field, item_field: names of the fields of ids.
         scores_new_users, scores_new_items: whether the model can score them.
         interactions: how many were appended.
+        guarded: whether lenses are kept from ids that were appended.
+        retrievers: those that are kept from items that were appended.
     """
 
     n_users: int
@@ -54,6 +56,7 @@ class NewData:
     scores_new_users: bool = False
     scores_new_items: bool = False
     interactions: int = 0
+    guarded: bool = False
     retrievers: list[KnownItemsRetriever] = field(default_factory=list)
 
     @classmethod
@@ -358,7 +361,8 @@ def _adapt_model(parts: Assembly, new: NewData) -> None:
     """Keep ids that were appended from what has trained tables; once, and again for retrievers after each append."""
     dataset = parts.dataset
     new.scores_new_users, new.scores_new_items = _can_score(parts)
-    if not new.interactions and isinstance(parts, LLMAssembly):
+    if not new.guarded and isinstance(parts, LLMAssembly):
+        new.guarded = True
         for lens in {id(part): part for part in (parts.lens, parts.model.lens) if part is not None}.values():
             _guard(lens, new)
     for retriever in new.retrievers:
@@ -383,7 +387,9 @@ def _can_score(parts: Assembly) -> tuple[bool, bool]:
         return model.type.name == "SEQUENTIAL" and not named, False
     lens = model.lens
     users = (
-        lens is None or isinstance(lens.model, LensDIN) or lens.model.USER_ID not in lens.model.input_fields
+        lens is None
+        or isinstance(lens.model, LensDIN)
+        or lens.model.USER_ID not in getattr(lens.model, "input_fields", [lens.model.USER_ID])
     )
     if isinstance(model, TitleRanker):
         return users, not model.slots

@@ -125,11 +125,13 @@ def choose(
         items = np.setdiff1d(items, run.seen(user))
     retrieve = run.default_retrieved if retrieve is None else retrieve
     rest: list[tuple[int, float]] = []
-    if retrieve and run.lens is not None and len(items) > retrieve:
-        lens = run.lens_scores(np.full(len(items), user), items)
-        order = np.lexsort((items, -lens))
-        rest = [(int(items[i]), float(lens[i])) for i in order[retrieve : max(top, retrieve)]]
-        items = np.sort(items[order[:retrieve]])
+    new = items[items >= run.new.n_items]  # of which the lens knows nothing: the model scores them
+    known = items[items < run.new.n_items]
+    if retrieve and run.lens is not None and len(known) > retrieve:
+        lens = run.lens_scores(np.full(len(known), user), known)
+        order = np.lexsort((known, -lens))
+        rest = [(int(known[i]), float(lens[i])) for i in order[retrieve : max(top, retrieve)]]
+        items = np.sort(np.concatenate([known[order[:retrieve]], new]))
     elif len(items) > 10 * top and run.config.spec.is_llm and run.config["task"] == "ctr":
         logger.info("%d prompts for one user; retrieve or candidates would need fewer", len(items))
     listed = run.lists_candidates and 0 < len(items) <= run.config["num_negatives"] + 1

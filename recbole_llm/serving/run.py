@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -146,15 +147,15 @@ class ServedRun:
 
     def titles(self, items: Sequence[int] | np.ndarray) -> list[str]:
         """Titles by internal id, with the year; '' where the data has none."""
-        if not isinstance(self.dataset, HistoryDataset):
+        text = None
+        if isinstance(self.dataset, HistoryDataset):
+            # Only prompts cannot do without titles.
+            with contextlib.nullcontext() if self.config.spec.is_llm else contextlib.suppress(ValueError):
+                text = self.dataset.item_text()
+        if text is None or not text.titled:
             return ["" for _ in items]
-        text = self.dataset.item_text()
-        if not text.titled:
-            return ["" for _ in items]
-        return [
-            f"{text.titles[i]} ({text.years[i]})" if text.years[i] else text.titles[i]
-            for i in map(int, items)
-        ]
+        pairs = [(text.titles[i], text.years[i]) for i in map(int, items)]
+        return [f"{title} ({year})" if year else title for title, year in pairs]
 
     def seen(self, user: int) -> np.ndarray:
         """Items that a user has in the data, internal ids."""

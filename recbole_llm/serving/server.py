@@ -421,17 +421,8 @@ class BodyLimit:
         await self.app(scope, again, send)
 
 
-def serve(
-    run: ServedRun, *, host: str, port: int, token: str | None, limits: Limits, grace: int = 60
-) -> None:
-    """Answer until SIGTERM or Ctrl-C, then finish what was accepted.
-
-    Args:
-        run: a loaded run.
-        host, port: where to listen; port 0 takes a free one.
-        token: see :func:`create_app`.
-        limits: see :class:`Limits`.
-        grace: seconds that accepted requests have at the end.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; port 0 takes a free one.
 
     Raises:
         OSError: if the port is in use.
@@ -443,8 +434,23 @@ def serve(
     except OSError as error:
         listening.close()
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; name another --port") from error
-    port = listening.getsockname()[1]
-    where = f"http://{host}:{port}"
+    return listening
+
+
+def serve(
+    run: ServedRun, listening: socket.socket, *, token: str | None, limits: Limits, grace: int = 60
+) -> None:
+    """Answer until SIGTERM or Ctrl-C, then finish what was accepted.
+
+    Args:
+        run: a loaded run.
+        listening: of :func:`listen`.
+        token: see :func:`create_app`.
+        limits: see :class:`Limits`.
+        grace: seconds that accepted requests have at the end.
+    """
+    host, port = listening.getsockname()[:2]
+    where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"serving {run.config['model']} on {where} (documentation: {where}/docs)", flush=True)
     config = uvicorn.Config(
         create_app(run, token=token, limits=limits), log_level="warning", timeout_graceful_shutdown=grace
