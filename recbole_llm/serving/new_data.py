@@ -223,7 +223,7 @@ def append(
         for name, column in ((dataset.uid_field, "user"), (dataset.iid_field, "item")):
             _extend_vocabulary(dataset, name, table[column])
         if dataset.item_num > before[dataset.iid_field]:
-            _refresh_titles(parts)
+            _refresh_titles(parts, before[dataset.iid_field])
     except ValueError:
         for name, size in before.items():
             _shrink_vocabulary(dataset, name, size)
@@ -273,19 +273,19 @@ def _datasets(parts: Assembly) -> Iterator[HistoryDataset]:
     yield from seen.values()
 
 
-def _refresh_titles(parts: Assembly) -> None:
-    """Read the titles again, and let prompts use them."""
+def _refresh_titles(parts: Assembly, size: int) -> None:
+    """Read the titles again, and let prompts use them; items from ``size`` on are new."""
     dataset = parts.dataset
     for key in [key for key in dataset._shared if str(key).startswith("item_text")]:
         del dataset._shared[key]
     if isinstance(parts, LLMAssembly):
         prompts = parts.prompts
         titles = dataset.item_text(obfuscate=prompts.config["obfuscate_titles"])
-        untitled = [i for i in range(1, dataset.item_num) if not titles.titles[i]]
-        if untitled:
+        untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
+        if untitled and dataset.text_settings.missing_title == "error" and titles.titled:
             names = ", ".join(str(dataset.id2token(dataset.iid_field, i)) for i in untitled[:10])
             raise ValueError(
-                f"no titles of the new items {names}; give an .item file that has them (--items)"
+                f"the new items {names} have no titles; give an .item file that has them (--items)"
             )
         prompts._items = titles
         prompts._pieces.clear()
@@ -374,7 +374,8 @@ def _adapt_model(parts: Assembly, new: NewData) -> None:
     if isinstance(parts, LLMAssembly):
         shown = parts.prompts.retriever
         chosen = shown.retriever if isinstance(shown, ShuffledRetriever) else shown
-        if not isinstance(chosen, RecentRetriever):
+        # Slots want the lens's vectors of all items that are shown, similarity those of the language model.
+        if parts.model.slots or not isinstance(chosen, RecentRetriever):
             new.retrievers.append(KnownItemsRetriever(shown, dataset.history, new.n_items))
             parts.prompts.retriever = new.retrievers[-1]
 

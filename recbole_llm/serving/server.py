@@ -30,7 +30,14 @@ try:
     import uvicorn
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+    from prometheus_client import (
+        CONTENT_TYPE_LATEST,
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        generate_latest,
+    )
     from pydantic import BaseModel, ConfigDict, Field
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(f"recbole-llm serve needs {error.name}: pip install 'recbole_llm[serve]'") from error
@@ -244,6 +251,9 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
     registry = CollectorRegistry()
     requests = Counter("recbole_llm_requests", "Requests", ["path", "status"], registry=registry)
     seconds = Histogram("recbole_llm_request_seconds", "Time to answer", ["path"], registry=registry)
+    waiting = Gauge(
+        "recbole_llm_in_progress", "Requests that are being answered", ["path"], registry=registry
+    )
     sizes = Histogram(
         "recbole_llm_batch_pairs",
         "Pairs per call of the model",
@@ -276,7 +286,7 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
     async def measured(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         known = {"/score", "/recommend", "/interactions", "/health", "/metrics"}
         path = request.url.path if request.url.path in known else "other"
-        with seconds.labels(path).time():
+        with seconds.labels(path).time(), waiting.labels(path).track_inprogress():
             response = await call_next(request)
         requests.labels(path, str(response.status_code)).inc()
         return response

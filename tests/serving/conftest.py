@@ -17,8 +17,13 @@ LLM = {"few_shot": 16, "train_batch_size": 8, "learning_rate": 0.05}
 RUNS = {
     "RecLoRA": ("RecLoRA", {**LLM, "lens_config": LENS}),
     "RecLoRA user": ("RecLoRA", {**LLM, "lens_config": LENS, "gate_scope": "user"}),
+    "RecLoRA expert": (
+        "RecLoRA",
+        {**LLM, "lens_config": LENS, "gate_scope": "user", "mixer": "expert", "num_experts": 4},
+    ),
     "TALLRec": ("TALLRec", {**LLM, "lens": None, "lens_config": None}),
-    "TALLRec other seed": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "seed": 7}),
+    "TALLRec again": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "learning_rate": 0.02}),
+    "TALLRec other base": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "seed": 7}),
     "TALLRec v only": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "target_modules": ["v_proj"]}),
     "iLoRA": (
         "iLoRA",

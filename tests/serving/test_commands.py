@@ -59,7 +59,7 @@ def test_export_and_merge_print_where_and_how_to_start_an_engine(finished, tmp_c
     )
     out = capsys.readouterr().out
     assert "user-4: " in out and "vllm serve" in out and "sglang.launch_server" in out
-    runs = [str(finished("TALLRec")), str(finished("TALLRec other seed"))]
+    runs = [str(finished("TALLRec")), str(finished("TALLRec again"))]
     assert main(["merge", *runs, "--method=svd", "--output=merged"]) == 0
     assert "method svd, rank 8" in capsys.readouterr().out
     assert (tmp_cwd / "merged" / "adapter_model.safetensors").is_file()

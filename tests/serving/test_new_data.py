@@ -36,8 +36,7 @@ def write(path: Path, rows, header: str = HEADER) -> Path:
 
 def from_scratch(run: ServedRun, tmp_path: Path, rows) -> ServedRun:
     """The run's weights on data that was prepared with the later interactions in its file."""
-    old = Path(run.config["data_path"]) / "toy"
-    shutil.copytree(old, tmp_path / "again" / "toy")
+    shutil.copytree(run.dataset.dataset_path, tmp_path / "again" / "toy")
     with (tmp_path / "again" / "toy" / "toy.inter").open("a") as file:
         file.writelines("\t".join(map(str, row)) + "\n" for row in rows)
     saved = json.loads((run.folder / "config.json").read_text())
@@ -49,6 +48,8 @@ def from_scratch(run: ServedRun, tmp_path: Path, rows) -> ServedRun:
             saved_lens = next(run.folder.rglob("lens.json")).parent
             lens = Lens.load(saved_lens, config, parts.full_train, gate_scope=run.lens.gate_scope)
             parts.lens.model.load_state_dict(lens.model.state_dict())
+            if parts.model.slots:
+                parts.model.item_vectors.copy_(lens.item_vectors())
         parts.model.load_trained_state(tensors)
     else:
         EpochTraining.load_best(parts.model, tensors)
