@@ -10,6 +10,7 @@ from pathlib import Path
 
 from recbole_llm.comparison import plan as compare
 from recbole_llm.comparison.report import terminal_table
+from recbole_llm.config.command_line import split_models
 from recbole_llm.experiment.table import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
 from recbole_llm.serving.commands import COMMANDS, run_command
@@ -42,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         "--report", metavar="FOLDER", help="run nothing: write the report of a comparison's folder again"
     )
     known, rest = parser.parse_known_args(argv)
-    models, files = compare.split_models(known.model), known.config_files.split() or None
+    files = known.config_files.split() or None
 
     def run() -> int:
+        models = split_models(known.model)
         if known.report:
             result = compare.report(Path(known.report))
         elif len(models) > 1 or compare.is_comparison(files, rest):

@@ -22,8 +22,7 @@ from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_
 from recbole_llm.comparison.controls import control_models
 from recbole_llm.comparison.report import write_report
 from recbole_llm.comparison.workers import side_by_side
-from recbole_llm.config.command_line import parse_model, slug
-from recbole_llm.config.command_line import split_models as split_models
+from recbole_llm.config.command_line import parse_model, slug, split_models  # noqa: F401 - others import it from here
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.keys import KEYS, RUN_ONLY_KEYS, SHARED_KEYS, VOLATILE_KEYS, keys_not_passed_to
 from recbole_llm.config.model_spec import spec_of

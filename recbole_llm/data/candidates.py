@@ -29,7 +29,8 @@ from recbole.data.dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.dataset import HISTORY_END
+from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import write_atomically
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText, TextSettings, read_atomic, read_header
 from recbole_llm.data.retriever import RecentRetriever, Retriever
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 try:
     import resource

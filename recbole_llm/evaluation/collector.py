@@ -14,7 +14,7 @@ import torch
 from recbole.evaluator.collector import Collector, DataStruct
 
 from recbole_llm.evaluation.ranking import target_ranks
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 
 class RowCollector(Collector):

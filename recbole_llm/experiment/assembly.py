@@ -24,7 +24,7 @@ from recbole_llm.utils.files import locked, write_atomically, write_json
 from recbole_llm.utils.run_files import CONFIG_FILE
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Assembly:
     """The data, the model and RecBole's loaders of one run.
 
@@ -53,6 +53,10 @@ class Assembly:
     identities: dict[str, str]
     ingredients: Ingredients
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        model, dataset = self.config["model"], self.config["dataset"]
+        return f"{type(self).__name__}({model} on {dataset}: {len(self.train)} / {len(self.valid)} / {len(self.test)})"
 
     def configuration(self) -> dict[str, Any]:
         """The configuration as it is kept: every default resolved, the data's folder as an absolute path."""

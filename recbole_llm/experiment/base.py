@@ -16,8 +16,9 @@ from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.result import Cost, Evaluation, build_result
+from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import write_atomically
-from recbole_llm.utils.run_files import ROW_ID, VALID_ROWS_FILE
+from recbole_llm.utils.run_files import VALID_ROWS_FILE
 from recbole_llm.utils.timing import stage
 
 logger = logging.getLogger(__name__)

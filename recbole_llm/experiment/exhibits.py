@@ -10,7 +10,7 @@ from recbole.utils import FeatureType
 
 from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.experiment.llm_assembly import LLMAssembly
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 
 MOST_USERS = 200
 """More points cannot be told apart in a map, and their numbers would fill the result."""

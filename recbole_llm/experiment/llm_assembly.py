@@ -44,11 +44,11 @@ from recbole_llm.lens.fit import fit_lens
 from recbole_llm.lens.lens import Lens
 from recbole_llm.model.base import LLMRecommender
 from recbole_llm.trainer.warm_start import SHAPE, read_plain_lora
-from recbole_llm.utils.run_files import ROW_ID
+from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.timing import stage
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class LLMAssembly(Assembly):
     """The parts of an LLM recommender's run.
 

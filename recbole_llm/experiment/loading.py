@@ -21,7 +21,8 @@ from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.experiment.run import experiment_class
 from recbole_llm.experiment.run_folder import read_configuration
 from recbole_llm.trainer.checkpoint import CheckpointError
-from recbole_llm.utils.run_files import BEST_FILE, CONFIG_FILE, ROW_ID
+from recbole_llm.utils.fields import ROW_ID
+from recbole_llm.utils.run_files import BEST_FILE, CONFIG_FILE
 
 PAIRS = 256
 """Pairs per call where a model without ``full_sort_predict`` scores all items."""

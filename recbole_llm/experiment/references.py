@@ -24,8 +24,8 @@ from recbole_llm.evaluation.ranking import target_ranks
 from recbole_llm.experiment.assembly import cache_folder
 from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.trainer.score_cache import KeptScores
+from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import locked, write_atomically
-from recbole_llm.utils.run_files import ROW_ID
 from recbole_llm.utils.timing import stage
 
 logger = logging.getLogger(__name__)

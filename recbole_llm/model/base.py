@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from recbole_llm.adapter.personalized import attach_adapter
 from recbole_llm.config.settings import ModelSettings, adapter_config
-from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
+from recbole_llm.utils.fields import ROW_ID
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.loader import Backbone

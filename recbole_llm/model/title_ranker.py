@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from recbole_llm.backbone.answers import pad_right
 from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
 from recbole_llm.config.model_spec import ModelSpec
-from recbole_llm.data.dataset import ROW_ID
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.curriculum import is_hybrid
 from recbole_llm.model.slots import build_projector, fill_slots, mean_embedding
+from recbole_llm.utils.fields import ROW_ID
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.loader import Backbone

@@ -1,9 +1,6 @@
-"""Names that several rooms share: the files of a run's folder, and the field that numbers samples."""
+"""Names of the files in a run's folder."""
 
 from __future__ import annotations
-
-ROW_ID = "row_id"
-"""The field of a sample's number: its rank among all interactions in exact time order."""
 
 CONFIG_FILE = "config.json"
 """The configuration of a run, written before it is trained."""

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recbole_llm import cli
 from recbole_llm.comparison.plan import make_plan
 from recbole_llm.config.command_line import parse_model, slug, split_models
 from recbole_llm.config.configurator import Config
@@ -39,6 +40,11 @@ def test_what_is_not_closed_is_refused(text):
     for parse in (split_models, parse_model):
         with pytest.raises(ValueError, match="brackets and quotes must be closed"):
             parse(text)
+
+
+def test_the_command_says_so_in_one_line(capsys):
+    assert cli.main(["--model=RecLoRA target_modules=[q_proj"]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot read 'RecLoRA target_modules=[q_proj'")
 
 
 def test_a_single_run_and_a_comparison_read_the_same_changes(tmp_path):

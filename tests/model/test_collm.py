@@ -167,7 +167,7 @@ def test_the_users_slot_has_not_seen_the_target(parts_of):
 
 def test_dry_run_shows_three_hybrid_prompts(ctr):
     text = run_recbole_llm("CoLLM", "toy", config_dict={**ctr, "dry_run": True})["dry_run"]
-    assert text.count("--- prompt of few_shot row") == 3
+    assert text.count("--- prompt of few_shot sample") == 3
     assert text.count("[user vector]\n") == text.count("[item vector]\n") == 3
 
 

@@ -115,16 +115,16 @@ def test_a_resumed_run_ends_as_an_unbroken_one(ctr, broken_and_resumed, rows_of)
 
 def test_dry_run_shows_three_prompts_with_their_scores(ctr):
     text = run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "dry_run": True})["dry_run"]
-    assert text.count("--- prompt of few_shot row") == len(SAID.findall(text)) == 3
+    assert text.count("--- prompt of few_shot sample") == len(SAID.findall(text)) == 3
 
 
 def test_without_a_lens_there_is_nothing_to_say(ctr):
-    with pytest.raises(ValueError, match="prompt: movie_ctr_lens says the score of a lens, but lens is ~"):
+    with pytest.raises(ValueError, match="prompt: movie_ctr_lens states the lens's score, but lens is ~"):
         run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "lens": None, "lens_config": None})
 
 
 def test_a_prompt_without_the_score_would_be_another_model(ctr):
-    with pytest.raises(ValueError, match="prompt: movie_ctr does not say the lens's score"):
+    with pytest.raises(ValueError, match="prompt: movie_ctr does not state the lens's score"):
         run_recbole_llm("LensPrompt", "toy", config_dict={**ctr, "prompt": "movie_ctr"})
 
 

@@ -95,8 +95,8 @@ def test_a_resumed_run_ends_as_an_unbroken_one(ctr, broken_and_resumed, rows_of)
 
 def test_dry_run_shows_three_prompts_and_the_rows_of_an_epoch(ctr):
     text = run_recbole_llm("ReLLa", "toy", config_dict={**ctr, "dry_run": True})["dry_run"]
-    assert text.count("--- prompt of few_shot row") == 3
-    assert "an epoch: 48 rows (each of few_shot with its recent and its retrieved history) in 6 " in text
+    assert text.count("--- prompt of few_shot sample") == 3
+    assert "an epoch: 48 samples (each of few_shot with its recent and its retrieved history) in 6 " in text
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_run_whose_source_has_changed_is_not_resumed(ctr, broken_and_resumed, 
 def test_dry_run_shows_three_prompts(ctr, source):
     options = {**ctr, "dry_run": True, "lora_from": str(source)}
     text = run_recbole_llm("ReLLaX", "toy", config_dict=options)["dry_run"]
-    assert text.count("--- prompt of few_shot row") == 3
+    assert text.count("--- prompt of few_shot sample") == 3
     assert "mixer dense" in text and "trained parameters gate" in text
 
 
@@ -157,7 +157,7 @@ def test_a_source_that_does_not_fit_gets_one_clear_error(spoil, options, message
 
 def test_a_source_tuned_on_another_split_is_reported(parts_of, source, caplog):
     parts_of("ReLLaX", lora_from=str(source))
-    assert not [record for record in caplog.records if "rows that are tested here" in record.message]
+    assert not [record for record in caplog.records if "samples that are tested here" in record.message]
     other = {"split": {"RS": [0.7, 0.1, 0.2]}, "order": "TO", "group_by": None}
     parts_of("ReLLaX", lora_from=str(source), eval_args={**other, "mode": "labeled"})
-    assert [record for record in caplog.records if "rows that are tested here" in record.message]
+    assert [record for record in caplog.records if "samples that are tested here" in record.message]

@@ -31,7 +31,7 @@ import numpy as np
 from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
-from recbole_llm.data.dataset import HISTORY_END, ROW_ID
+from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.prompts.lines import (
     ITEM_PLACEHOLDERS,
     EncodedPrompts,
@@ -41,6 +41,7 @@ from recbole_llm.data.prompts.lines import (
     tokenize_inert,
 )
 from recbole_llm.data.retriever import Retriever, SemanticRetriever
+from recbole_llm.utils.fields import ROW_ID
 
 if TYPE_CHECKING:
     from recbole_llm.data.dataset import HistoryDataset
