@@ -75,7 +75,9 @@ def test_appending_equals_preparing_from_scratch(name, served, tmp_path):
     np.testing.assert_array_equal(after["score"], expected["score"])
     assert after["prompt"].tolist() == expected["prompt"].tolist()
     assert after["history"].tolist() == expected["history"].tolist() == [27, 27, 25, 27]
-    assert after["score"][2] == before[2] and (after["score"][[0, 1, 3]] != before[[0, 1, 3]]).any()
+    # User 1 has nothing new; sharing a batch with others moves float32 sums a little.
+    assert abs(after["score"][2] - before[2]) < 1e-6
+    assert np.abs(after["score"] - before)[[0, 1, 3]].max() > 1e-5
     own, other = recommend(run, ["4", "2"], top=3), recommend(scratch, ["4", "2"], top=3)
     pd.testing.assert_frame_equal(own, other)
 
