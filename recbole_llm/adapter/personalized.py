@@ -335,10 +335,10 @@ class PersonalizedAdapter:
         Args:
             weights: one row of :meth:`gate_weights` by projection, ``[1, ...]``; not needed with mixer ``identity``.
         """
-        pairs = {}
+        pairs, gates = {}, weights or {}
         for name, layer in self._layers.items():
             a, b = layer.lora_A[_NAME].weight.detach(), layer.lora_B[_NAME].weight.detach()
-            pairs[name] = (a, b) if self.config.mixer == "identity" else layer.mixer.fold(a, b, weights[name])
+            pairs[name] = (a, b) if self.config.mixer == "identity" else layer.mixer.fold(a, b, gates[name])
         return pairs
 
 

@@ -63,7 +63,9 @@ class Assembly:
         resolved = {**self.config.as_dict(), "data_path": str(Path(self.config["data_path"]).resolve())}
         if is_default_count(self.config, "few_shot") and self.sizes.get("train"):
             # Read back, it counts as asked for: more samples than there are would be refused.
-            resolved["few_shot"] = self.sizes.get("few_shot") or min(self.config["few_shot"], self.sizes["train"])
+            resolved["few_shot"] = self.sizes.get("few_shot") or min(
+                self.config["few_shot"], self.sizes["train"]
+            )
         return resolved
 
 

@@ -89,7 +89,9 @@ def answer_pairs(parts: Assembly) -> None:
                 scores = full_sort_predict(complete(parts, interaction), **options)
             scores = scores.view(len(interaction), -1).clone()
         else:
-            scores = torch.stack([of_catalogue(interaction[i : i + 1].cpu()) for i in range(len(interaction))])
+            scores = torch.stack(
+                [of_catalogue(interaction[i : i + 1].cpu()) for i in range(len(interaction))]
+            )
         scores[:, 0] = -torch.inf
         return scores
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pandas as pd
 
+from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.experiment.loading import no_candidates_listed
 from recbole_llm.serving.run import ServedRun
 
@@ -28,9 +31,9 @@ def explain(run: ServedRun, table: pd.DataFrame) -> pd.DataFrame:
     found["history"] = [_history(run, int(user)) for user in users]
     if not run.config.spec.is_llm or not len(table):
         return found
-    samples = run.samples(users, items)
+    samples, prompts = run.samples(users, items), cast(LLMAssembly, run.parts).prompts
     with no_candidates_listed(run.parts):
-        found["prompt"] = [run.parts.prompts.text(samples, i) for i in range(len(samples))]
+        found["prompt"] = [prompts.text(samples, i) for i in range(len(samples))]
     if run.lens is not None:
         scores = run.lens_scores(users, items)
         found["lens_score"] = [

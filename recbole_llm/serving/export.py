@@ -189,7 +189,7 @@ def check_exportable(run: ServedRun, item: object | None = None) -> None:
 
 def base_name(run: ServedRun) -> str:
     """Name or path of the base model."""
-    return run.parts.backbone.name
+    return run.backbone.name
 
 
 def _users(run: ServedRun, users: Iterable[object] | None) -> tuple[np.ndarray, list[str]]:
@@ -231,7 +231,7 @@ def _gates(
     gates = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if clusters is None and not mean:
         return [f"user-{token}" for token in run.tokens(run.dataset.uid_field, users)], gates, None
-    if mean:
+    if clusters is None:
         return (
             ["mean"],
             {n: g.mean(dim=0, keepdim=True) for n, g in gates.items()},
@@ -252,7 +252,7 @@ def lora_of(run: ServedRun, gates: dict[str, Tensor] | None, rank: int | None, n
     """The plain LoRA of fixed gates, padded with zeros to ``rank``."""
     adapter = run.model.adapter
     lora = PlainLora(
-        adapter.plain_pairs(gates), adapter.config.scale, run.parts.backbone.sha256, f"{name} of {run.folder}"
+        adapter.plain_pairs(gates), adapter.config.scale, run.backbone.sha256, f"{name} of {run.folder}"
     )
     return lora if rank is None else padded(lora, rank)
 
@@ -260,9 +260,15 @@ def lora_of(run: ServedRun, gates: dict[str, Tensor] | None, rank: int | None, n
 def write_adapter(run: ServedRun, lora: PlainLora, folder: Path, **more: object) -> None:
     """Write a PEFT folder, and beside PEFT's files what the adapter was made of."""
     config = run.model.adapter.config
-    write_plain_lora(lora.pairs, plain_config(config, lora), folder, base_name(run))
+    write_plain_lora(
+        lora.pairs,
+        plain_config(config, lora),
+        folder,
+        base_model_name=base_name(run),
+        fan_in_fan_out=run.model.adapter.fan_in_fan_out,
+    )
     facts = {
-        "base_model": {"name": base_name(run), "sha256": run.parts.backbone.sha256},
+        "base_model": {"name": base_name(run), "sha256": run.backbone.sha256},
         "run": run.folder.name,
         "model": run.config["model"],
         "prompt": run.config["prompt"],
@@ -274,8 +280,15 @@ def write_adapter(run: ServedRun, lora: PlainLora, folder: Path, **more: object)
 
 def plain_config(config: AdapterConfig, lora: PlainLora) -> AdapterConfig:
     """The settings of a plain LoRA of this rank and scale on the same projections."""
-    plain = {"mixer": "identity", "gate": "uniform", "top_k": None, "num_experts": 1}
-    return replace(config, **plain, r=lora.rank, lora_alpha=lora.scale * lora.rank)
+    return replace(
+        config,
+        mixer="identity",
+        gate="uniform",
+        top_k=None,
+        num_experts=1,
+        r=lora.rank,
+        lora_alpha=lora.scale * lora.rank,
+    )
 
 
 # ---------------------------------------------------------------------- many users
@@ -298,10 +311,11 @@ def _write_shards(
         save_file(tensors, folder / SHARD.format(number))
     config = run.model.adapter.config
     index = {
-        "base_model": {"name": base_name(run), "sha256": run.parts.backbone.sha256},
+        "base_model": {"name": base_name(run), "sha256": run.backbone.sha256},
         "rank": rank,
         "scale": config.scale,
         "target_modules": list(config.target_modules),
+        "fan_in_fan_out": run.model.adapter.fan_in_fan_out,
         "adapters": where,
     }
     write_json(folder / INDEX, index)
@@ -338,7 +352,13 @@ def unpack(index: str | Path, name: str, folder: str | Path) -> None:
         target_modules=content["target_modules"],
     )
     loras = {projection: (a, b) for projection, (a, b) in pairs.items()}
-    write_plain_lora(loras, config, folder, content["base_model"]["name"])
+    write_plain_lora(
+        loras,
+        config,
+        folder,
+        base_model_name=content["base_model"]["name"],
+        fan_in_fan_out=content["fan_in_fan_out"],
+    )
 
 
 # ---------------------------------------------------------------------- what it costs

@@ -68,12 +68,14 @@ class Source:
         base: name or path of the base model.
         targets: names of the adapted layers.
         prompt: the template it was trained with, if known.
+        transposed: whether the base weights are stored transposed (GPT-2's Conv1D).
     """
 
     lora: PlainLora
     base: str
     targets: list[str]
     prompt: str | None
+    transposed: bool = False
 
 
 def read_lora(folder: str | Path) -> Source:
@@ -110,7 +112,13 @@ def read_lora(folder: str | Path) -> Source:
     named = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     pairs = _pairs(named, ".lora_A.weight", ".lora_B.weight")
     lora = PlainLora(pairs, config["lora_alpha"] / config["r"], about["base_model"]["sha256"], str(folder))
-    return Source(lora, about["base_model"]["name"], sorted(config["target_modules"]), about.get("prompt"))
+    return Source(
+        lora,
+        about["base_model"]["name"],
+        sorted(config["target_modules"]),
+        about.get("prompt"),
+        bool(config["fan_in_fan_out"]),
+    )
 
 
 def _pairs(tensors: dict[str, Tensor], a: str, b: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -219,7 +227,9 @@ def write_merged(lora: PlainLora, sources: Sequence[Source], folder: Path, facts
         target_modules=sources[0].targets,
     )
     pairs = {name: (a.float(), b.float()) for name, (a, b) in lora.pairs.items()}
-    write_plain_lora(pairs, config, folder, sources[0].base)
+    write_plain_lora(
+        pairs, config, folder, base_model_name=sources[0].base, fan_in_fan_out=sources[0].transposed
+    )
     about = {
         "base_model": {"name": sources[0].base, "sha256": lora.base},
         "prompt": sources[0].prompt,

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,14 +24,16 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
-from recbole_llm.data.dataset import HISTORY_END, CTRDataset, HistoryDataset
+from recbole_llm.data.atomic_files import AtomicFile, read_atomic
+from recbole_llm.data.ctr import CTRDataset
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.history import HistoryIndex
-from recbole_llm.data.item_text import read_atomic
+from recbole_llm.data.item_text import ItemText
+from recbole_llm.data.prompts.lines import LinePrompts
 from recbole_llm.data.retriever import RecentRetriever, Retriever, ShuffledRetriever
 from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.lens.din import LensDIN
-from recbole_llm.lens.lens import Lens
 from recbole_llm.model.title_ranker import TitleRanker
 
 logger = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ class KnownItemsRetriever(Retriever):
         full = self.history
         self._known = np.flatnonzero(full.item_ids < self.n_items)
 
-        def kept(array: np.ndarray | None) -> np.ndarray | None:
+        def kept(array: np.ndarray | None) -> Any:
             return None if array is None else array[self._known]
 
         start = full.row_start
@@ -103,7 +106,7 @@ class KnownItemsRetriever(Retriever):
             ratings=kept(full.ratings),
             user_start=np.searchsorted(self._known, full.user_start),
             ties=full.ties,
-            row_start=None if start is None else np.searchsorted(self._known, start[self._known]),
+            row_start=kept(None if start is None else np.searchsorted(self._known, start)),
             negatives=kept(full.negatives),
         )
         _give_history(self.inner, shorter)
@@ -126,7 +129,9 @@ def _give_history(retriever: Retriever, history: HistoryIndex) -> None:
 
 
 def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset) -> pd.DataFrame:
-    """Check a table of interactions against what the run's data has.
+    """Check a table of interactions against what the run's data has; see :mod:`recbole_llm.data.atomic_files`.
+
+    ``min_rating`` holds here, too; RecBole's filters by counts and intervals do not.
 
     Args:
         source: an atomic ``.inter`` file, or a table with the same column names.
@@ -138,51 +143,85 @@ def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset
     Raises:
         FileNotFoundError, ValueError: naming the columns or cells that are wrong.
     """
-    if isinstance(source, pd.DataFrame):
-        table, where = source, "the interactions"
-    else:
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"interactions: there is no file {source}")
-        table = read_atomic(Path(source), dataset.config["field_separator"], dataset.config["encoding"])
-        where = str(source)
-    columns = {"user": dataset.uid_field, "item": dataset.iid_field, "time": dataset.time_field}
-    history = dataset.history
+    file, history = _cells(source, dataset), cast(HistoryIndex, dataset.history)
+    timed = dataset.time_field in dataset._loaded(dataset._files.interactions[0])
+    columns = {"user": dataset.uid_field, "item": dataset.iid_field}
+    if timed:
+        columns["time"] = dataset.time_field
     if history.ratings is not None:
-        columns["rating"] = dataset._rating_field
-    threshold = dataset.config["threshold"] if isinstance(dataset, CTRDataset) else None
+        columns["rating"] = cast(str, dataset._rating_field)
+    threshold = dataset.threshold if isinstance(dataset, CTRDataset) else None
     if history.labels is not None:
         columns["label"] = next(iter(threshold)) if threshold else dataset.label_field
-    missing = sorted({name for name in columns.values() if name not in table.columns})
+    missing = sorted({name for name in columns.values() if name not in file.types})
     if missing:
         raise ValueError(
-            f"{where}: no column {', '.join(missing)}; the run needs {', '.join(dict.fromkeys(columns.values()))}, and "
-            f"there are {', '.join(map(str, table.columns))}"
+            f"{file.path}: no column {', '.join(missing)}; the run needs {', '.join(dict.fromkeys(columns.values()))}, "
+            f"and there are {', '.join(file.types)}"
         )
-    found = pd.DataFrame(
-        {"user": table[columns["user"]].astype(str), "item": table[columns["item"]].astype(str)}
-    )
-    for name in ("user", "item"):
-        empty = np.flatnonzero(found[name].isin(["", "nan", "None", "[PAD]"]))
-        if len(empty):
-            raise ValueError(f"{where}: {columns[name]} is empty in interaction {empty[0] + 1}")
-    for name in ("time", "rating", "label"):
-        if name in columns:
-            values = pd.to_numeric(table[columns[name]], errors="coerce").to_numpy(np.float64)
-            wrong = np.flatnonzero(~np.isfinite(values))
-            if len(wrong):
-                cell = table[columns[name]].iloc[wrong[0]]
-                raise ValueError(
-                    f"{where}: {columns[name]} of interaction {wrong[0] + 1} is no number: {cell!r}"
-                )
-            found[name] = values
+    found = pd.DataFrame()
+    for name, column in columns.items():
+        if name in ("user", "item"):
+            file.clean_ids(column)
+            found[name] = file.table[column]
+            empty = found[name].isin(["", "[PAD]"])
+        else:
+            found[name] = file.times(column) if name == "time" else file.numbers(column, needed=True)
+            empty = found[name].isna()
+        if empty.any():
+            raise ValueError(
+                f"{file.where(int(empty.argmax()), column)} is empty; fill it in or remove the line"
+            )
+    if not timed:  # the order of the file is the order in time
+        found["time"] = history.timestamps.max() + 1 + np.arange(len(found))
     if threshold:
         found["label"] = (found["label"] >= next(iter(threshold.values()))).astype(np.float64)
     elif "label" in found and not found["label"].isin((0, 1)).all():
-        raise ValueError(f"{where}: {columns['label']} holds other values than 0 and 1")
+        raise ValueError(f"{file.path}: {columns['label']} holds other values than 0 and 1")
     minimum = dataset.config["min_rating"]
     if minimum is not None and dataset.config["task"] == "next_item":
         found = found[found["rating"] >= minimum].reset_index(drop=True)
-    return found
+    return _without_duplicates(found, dataset) if timed else found
+
+
+def _cells(source: str | Path | pd.DataFrame, dataset: HistoryDataset) -> AtomicFile:
+    if not isinstance(source, pd.DataFrame):
+        return _read(source, "interactions", dataset)
+    types = {
+        str(name): "float" if pd.api.types.is_float_dtype(column) else "token"
+        for name, column in source.items()
+    }
+    table = source.where(source.notna(), "").astype(str).set_axis(list(types), axis=1).reset_index(drop=True)
+    return AtomicFile(Path("the interactions"), types, table, np.arange(1, len(table) + 1))
+
+
+def _read(path: str | Path, what: str, dataset: HistoryDataset) -> AtomicFile:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what}: there is no file {path}")
+    return read_atomic(Path(path), dataset.config["field_separator"], dataset.config["encoding"])
+
+
+def _without_duplicates(table: pd.DataFrame, dataset: HistoryDataset) -> pd.DataFrame:
+    """The interactions that the data does not have yet, each once, as a preparation would keep them."""
+    history = cast(HistoryIndex, dataset.history)
+    if "rating" in table:
+        table["rating"] = table["rating"].astype(np.float32)  # as in the histories
+    users = np.repeat(np.arange(len(history.user_start) - 1), np.diff(history.user_start))
+    ids = dataset.field2token_id[dataset.uid_field]
+    mine = np.flatnonzero(np.isin(users, [ids[user] for user in table["user"].unique() if user in ids]))
+    old = {
+        "user": dataset.field2id_token[dataset.uid_field][users[mine]],
+        "item": dataset.field2id_token[dataset.iid_field][history.item_ids[mine]],
+        "time": history.timestamps[mine],
+    }
+    for name, values in (("rating", history.ratings), ("label", history.labels)):
+        if values is not None:
+            old[name] = values[mine]
+    both = pd.concat([pd.DataFrame(old)[list(table.columns)], table], ignore_index=True)
+    again = both.duplicated().to_numpy()[len(mine) :]
+    if again.any():
+        logger.warning("%d of the interactions are in the data already: left out", again.sum())
+    return table[~again].reset_index(drop=True)
 
 
 # ---------------------------------------------------------------------- appending
@@ -216,9 +255,13 @@ def append(
     table = read_interactions(source, dataset)
     before = {f: len(dataset.field2id_token[f]) for f in (dataset.uid_field, dataset.iid_field)}
     if items is not None:
-        if not Path(items).is_file():
-            raise FileNotFoundError(f"items: there is no file {items}")
-        dataset._shared.setdefault("item_files", []).append(Path(items))
+        titles = _read(items, "items", dataset)
+        if dataset.iid_field not in titles.types:
+            raise ValueError(
+                f"{titles.path} has no column {dataset.iid_field!r}; it has {list(titles.types)}"
+            )
+        titles.clean_ids(dataset.iid_field)
+        dataset._shared.setdefault("item_files", []).append(titles)
     try:
         for name, column in ((dataset.uid_field, "user"), (dataset.iid_field, "item")):
             _extend_vocabulary(dataset, name, table[column])
@@ -230,7 +273,7 @@ def append(
         if items is not None:
             dataset._shared["item_files"].pop()
         raise
-    late = int((table["time"] < dataset.history.timestamps.max()).sum())
+    late = int((table["time"] < cast(HistoryIndex, dataset.history).timestamps.max()).sum())
     _extend_features(parts)
     _insert(parts, table)
     _adapt_model(parts, new)
@@ -278,21 +321,43 @@ def _refresh_titles(parts: Assembly, size: int) -> None:
     dataset = parts.dataset
     for key in [key for key in dataset._shared if str(key).startswith("item_text")]:
         del dataset._shared[key]
-    if isinstance(parts, LLMAssembly):
-        prompts = parts.prompts
-        titles = dataset.item_text(obfuscate=prompts.config["obfuscate_titles"])
+    prompts = _line_prompts(parts)
+    if prompts is not None:
+        titles, old = dataset.item_text(obfuscate=prompts.config["obfuscate_titles"]), prompts._items
         untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
         if untitled and dataset.text_settings.missing_title == "error" and titles.titled:
             names = ", ".join(str(dataset.id2token(dataset.iid_field, i)) for i in untitled[:10])
             raise ValueError(
                 f"the new items {names} have no titles; give an .item file that has them (--items)"
             )
+        _keep_placeholders(titles, old, size)
         prompts._items = titles
         prompts._pieces.clear()
         prompts.__dict__.pop("answers", None)
         if isinstance(parts.model, TitleRanker):
             parts.model._catalogue = None
         parts.model.n_items = dataset.item_num
+
+
+def _keep_placeholders(titles: ItemText, old: ItemText, size: int) -> None:
+    """Let "Movie 12" stay what it is: names in the place of titles are numbered by all items that there are."""
+    called = old._placeholder(1).rpartition(" ")[0]
+    numbered = titles._placeholder
+
+    def name(item: int) -> str:
+        return old._placeholder(item) if item < size else f"{called} {item}"
+
+    titles.titles[1:] = [
+        name(item) if title == numbered(item) else title
+        for item, title in enumerate(titles.titles[1:], start=1)
+    ]
+    titles._placeholder = name
+
+
+def _line_prompts(parts: Assembly) -> LinePrompts | None:
+    """The prompts of an LLM recommender, else ``None``."""
+    prompts = parts.prompts if isinstance(parts, LLMAssembly) else None
+    return prompts if isinstance(prompts, LinePrompts) else None
 
 
 def _extend_features(parts: Assembly) -> None:
@@ -346,8 +411,8 @@ def _insert(parts: Assembly, table: pd.DataFrame) -> None:
         ends = part.inter_feat[HISTORY_END].numpy()
         part.inter_feat.update(Interaction({HISTORY_END: torch.from_numpy(place[:n_old][ends])}))
     dataset._shared.pop("hash", None)
-    if isinstance(parts, LLMAssembly):
-        prompts = parts.prompts
+    prompts = _line_prompts(parts)
+    if prompts is not None:
         stars = getattr(prompts, "_star_texts", None)
         prompts._number_stars()
         if getattr(prompts, "_star_texts", None) != stars:
@@ -371,13 +436,14 @@ def _adapt_model(parts: Assembly, new: NewData) -> None:
         return
     new.retrievers.append(KnownItemsRetriever(dataset.id_retriever, dataset.history, new.n_items))
     dataset.set_id_retriever(new.retrievers[-1])
-    if isinstance(parts, LLMAssembly):
-        shown = parts.prompts.retriever
+    prompts = _line_prompts(parts)
+    if prompts is not None:
+        shown = prompts.retriever
         chosen = shown.retriever if isinstance(shown, ShuffledRetriever) else shown
         # Slots want the lens's vectors of all items that are shown, similarity those of the language model.
         if parts.model.slots or not isinstance(chosen, RecentRetriever):
             new.retrievers.append(KnownItemsRetriever(shown, dataset.history, new.n_items))
-            parts.prompts.retriever = new.retrievers[-1]
+            prompts.retriever = new.retrievers[-1]
 
 
 def _can_score(parts: Assembly) -> tuple[bool, bool]:
@@ -403,7 +469,7 @@ def _can_score(parts: Assembly) -> tuple[bool, bool]:
     return users, not reads_target
 
 
-def _guard(lens: Lens, new: NewData) -> None:
+def _guard(lens: Any, new: NewData) -> None:
     """Let a lens see the padding's id for users and items it has no vector of, and a DIN the mean of its users."""
     represent, score_items = lens.represent, lens.score_items
     lens.represent = lambda interaction: represent(new.known_only(interaction))

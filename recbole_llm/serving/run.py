@@ -7,13 +7,17 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
 from recbole.data.interaction import Interaction
 
+from recbole_llm.backbone.loader import Backbone
 from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.history import HistoryIndex
+from recbole_llm.data.prompts.next_item import TitlePromptBuilder
 from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.experiment.loading import complete, load_run, no_candidates_listed
@@ -62,6 +66,11 @@ class ServedRun:
                 f"{folder} was trained on ready-made splits (benchmark_filename), which have no end of a user's "
                 "history to recommend after; train on one .inter file"
             )
+        if self.config["layout"] == "stream":
+            raise ValueError(
+                f"{folder} has layout: stream, which scores the samples of its data only; train with layout: prompt to "
+                "recommend, score and export"
+            )
         self.new = NewData.of(self.dataset)
         if isinstance(self.model, TitleRanker):
             self.scale = "log-likelihood"
@@ -106,6 +115,11 @@ class ServedRun:
         return self.parts.lens if isinstance(self.parts, LLMAssembly) else None
 
     @property
+    def backbone(self) -> Backbone:
+        """The language model of an LLM recommender."""
+        return cast(LLMAssembly, self.parts).backbone
+
+    @property
     def model_stage(self) -> str:
         """What the model's own scores are called."""
         return f"llm ({self.config['model']})" if self.config.spec.is_llm else self.config["model"]
@@ -127,18 +141,24 @@ class ServedRun:
         return self.config["two_stage"] or None
 
     @property
+    def title_prompts(self) -> TitlePromptBuilder | None:
+        """The prompts of a title ranker, else ``None``."""
+        prompts = self.parts.prompts if isinstance(self.parts, LLMAssembly) else None
+        return prompts if isinstance(prompts, TitlePromptBuilder) else None
+
+    @property
     def lists_candidates(self) -> bool:
         """Whether the model was trained with prompts that list the candidates."""
-        return isinstance(self.model, TitleRanker) and self.parts.prompts.lists_candidates
+        return self.title_prompts is not None and self.title_prompts.lists_candidates
 
     # ------------------------------------------------------------------ ids
 
     def ids(self, field: str, tokens: Iterable[object]) -> Ids:
         """Internal ids of users (``field`` = ``dataset.uid_field``) or items."""
         table = self.dataset.field2token_id[field]
-        tokens = [str(token) for token in tokens]
-        found = [table[token] for token in tokens if token in table and token != "[PAD]"]
-        unknown = list(dict.fromkeys(token for token in tokens if token not in table or token == "[PAD]"))
+        names = [str(token) for token in tokens]
+        found = [table[name] for name in names if name in table and name != "[PAD]"]
+        unknown = list(dict.fromkeys(name for name in names if name not in table or name == "[PAD]"))
         return Ids(np.array(found, dtype=np.int64), unknown)
 
     def tokens(self, field: str, ids: Sequence[int] | np.ndarray) -> list[str]:
@@ -160,15 +180,18 @@ class ServedRun:
     def seen(self, user: int) -> np.ndarray:
         """Items that a user has in the data, internal ids."""
         if isinstance(self.dataset, HistoryDataset):
-            start = self.dataset.history.user_start
-            return np.unique(self.dataset.history.item_ids[start[user] : start[user + 1]])
+            history = cast(HistoryIndex, self.dataset.history)
+            return np.unique(history.item_ids[history.user_start[user] : history.user_start[user + 1]])
         feat = self.dataset.inter_feat
         users, items = feat[self.dataset.uid_field].numpy(), feat[self.dataset.iid_field].numpy()
         return np.unique(items[users == user])
 
     def scorable(self) -> np.ndarray:
-        """Internal ids of the items that the model can score, ascending."""
-        return np.arange(1, self.dataset.item_num if self.new.scores_new_items else self.new.n_items)
+        """Internal ids of the items that the model can score, ascending; those of ``candidate_items``."""
+        size = self.dataset.item_num if self.new.scores_new_items else self.new.n_items
+        if isinstance(self.dataset, HistoryDataset):
+            return np.flatnonzero(self.dataset.ranked_items[:size])
+        return np.arange(1, size)
 
     # ------------------------------------------------------------------ scores
 
@@ -230,7 +253,7 @@ class ServedRun:
     @torch.no_grad()
     def score_listed(self, user: int, items: np.ndarray) -> np.ndarray:
         """The scores of candidates that the prompt lists, in ascending order of their ids; float64 ``[n]``."""
-        prompts = self.parts.prompts
+        prompts = cast(TitlePromptBuilder, self.title_prompts)
         kept, prompts.candidates = prompts.candidates, lambda rows: np.tile(np.sort(items), (len(rows), 1))
         try:
             batch = self.samples(np.full(len(items), user), items)
@@ -245,7 +268,7 @@ class ServedRun:
         found = []
         for start in range(0, len(users), PAIRS):
             batch = self.samples(users[start : start + PAIRS], items[start : start + PAIRS])
-            logit = self.lens.represent(batch)[1].double()
+            logit = cast(Lens, self.lens).represent(batch)[1].double()
             found.append((torch.sigmoid(logit) if self.config["task"] == "ctr" else logit).cpu().numpy())
         return np.concatenate(found) if found else np.empty(0)
 

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ import pandas as pd
 
 from recbole_llm.serving.recommend import choose, ranked
 from recbole_llm.serving.run import ServedRun
+
+Waiting = tuple[np.ndarray, np.ndarray, asyncio.Future]
 
 try:
     import uvicorn
@@ -86,7 +89,7 @@ class Batcher:
     def __init__(self, run: ServedRun, limits: Limits, observe: Callable[[int], None]) -> None:
         self._run, self._limits, self._observe = run, limits, observe
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._waiting: list[tuple[np.ndarray, np.ndarray, asyncio.Future]] = []
+        self._waiting: list[Waiting] = []
         self._busy = False
         self._pending: set[asyncio.Task] = set()
 
@@ -114,7 +117,8 @@ class Batcher:
     async def _drain(self) -> None:
         try:
             while self._waiting:
-                batch, size = [], 0
+                batch: list[Waiting] = []
+                size = 0
                 while self._waiting and (not batch or size + len(self._waiting[0][0]) <= self._limits.batch):
                     request = self._waiting.pop(0)
                     if not request[2].cancelled():  # its client went away
@@ -125,7 +129,7 @@ class Batcher:
                 self._observe(size)
                 users, items = (np.concatenate([request[i] for request in batch]) for i in (0, 1))
                 try:
-                    scores = await self.call(lambda users=users, items=items: self._run.score(users, items))
+                    scores = await self.call(partial(self._run.score, users, items))
                 except Exception as error:  # every waiting request gets it
                     for _, _, future in batch:
                         if not future.done():
@@ -372,7 +376,10 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
 
         users = list(dict.fromkeys(people.known.tolist()))
         lists = await asyncio.gather(*(of_user(user) for user in users))
-        answer = dict(zip(run.tokens(user_field, users), lists, strict=True))
+        answer = {
+            name: [Recommended(**row) for row in rows]
+            for name, rows in zip(run.tokens(user_field, users), lists, strict=True)
+        }
         return RecommendAnswer(users=answer, unknown_users=people.unknown, unknown_items=missing)
 
     @app.post("/interactions", dependencies=guard)
