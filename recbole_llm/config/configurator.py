@@ -175,6 +175,10 @@ class Config(RecBoleConfig):
         return super()._get_model_and_dataset(model, str(dataset))
 
     def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
+        # A class that a user derives from a model has the defaults of that model.
+        folders = (PROPERTIES / "model", RECBOLE_PROPERTIES / "model")
+        bases = [base.__name__ for base in model_class.__mro__]
+        model = next((b for b in bases if any((f / f"{b}.yaml").is_file() for f in folders)), model)
         super()._load_internal_config_dict(model, model_class, dataset)
         internal, user, reads = self.internal_config_dict, self.external_config_dict, self.spec.reads_key
         task = user.get("task", self.spec.task)

@@ -220,7 +220,7 @@ def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateS
 
     Validation is on all validation samples, as it is cheap here; testing is on those that ``eval_rows`` leaves.
     """
-    train = splits.train if config["train_rows"] == "few_shot" else splits.full_train
+    train = splits.train
     if config["task"] == "ctr" and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
         train = train.liked()
     evaluated = {"valid": splits.full_valid, "test": splits.test}

@@ -28,7 +28,7 @@ class Splits:
 
     Attributes:
         full_train, full_valid, full_test: all samples of the splits.
-        train, valid, test: what ``few_shot`` and ``eval_rows`` leave of them.
+        train, valid, test: what ``few_shot`` (where the model learns from these samples) and ``eval_rows`` leave.
         sizes: numbers of samples: ``all``, ``train``, ``valid``, ``test`` before, ``few_shot``, ``valid_used`` and
             ``test_used`` after.
     """
@@ -52,7 +52,8 @@ def prepare_splits(config: Config) -> Splits:
 def split(config: Config, dataset: HistoryDataset) -> Splits:
     """Split a dataset that was read, and draw ``few_shot`` and ``eval_rows``."""
     full_train, full_valid, full_test = dataset.build()
-    train = few_shot_samples(config, full_train)
+    by_few_shot = config.spec.is_llm or config["train_rows"] == "few_shot"
+    train = few_shot_samples(config, full_train) if by_few_shot else full_train
     valid, test = bounded(config, full_valid, "valid"), bounded(config, full_test, "test")
     sizes = {
         "all": len(full_train) + len(full_valid) + len(full_test),

@@ -242,7 +242,7 @@ class LLMTrainer(Trainer):
             with deferred_interrupt():
                 self._save_last()
             logger.warning(
-                "interrupted in epoch %d after step %d; saved %s. To resume, repeat the command with --resume=%s.",
+                "interrupted in epoch %d after step %d; saved %s: repeat the command with --resume=%s to resume",
                 self._epoch,
                 self._step,
                 self.last_file,
