@@ -27,7 +27,7 @@ the same prompts under the merged model. In every projection,
 Merging", CVPR 2025) has ``lam_i = w_i |U_i|^2 / |U_i X_i|^2`` and repeats: run the merged model, record ``X~``, solve.
 Differences from the papers: products are means over tokens (without padding), the ridge is scaled by the trace instead
 of the Frobenius norm and pulls towards the ``U_i`` instead of zero, and RegMean keeps the off-diagonal elements. Solved
-in float64. ``U*`` has no low rank; :func:`truncate` cuts it by SVD.
+in float64. ``U*`` has the columns of all ``U_i``, so at most the rank ``sum_i r_i``; :func:`truncate` cuts it by SVD.
 """
 
 from __future__ import annotations

@@ -61,11 +61,8 @@ class Assembly:
     def configuration(self) -> dict[str, Any]:
         """The configuration as it is kept: every default resolved, the data's folder as an absolute path."""
         resolved = {**self.config.as_dict(), "data_path": str(Path(self.config["data_path"]).resolve())}
-        if is_default_count(self.config, "few_shot") and self.sizes.get("train"):
-            # Read back, it counts as asked for: more samples than there are would be refused.
-            resolved["few_shot"] = self.sizes.get("few_shot") or min(
-                self.config["few_shot"], self.sizes["train"]
-            )
+        if is_default_count(self.config, "few_shot") and self.sizes.get("few_shot"):
+            resolved["few_shot"] = self.sizes["few_shot"]
         return resolved
 
 

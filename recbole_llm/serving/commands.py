@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -281,7 +280,7 @@ def _serve(argv: Sequence[str]) -> int:
     _data_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        server = importlib.import_module("recbole_llm.serving.server")  # the one module that needs the extra
+        from recbole_llm.serving import server  # the one module that needs the extra
     except ImportError as error:
         raise ValueError(str(error)) from error
     listening, token = server.listen(args.host, args.port), None

@@ -476,7 +476,8 @@ def _guard(lens: Any, new: NewData) -> None:
     lens.score_items = lambda interaction: score_items(new.known_only(interaction))
     if not isinstance(lens.model, LensDIN):
         return
-    embed = lens.model.fields.forward
+    fields: Any = lens.model.fields
+    embed = fields.forward
 
     def forward(side: str, ids: Tensor) -> Tensor:
         found = embed(side, ids)
@@ -485,4 +486,4 @@ def _guard(lens: Any, new: NewData) -> None:
         everyone = embed(side, torch.arange(1, new.n_users, device=ids.device))
         return torch.where((ids == 0).unsqueeze(-1), everyone.mean(dim=0), found)
 
-    lens.model.fields.forward = forward
+    fields.forward = forward
