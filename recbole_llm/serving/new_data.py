@@ -272,6 +272,7 @@ def append(
             _shrink_vocabulary(dataset, name, size)
         if items is not None:
             dataset._shared["item_files"].pop()
+        _forget_titles(dataset)
         raise
     late = int((table["time"] < cast(HistoryIndex, dataset.history).timestamps.max()).sum())
     _extend_features(parts)
@@ -316,16 +317,21 @@ def _datasets(parts: Assembly) -> Iterator[HistoryDataset]:
     yield from seen.values()
 
 
+def _forget_titles(dataset: HistoryDataset) -> None:
+    for key in [key for key in dataset._shared if key.startswith("item_text")]:
+        del dataset._shared[key]
+
+
 def _refresh_titles(parts: Assembly, size: int) -> None:
     """Read the titles again, and let prompts use them; items from ``size`` on are new."""
     dataset = parts.dataset
-    for key in [key for key in dataset._shared if str(key).startswith("item_text")]:
-        del dataset._shared[key]
+    _forget_titles(dataset)
     prompts = _line_prompts(parts)
     if prompts is not None:
-        titles, old = dataset.item_text(obfuscate=prompts.config["obfuscate_titles"]), prompts._items
+        hidden, old = prompts.config["obfuscate_titles"], prompts._items
+        titles = dataset.item_text(obfuscate=hidden)
         untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
-        if untitled and dataset.text_settings.missing_title == "error" and titles.titled:
+        if untitled and dataset.text_settings.missing_title == "error" and titles.titled and not hidden:
             names = ", ".join(str(dataset.id2token(dataset.iid_field, i)) for i in untitled[:10])
             raise ValueError(
                 f"the new items {names} have no titles; give an .item file that has them (--items)"

@@ -25,6 +25,8 @@ RUNS = {
     "TALLRec again": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "learning_rate": 0.02}),
     "TALLRec other base": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "seed": 7}),
     "TALLRec v only": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "target_modules": ["v_proj"]}),
+    "TALLRec hidden": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "obfuscate_titles": True}),
+    "TALLRec stream": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "layout": "stream"}),
     "iLoRA": (
         "iLoRA",
         {**LLM, "lens_config": {"epochs": 1, **NETWORK}, "num_negatives": 3, "compare_with": None},

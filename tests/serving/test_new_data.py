@@ -172,14 +172,49 @@ def test_a_new_item_without_a_title_is_named_and_nothing_is_changed(served, tmp_
     assert len(recommend(run, ["4"], top=2)) == 2
 
 
+def test_interactions_that_the_data_has_are_left_out(served, tmp_path, caplog):
+    run = served("TALLRec")
+    counts = run.append(write(tmp_path / "later.inter", [*LATER, LATER[0]]))
+    assert counts["interactions"] == 4 and len(run.dataset.history) == 1004
+    assert "1 of the interactions are in the data already" in caplog.text
+    counts = run.append(write(tmp_path / "again.inter", LATER))
+    assert counts == {"interactions": 0, "new_users": 0, "new_items": 0, "late": 0}
+    assert len(run.dataset.history) == 1004
+
+
+def test_dates_and_milliseconds_are_read_as_seconds(served, tmp_path):
+    run, dates, milliseconds = (served("TALLRec") for _ in range(3))
+    run.append(write(tmp_path / "a.inter", LATER))
+    times = [str(pd.Timestamp(time, unit="s")) for *_, time in LATER]
+    dates.append(write(tmp_path / "b.inter", [(*row, t) for (*row, _), t in zip(LATER, times, strict=True)]))
+    milliseconds.append(write(tmp_path / "c.inter", [(*row, time * 1000) for *row, time in LATER]))
+    for other in (dates, milliseconds):
+        np.testing.assert_array_equal(other.dataset.history.timestamps, run.dataset.history.timestamps)
+        np.testing.assert_array_equal(other.dataset.history.item_ids, run.dataset.history.item_ids)
+
+
+def test_a_new_item_renames_no_item_whose_title_is_hidden(served, new_item):
+    run, before = served("TALLRec hidden"), served("TALLRec hidden")
+    names = list(run.parts.prompts._items.titles)
+    run.append(**new_item)
+    pairs = pd.DataFrame({"user": ["1", "4"], "item": ["5", "900"]})
+    table = score(run, pairs, explained=True)
+    assert run.parts.prompts._items.titles[:-1] == names
+    assert run.parts.prompts._items.titles[-1] == "Item 51" and "Item 51" not in names
+    assert "Silver Harbour" not in table["prompt"][1] and "Item 51" in table["prompt"][1]
+    expected = score(before, pairs[:1], explained=True)
+    assert table["prompt"][0] == expected["prompt"][0]
+
+
 @pytest.mark.parametrize(
     ("header", "row", "message"),
     [
         ("user_id:token\titem_id:token\ttimestamp:float", ("4", "7", 1), "no column rating"),
         ("who:token\titem_id:token\trating:float\ttimestamp:float", ("4", "7", 1, 1), "no column user_id"),
-        (HEADER, ("4", "7", "many", 1), "rating of interaction 1 is no number: 'many'"),
-        (HEADER, ("4", "7", 3, ""), "timestamp of interaction 1 is no number"),
-        (HEADER, ("", "7", 3, 1), "user_id is empty in interaction 1"),
+        (HEADER, ("4", "7", "many", 1), "line 2, column 'rating': 'many' is not a finite number"),
+        (HEADER, ("4", "7", 3, ""), "line 2, column 'timestamp': '' is empty"),
+        (HEADER, ("4", "7", 3, "soon"), "'soon' is not a time"),
+        (HEADER, ("", "7", 3, 1), "line 2, column 'user_id': '' is empty"),
     ],
 )
 def test_files_with_other_columns_or_cells_are_refused(header, row, message, served, tmp_path):

@@ -130,3 +130,17 @@ def test_recboles_case_study_works_on_loaded_runs(name, finished, tmp_cwd):
     best, index = full_sort_topk(user, run.model, run.test_data, k=3)
     assert best.shape[1] == 3 and (index > 0).all()
     assert torch.equal(best, scores.topk(3).values)
+
+
+def test_a_run_on_streams_is_refused_in_one_sentence(served):
+    with pytest.raises(ValueError, match="has layout: stream, .* train with layout: prompt"):
+        served("TALLRec stream")
+
+
+@pytest.mark.parametrize("which", ["seen", "all"])
+def test_candidate_items_are_what_is_recommended(which, served):
+    run = served("TALLRec", candidate_items=which)
+    size = run.dataset.item_num
+    run.dataset.history.item_ids[run.dataset.history.item_ids == 7] = 8  # nobody has met item 7
+    expected = [item for item in range(1, size) if item != 7 or which == "all"]
+    assert run.scorable().tolist() == expected
