@@ -252,7 +252,8 @@ def test_two_servers_on_one_port(finished, tmp_cwd, capsys):
 
 def test_without_the_extra_the_command_names_it(finished, tmp_cwd, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    monkeypatch.delitem(sys.modules, "recbole_llm.serving.server")
+    monkeypatch.delitem(sys.modules, "recbole_llm.serving.server", raising=False)
+    monkeypatch.delattr("recbole_llm.serving.server", raising=False)
     assert main(["serve", str(finished("DIN")), "--port=0"]) == 2
     assert "pip install 'recbole_llm[serve]'" in capsys.readouterr().err
     assert os.getcwd() == str(tmp_cwd)
