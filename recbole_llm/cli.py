@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from recbole_llm.comparison.plan import is_comparison
@@ -13,6 +14,7 @@ from recbole_llm.comparison.report import terminal_table
 from recbole_llm.config.command_line import split_models
 from recbole_llm.experiment.table import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
+from recbole_llm.serving.commands import COMMANDS, run_command
 from recbole_llm.utils.text_output import write_any_text
 
 logger = logging.getLogger(__name__)
@@ -26,10 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     write_any_text((sys.stdout, sys.stderr))
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return guarded(lambda: run_command(argv))
     parser = argparse.ArgumentParser(
         prog="run_recbole_llm.py",
         description="Train and evaluate one recommender, LLM or conventional, with RecBole's data and evaluator.",
-        epilog="Every other --key=value is a configuration key; see properties/overall.yaml.",
+        epilog=f"To use a finished run: recbole-llm {'|'.join(COMMANDS)} RUN ...; see docs/using_a_model.md. "
+        "Every other --key=value is a configuration key; see properties/overall.yaml.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", "-m", default="RecLoRA", help="name of the model (default: RecLoRA)")
@@ -40,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     known, rest = parser.parse_known_args(argv)
     files = known.config_files.split() or None
-    try:
+
+    def run() -> int:
         models = split_models(known.model)
         if known.report:
             result = work_out(Path(known.report))
@@ -48,6 +54,16 @@ def main(argv: list[str] | None = None) -> int:
             result = compare_models(models, known.dataset, files, cmd_line=rest)
         else:
             result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)
+        print(result["dry_run"] if "dry_run" in result else report(result))
+        return 1 if result.get("failed") else 0
+
+    return guarded(run)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit status of a command; errors of the user's become one line, Ctrl-C a word."""
+    try:
+        return command()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # the log has said how to resume
         return 130
@@ -55,8 +71,6 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("traceback of the error below", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(result["dry_run"] if "dry_run" in result else report(result))
-    return 1 if result.get("failed") else 0
 
 
 def report(result: dict) -> str:

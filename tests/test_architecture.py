@@ -12,6 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "recbole_llm"
 FLOORS = (
     ("cli", "quick_start", "demo"),
+    ("serving",),
     ("comparison",),
     ("experiment",),
     ("model",),

@@ -284,37 +284,62 @@ class PersonalizedAdapter:
         Raises:
             ValueError: if ``z`` is not one instance, or the gate is ``shuffled``.
         """
+        weights = None
         if self.config.mixer != "identity":
-            if self.config.gate == "shuffled":
-                raise ValueError("gate 'shuffled' gives an instance another row's adapter: nothing to export")
             if z is None or z.shape[:1] != (1,):
                 got = None if z is None else tuple(z.shape)
                 raise ValueError(
                     f"export_user writes the adapter of one instance [1, {self.config.instance_size}], "
                     f"got {got}"
                 )
-            z = self._checked(z)
-        else:
-            z = None
-        pairs = {name: self._plain_pair(layer, z) for name, layer in self._layers.items()}
+            weights = self.gate_weights(z)
         write_plain_lora(
-            pairs,
+            self.plain_pairs(weights),
             self.config,
             folder,
             base_model_name=self.model.name_or_path or None,
-            fan_in_fan_out=self.peft_model.peft_config[_NAME].fan_in_fan_out,
+            fan_in_fan_out=self.fan_in_fan_out,
         )
 
-    def _plain_pair(self, layer: LoraLayer, z: Tensor | None) -> tuple[Tensor, Tensor]:
-        a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
-        if z is None:  # mixer identity
-            return a, b
-        gate = layer.lora_gate[_NAME]
-        training = gate.training
-        gate.eval()  # no dropout in an export
-        weights = gate(z.to(a.device, a.dtype))
-        gate.train(training)
-        return layer.mixer.fold(a, b, weights)
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base weights are stored transposed (GPT-2's Conv1D)."""
+        return bool(self.peft_model.peft_config[_NAME].fan_in_fan_out)
+
+    @torch.no_grad()
+    def gate_weights(self, z: Tensor | None) -> dict[str, Tensor]:
+        """What the gate of every projection gives for instances ``z [n, H]``, without dropout; by projection.
+
+        ``[n, K]``, or for mixer ``dense`` ``[n, r, r]``. Means over instances are gates, too: those of a group.
+
+        Raises:
+            ValueError: if the gate is ``shuffled``, which gives an instance another one's adapter.
+        """
+        if self.config.mixer == "identity":
+            return {}
+        if self.config.gate == "shuffled":
+            raise ValueError("gate 'shuffled' gives an instance another row's adapter: nothing to export")
+        z, found = self._checked(z), {}
+        for name, layer in self._layers.items():
+            gate = layer.lora_gate[_NAME]
+            training = gate.training
+            gate.eval()
+            found[name] = gate(like_weights(z, gate))
+            gate.train(training)
+        return found
+
+    @torch.no_grad()
+    def plain_pairs(self, weights: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """``A' [R', d_in]`` and ``B' [d_out, R']`` of every projection for fixed gates; the scale is ``config.scale``.
+
+        Args:
+            weights: one row of :meth:`gate_weights` by projection, ``[1, ...]``; not needed with mixer ``identity``.
+        """
+        pairs, gates = {}, weights or {}
+        for name, layer in self._layers.items():
+            a, b = layer.lora_A[_NAME].weight.detach(), layer.lora_B[_NAME].weight.detach()
+            pairs[name] = (a, b) if self.config.mixer == "identity" else layer.mixer.fold(a, b, gates[name])
+        return pairs
 
 
 def attach_adapter(

@@ -168,6 +168,16 @@ class AtomicFile:
         self.table[column] = stripped
 
 
+def joined(files: Sequence[AtomicFile]) -> AtomicFile | None:
+    """The records of several files under the columns of the first; cells of columns that a file lacks are empty."""
+    if len(files) < 2:
+        return files[0] if files else None
+    first = files[0]
+    tables = [file.table.reindex(columns=list(first.types), fill_value="") for file in files]
+    lines = np.concatenate([file.lines for file in files])
+    return AtomicFile(first.path, first.types, pd.concat(tables, ignore_index=True), lines)
+
+
 def _is_missing(cell: str) -> bool:
     return cell.strip().lower() in MISSING
 

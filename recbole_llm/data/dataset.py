@@ -27,7 +27,7 @@ from recbole.utils import FeatureSource, FeatureType, ModelType
 
 from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.atomic_dataset import SPLITS, AtomicDataset, setting
-from recbole_llm.data.atomic_files import AtomicFile
+from recbole_llm.data.atomic_files import AtomicFile, joined
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText, TextSettings, UserText
 from recbole_llm.data.retriever import RecentRetriever, Retriever
@@ -454,9 +454,13 @@ class HistoryDataset(AtomicDataset):
         return TextSettings.from_config(self.config)
 
     def text_file(self, suffix: str) -> AtomicFile | None:
-        """The cells of ``.item`` or ``.user``, with the ids of this dataset; ``None`` if there is no such file."""
+        """The cells of ``.item`` or ``.user``, with the ids of this dataset; ``None`` if there is no such file.
+
+        Items that were appended to a finished run bring files of their own (``_shared["item_files"]``).
+        """
         path = Path(self.dataset_path) / f"{self.dataset_name}.{suffix}"
-        return self._files[path] if path in self._files else None
+        files = [self._files[path]] if path in self._files else []
+        return joined(files + (self._shared.get("item_files", []) if suffix == "item" else []))
 
     def item_texts(self) -> list[str]:
         """Title and genres of every item that occurs, e.g. to make a tokenizer of."""

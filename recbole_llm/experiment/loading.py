@@ -50,6 +50,10 @@ def load_run(
     kind.load_trained(parts, folder)
     parts.model.eval()
     answer_pairs(parts)
+    for loader in (parts.valid_data, parts.test_data):
+        # What recbole.utils.case_study asks of a loader, and only RecBole's loader of the full ranking has.
+        if not hasattr(loader, "is_sequential"):
+            loader.is_sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     return parts
 
 
@@ -77,23 +81,30 @@ def answer_pairs(parts: Assembly) -> None:
     def predict_all(interaction: Interaction, **options: Any) -> Tensor:
         """The scores of all items for every user, ``[B, n_items]``; the padding item has ``-inf``."""
         if is_complete(parts, interaction):
-            return full_sort_predict(interaction, **options)
+            if ranks_items or HISTORY_END not in interaction:
+                return full_sort_predict(interaction, **options)
+            return torch.stack([of_catalogue(interaction[i : i + 1].cpu()) for i in range(len(interaction))])
         if ranks_items:
             with no_candidates_listed(parts):
                 scores = full_sort_predict(complete(parts, interaction), **options)
             scores = scores.view(len(interaction), -1).clone()
         else:
-            scores = torch.stack([of_catalogue(user) for user in interaction[dataset.uid_field].tolist()])
+            scores = torch.stack(
+                [of_catalogue(interaction[i : i + 1].cpu()) for i in range(len(interaction))]
+            )
         scores[:, 0] = -torch.inf
         return scores
 
-    def of_catalogue(user: int) -> Tensor:
-        """The scores of all items by ``predict``, ``[n_items]``."""
-        scores = [torch.zeros(1)]
+    def of_catalogue(row: Interaction) -> Tensor:
+        """The scores of all items by ``predict`` in the place of one sample's, or after a user's end, ``[n_items]``."""
+        scores = [torch.full((1,), -torch.inf)]
+        kept = [name for name in (dataset.uid_field, HISTORY_END, ROW_ID) if name in row]
         for items in torch.arange(1, dataset.item_num).split(PAIRS):
-            pairs = Interaction({dataset.uid_field: torch.full_like(items, user), dataset.iid_field: items})
+            columns = {name: row[name].repeat(len(items)) for name in kept} | {dataset.iid_field: items}
+            pairs = Interaction(columns)
+            pairs = dataset.join(pairs).to(model.device) if HISTORY_END in row else pairs
             scores.append(predict_pairs(pairs).cpu().reshape(-1))
-        return torch.cat(scores)
+        return torch.cat([part.to(scores[-1].dtype) for part in scores])
 
     model.predict, model.full_sort_predict = predict_pairs, predict_all
 

@@ -1,0 +1,495 @@
+"""Interactions that came after the training: appended to a loaded run, without training or preparing anything again.
+
+The index of histories is rebuilt in the exact order of a preparation from scratch, so for users and items that the data
+has, appending and preparing again give the same histories, prompts and scores. What the data does not have:
+
+- a new user has no profile; where the lens embeds users, the mean of all users stands for this one; a model with a
+  trained vector per user refuses;
+- a new item stands in prompts by its title; lenses and conventional models, which have a trained vector per item, are
+  not told of it, and as a target it is refused by every model that reads one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_llm.data.atomic_files import AtomicFile, read_atomic
+from recbole_llm.data.ctr import CTRDataset
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
+from recbole_llm.data.history import HistoryIndex
+from recbole_llm.data.item_text import ItemText
+from recbole_llm.data.prompts.lines import LinePrompts
+from recbole_llm.data.retriever import RecentRetriever, Retriever, ShuffledRetriever
+from recbole_llm.experiment.assembly import Assembly
+from recbole_llm.experiment.llm_assembly import LLMAssembly
+from recbole_llm.lens.din import LensDIN
+from recbole_llm.model.title_ranker import TitleRanker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class NewData:
+    """What a run has been given since it was loaded.
+
+    Attributes:
+        n_users, n_items: sizes of the vocabularies of the training, padding included; larger ids were appended.
+        user_field, item_field: names of the fields of ids.
+        scores_new_users, scores_new_items: whether the model can score them.
+        interactions: how many were appended.
+        guarded: whether lenses are kept from ids that were appended.
+        retrievers: those that are kept from items that were appended.
+    """
+
+    n_users: int
+    n_items: int
+    user_field: str
+    item_field: str
+    scores_new_users: bool = False
+    scores_new_items: bool = False
+    interactions: int = 0
+    guarded: bool = False
+    retrievers: list[KnownItemsRetriever] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> NewData:
+        """Nothing yet."""
+        return cls(dataset.user_num, dataset.item_num, dataset.uid_field, dataset.iid_field)
+
+    def known_only(self, interaction: Interaction) -> Interaction:
+        """The same samples with the padding's id in place of every user and item that was appended."""
+        changed = {}
+        for name, size in ((self.user_field, self.n_users), (self.item_field, self.n_items)):
+            if name in interaction and bool((interaction[name] >= size).any()):
+                changed[name] = interaction[name].masked_fill(interaction[name] >= size, 0)
+        return Interaction({**interaction.interaction, **changed}) if changed else interaction
+
+
+class KnownItemsRetriever(Retriever):
+    """What another retriever chooses from a history without the items that were appended.
+
+    Args:
+        inner: the retriever; it is given the shorter history.
+        history: all interactions.
+        n_items: items from this id on were appended.
+    """
+
+    def __init__(self, inner: Retriever, history: HistoryIndex, n_items: int) -> None:
+        super().__init__(history, inner.k)
+        self.inner, self.n_items = inner, n_items
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Follow a change of the history."""
+        full = self.history
+        self._known = np.flatnonzero(full.item_ids < self.n_items)
+
+        def kept(array: np.ndarray | None) -> Any:
+            return None if array is None else array[self._known]
+
+        start = full.row_start
+        shorter = HistoryIndex(
+            item_ids=full.item_ids[self._known],
+            labels=kept(full.labels),
+            timestamps=full.timestamps[self._known],
+            ratings=kept(full.ratings),
+            user_start=np.searchsorted(self._known, full.user_start),
+            ties=full.ties,
+            row_start=kept(None if start is None else np.searchsorted(self._known, start)),
+            negatives=kept(full.negatives),
+        )
+        _give_history(self.inner, shorter)
+
+    def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """As of the other retriever, int64 ``[B, k]``."""
+        targets = np.where(item_ids < self.n_items, item_ids, 0)
+        found = self.inner.positions(user_ids, targets, np.searchsorted(self._known, ends))
+        return np.where(found >= 0, self._known[np.maximum(found, 0)], -1)
+
+
+def _give_history(retriever: Retriever, history: HistoryIndex) -> None:
+    retriever.history = history
+    for part in vars(retriever).values():
+        if isinstance(part, Retriever):
+            _give_history(part, history)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset) -> pd.DataFrame:
+    """Check a table of interactions against what the run's data has; see :mod:`recbole_llm.data.atomic_files`.
+
+    ``min_rating`` holds here, too; RecBole's filters by counts and intervals do not.
+
+    Args:
+        source: an atomic ``.inter`` file, or a table with the same column names.
+        dataset: of the run.
+
+    Returns:
+        ``user``, ``item`` (tokens), ``time`` and, of what the histories have, ``rating`` and ``label``.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the columns or cells that are wrong.
+    """
+    file, history = _cells(source, dataset), cast(HistoryIndex, dataset.history)
+    timed = dataset.time_field in dataset._loaded(dataset._files.interactions[0])
+    columns = {"user": dataset.uid_field, "item": dataset.iid_field}
+    if timed:
+        columns["time"] = dataset.time_field
+    if history.ratings is not None:
+        columns["rating"] = cast(str, dataset._rating_field)
+    threshold = dataset.threshold if isinstance(dataset, CTRDataset) else None
+    if history.labels is not None:
+        columns["label"] = next(iter(threshold)) if threshold else dataset.label_field
+    missing = sorted({name for name in columns.values() if name not in file.types})
+    if missing:
+        raise ValueError(
+            f"{file.path}: no column {', '.join(missing)}; the run needs {', '.join(dict.fromkeys(columns.values()))}, "
+            f"and there are {', '.join(file.types)}"
+        )
+    found = pd.DataFrame()
+    for name, column in columns.items():
+        if name in ("user", "item"):
+            file.clean_ids(column)
+            found[name] = file.table[column]
+            empty = found[name].isin(["", "[PAD]"])
+        else:
+            found[name] = file.times(column) if name == "time" else file.numbers(column, needed=True)
+            empty = found[name].isna()
+        if empty.any():
+            raise ValueError(
+                f"{file.where(int(empty.argmax()), column)} is empty; fill it in or remove the line"
+            )
+    if not timed:  # the order of the file is the order in time
+        found["time"] = history.timestamps.max() + 1 + np.arange(len(found))
+    if threshold:
+        found["label"] = (found["label"] >= next(iter(threshold.values()))).astype(np.float64)
+    elif "label" in found and not found["label"].isin((0, 1)).all():
+        raise ValueError(f"{file.path}: {columns['label']} holds other values than 0 and 1")
+    minimum = dataset.config["min_rating"]
+    if minimum is not None and dataset.config["task"] == "next_item":
+        found = found[found["rating"] >= minimum].reset_index(drop=True)
+    return _without_duplicates(found, dataset) if timed else found
+
+
+def _cells(source: str | Path | pd.DataFrame, dataset: HistoryDataset) -> AtomicFile:
+    if not isinstance(source, pd.DataFrame):
+        return _read(source, "interactions", dataset)
+    types = {
+        str(name): "float" if pd.api.types.is_float_dtype(column) else "token"
+        for name, column in source.items()
+    }
+    table = source.where(source.notna(), "").astype(str).set_axis(list(types), axis=1).reset_index(drop=True)
+    return AtomicFile(Path("the interactions"), types, table, np.arange(1, len(table) + 1))
+
+
+def _read(path: str | Path, what: str, dataset: HistoryDataset) -> AtomicFile:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what}: there is no file {path}")
+    return read_atomic(Path(path), dataset.config["field_separator"], dataset.config["encoding"])
+
+
+def _without_duplicates(table: pd.DataFrame, dataset: HistoryDataset) -> pd.DataFrame:
+    """The interactions that the data does not have yet, each once, as a preparation would keep them."""
+    history = cast(HistoryIndex, dataset.history)
+    if "rating" in table:
+        table["rating"] = table["rating"].astype(np.float32)  # as in the histories
+    users = np.repeat(np.arange(len(history.user_start) - 1), np.diff(history.user_start))
+    ids = dataset.field2token_id[dataset.uid_field]
+    mine = np.flatnonzero(np.isin(users, [ids[user] for user in table["user"].unique() if user in ids]))
+    old = {
+        "user": dataset.field2id_token[dataset.uid_field][users[mine]],
+        "item": dataset.field2id_token[dataset.iid_field][history.item_ids[mine]],
+        "time": history.timestamps[mine],
+    }
+    for name, values in (("rating", history.ratings), ("label", history.labels)):
+        if values is not None:
+            old[name] = values[mine]
+    both = pd.concat([pd.DataFrame(old)[list(table.columns)], table], ignore_index=True)
+    again = both.duplicated().to_numpy()[len(mine) :]
+    if again.any():
+        logger.warning("%d of the interactions are in the data already: left out", again.sum())
+    return table[~again].reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------- appending
+
+
+def append(
+    parts: Assembly, new: NewData, source: str | Path | pd.DataFrame, items: str | Path | None = None
+) -> dict[str, int]:
+    """Append interactions to the histories of a loaded run. Its loaders keep their samples.
+
+    Args:
+        parts: the run.
+        new: what it has been given so far; changed.
+        source: see :func:`read_interactions`. May hold users and items that the data does not have.
+        items: an atomic ``.item`` file with the titles of such items, beside the data's own.
+
+    Returns:
+        Numbers: ``interactions``, ``new_users``, ``new_items``, and ``late`` ones, which are older than the newest
+        interaction of the data.
+
+    Raises:
+        ValueError: for a run whose protocol has no histories (``task: ~``), for wrong columns, or for new items without
+            titles where prompts need them. Nothing is changed then.
+    """
+    dataset = parts.dataset
+    if not isinstance(dataset, HistoryDataset):
+        raise ValueError(
+            "interactions can be appended to runs with task: ctr or task: next_item; this one follows RecBole's own "
+            "protocol (task: ~)"
+        )
+    table = read_interactions(source, dataset)
+    before = {f: len(dataset.field2id_token[f]) for f in (dataset.uid_field, dataset.iid_field)}
+    if items is not None:
+        titles = _read(items, "items", dataset)
+        if dataset.iid_field not in titles.types:
+            raise ValueError(
+                f"{titles.path} has no column {dataset.iid_field!r}; it has {list(titles.types)}"
+            )
+        titles.clean_ids(dataset.iid_field)
+        dataset._shared.setdefault("item_files", []).append(titles)
+    try:
+        for name, column in ((dataset.uid_field, "user"), (dataset.iid_field, "item")):
+            _extend_vocabulary(dataset, name, table[column])
+        if dataset.item_num > before[dataset.iid_field]:
+            _refresh_titles(parts, before[dataset.iid_field])
+    except ValueError:
+        for name, size in before.items():
+            _shrink_vocabulary(dataset, name, size)
+        if items is not None:
+            dataset._shared["item_files"].pop()
+        _forget_titles(dataset)
+        raise
+    late = int((table["time"] < cast(HistoryIndex, dataset.history).timestamps.max()).sum())
+    _extend_features(parts)
+    _insert(parts, table)
+    _adapt_model(parts, new)
+    new.interactions += len(table)
+    counts = {
+        "interactions": len(table),
+        "new_users": dataset.user_num - before[dataset.uid_field],
+        "new_items": dataset.item_num - before[dataset.iid_field],
+        "late": late,
+    }
+    logger.info(
+        "appended %d interactions, with %d new users and %d new items",
+        *(counts[name] for name in ("interactions", "new_users", "new_items")),
+    )
+    if late:
+        logger.warning(
+            "%d appended interactions are older than the newest one of the data; put in time order", late
+        )
+    return counts
+
+
+def _extend_vocabulary(dataset: HistoryDataset, name: str, tokens: pd.Series) -> None:
+    ids = dataset.field2token_id[name]
+    added = [token for token in dict.fromkeys(tokens) if token not in ids]
+    start = len(dataset.field2id_token[name])
+    ids.update({token: start + i for i, token in enumerate(added)})
+    dataset.field2id_token[name] = np.concatenate([dataset.field2id_token[name].astype(object), added])
+
+
+def _shrink_vocabulary(dataset: HistoryDataset, name: str, size: int) -> None:
+    for token in dataset.field2id_token[name][size:]:
+        del dataset.field2token_id[name][token]
+    dataset.field2id_token[name] = dataset.field2id_token[name][:size]
+
+
+def _datasets(parts: Assembly) -> Iterator[HistoryDataset]:
+    seen = {}
+    for part in (parts.dataset, parts.full_train, parts.train, parts.valid, parts.test):
+        seen[id(part)] = part
+    yield from seen.values()
+
+
+def _forget_titles(dataset: HistoryDataset) -> None:
+    for key in [key for key in dataset._shared if key.startswith("item_text")]:
+        del dataset._shared[key]
+
+
+def _refresh_titles(parts: Assembly, size: int) -> None:
+    """Read the titles again, and let prompts use them; items from ``size`` on are new."""
+    dataset = parts.dataset
+    _forget_titles(dataset)
+    prompts = _line_prompts(parts)
+    if prompts is not None:
+        hidden, old = prompts.config["obfuscate_titles"], prompts._items
+        titles = dataset.item_text(obfuscate=hidden)
+        untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
+        if untitled and dataset.text_settings.missing_title == "error" and titles.titled and not hidden:
+            names = ", ".join(str(dataset.id2token(dataset.iid_field, i)) for i in untitled[:10])
+            raise ValueError(
+                f"the new items {names} have no titles; give an .item file that has them (--items)"
+            )
+        _keep_placeholders(titles, old, size)
+        prompts._items = titles
+        prompts._pieces.clear()
+        prompts.__dict__.pop("answers", None)
+        if isinstance(parts.model, TitleRanker):
+            parts.model._catalogue = None
+        parts.model.n_items = dataset.item_num
+
+
+def _keep_placeholders(titles: ItemText, old: ItemText, size: int) -> None:
+    """Let "Movie 12" stay what it is: names in the place of titles are numbered by all items that there are."""
+    called = old._placeholder(1).rpartition(" ")[0]
+    numbered = titles._placeholder
+
+    def name(item: int) -> str:
+        return old._placeholder(item) if item < size else f"{called} {item}"
+
+    titles.titles[1:] = [
+        name(item) if title == numbered(item) else title
+        for item, title in enumerate(titles.titles[1:], start=1)
+    ]
+    titles._placeholder = name
+
+
+def _line_prompts(parts: Assembly) -> LinePrompts | None:
+    """The prompts of an LLM recommender, else ``None``."""
+    prompts = parts.prompts if isinstance(parts, LLMAssembly) else None
+    return prompts if isinstance(prompts, LinePrompts) else None
+
+
+def _extend_features(parts: Assembly) -> None:
+    """Rows of zeros, RecBole's "unknown", for new users and items in the tables of features."""
+    dataset = parts.dataset
+    for attribute, name in (("user_feat", dataset.uid_field), ("item_feat", dataset.iid_field)):
+        feat, size = getattr(dataset, attribute), dataset.num(name)
+        if feat is None or len(feat) >= size:
+            continue
+        columns = {}
+        for column, values in feat.interaction.items():
+            added = torch.zeros(size - len(values), *values.shape[1:], dtype=values.dtype)
+            columns[column] = torch.cat([values, added])
+        columns[name] = torch.arange(size, dtype=columns[name].dtype)
+        longer = Interaction(columns)
+        for part in _datasets(parts):
+            setattr(part, attribute, longer)
+    if isinstance(parts, LLMAssembly):
+        profiles = getattr(parts.prompts, "_profiles", None)
+        if profiles is not None:
+            profiles.extend([""] * (dataset.user_num - len(profiles)))
+
+
+def _insert(parts: Assembly, table: pd.DataFrame) -> None:
+    """Put interactions at their places in the index of histories, in place: every retriever holds the same index."""
+    dataset, history = parts.dataset, parts.dataset.history
+    users = np.repeat(np.arange(len(history.user_start) - 1), np.diff(history.user_start))
+    n_old = len(history)
+    new_users = table["user"].map(dataset.field2token_id[dataset.uid_field]).to_numpy(np.int64)
+    new_items = table["item"].map(dataset.field2token_id[dataset.iid_field]).to_numpy(np.int64)
+    users = np.concatenate([users, new_users])
+    items = np.concatenate([history.item_ids, new_items])
+    times = np.concatenate([history.timestamps, table["time"].to_numpy()])
+    # The order of a preparation: time, then item by its token; stable, so equals keep the order in which they came.
+    order = np.lexsort((dataset._token_ranks(dataset.iid_field)[items], times, users))
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    start = np.zeros(dataset.user_num + 1, dtype=np.int64)
+    np.cumsum(np.bincount(users, minlength=dataset.user_num), out=start[1:])
+    if history.row_start is not None:
+        rows = np.concatenate([place[history.row_start], start[new_users]])
+        history.row_start = rows[order]
+    for attribute, column in (("labels", "label"), ("ratings", "rating"), ("negatives", None)):
+        old = getattr(history, attribute)
+        if old is not None:
+            added = np.zeros(len(table)) if column is None else table[column].to_numpy()
+            setattr(history, attribute, np.concatenate([old, added.astype(old.dtype)])[order])
+    history.item_ids, history.timestamps, history.user_start = items[order], times[order], start
+    history.__dict__.pop("tie_start", None)
+    for part in _datasets(parts):
+        ends = part.inter_feat[HISTORY_END].numpy()
+        part.inter_feat.update(Interaction({HISTORY_END: torch.from_numpy(place[:n_old][ends])}))
+    dataset._shared.pop("hash", None)
+    prompts = _line_prompts(parts)
+    if prompts is not None:
+        stars = getattr(prompts, "_star_texts", None)
+        prompts._number_stars()
+        if getattr(prompts, "_star_texts", None) != stars:
+            prompts._pieces.clear()
+
+
+# ---------------------------------------------------------------------- what models are told
+
+
+def _adapt_model(parts: Assembly, new: NewData) -> None:
+    """Keep ids that were appended from what has trained tables; once, and again for retrievers after each append."""
+    dataset = parts.dataset
+    new.scores_new_users, new.scores_new_items = _can_score(parts)
+    if not new.guarded and isinstance(parts, LLMAssembly):
+        new.guarded = True
+        for lens in {id(part): part for part in (parts.lens, parts.model.lens) if part is not None}.values():
+            _guard(lens, new)
+    for retriever in new.retrievers:
+        retriever.refresh()
+    if dataset.item_num == new.n_items or new.retrievers:
+        return
+    new.retrievers.append(KnownItemsRetriever(dataset.id_retriever, dataset.history, new.n_items))
+    dataset.set_id_retriever(new.retrievers[-1])
+    prompts = _line_prompts(parts)
+    if prompts is not None:
+        shown = prompts.retriever
+        chosen = shown.retriever if isinstance(shown, ShuffledRetriever) else shown
+        # Slots want the lens's vectors of all items that are shown, similarity those of the language model.
+        if parts.model.slots or not isinstance(chosen, RecentRetriever):
+            new.retrievers.append(KnownItemsRetriever(shown, dataset.history, new.n_items))
+            prompts.retriever = new.retrievers[-1]
+
+
+def _can_score(parts: Assembly) -> tuple[bool, bool]:
+    """Whether the model can score users, and items, that it was not trained with."""
+    model = parts.model
+    if not isinstance(parts, LLMAssembly):
+        named = any("user" in name for name, _ in model.named_parameters())
+        return model.type.name == "SEQUENTIAL" and not named, False
+    lens = model.lens
+    users = (
+        lens is None
+        or isinstance(lens.model, LensDIN)
+        or lens.model.USER_ID not in getattr(lens.model, "input_fields", [lens.model.USER_ID])
+    )
+    if isinstance(model, TitleRanker):
+        return users, not model.slots
+    reads_target = (
+        model.slots
+        or model.residual
+        or model.prompts.tells_lens
+        or (model.gated and (model.gate_reads_logit or lens.gate_scope != "user"))
+    )
+    return users, not reads_target
+
+
+def _guard(lens: Any, new: NewData) -> None:
+    """Let a lens see the padding's id for users and items it has no vector of, and a DIN the mean of its users."""
+    represent, score_items = lens.represent, lens.score_items
+    lens.represent = lambda interaction: represent(new.known_only(interaction))
+    lens.score_items = lambda interaction: score_items(new.known_only(interaction))
+    if not isinstance(lens.model, LensDIN):
+        return
+    fields: Any = lens.model.fields
+    embed = fields.forward
+
+    def forward(side: str, ids: Tensor) -> Tensor:
+        found = embed(side, ids)
+        if side != "user" or not bool((ids == 0).any()):
+            return found
+        everyone = embed(side, torch.arange(1, new.n_users, device=ids.device))
+        return torch.where((ids == 0).unsqueeze(-1), everyone.mean(dim=0), found)
+
+    fields.forward = forward
