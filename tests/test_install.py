@@ -29,7 +29,7 @@ COME_ALONG = {
     "tokenizers": "transformers", "huggingface_hub": "transformers", "accelerate": "peft", "markupsafe": "jinja2",
 }  # fmt: skip
 # Extras: may be imported inside a function only.
-OPTIONAL = {"bitsandbytes", "matplotlib", "pynvml"}
+OPTIONAL = {"bitsandbytes", "matplotlib"}
 # An extra that one module needs as a whole; it is imported when the command `serve` is given.
 SERVER = {"serving/server.py": {"fastapi", "uvicorn", "prometheus_client", "pydantic"}}
 
