@@ -1,4 +1,4 @@
-"""What cannot work together, and what follows from other values.
+"""What cannot work together, and values that others determine.
 
 Every check is a small function of the merged values that raises one sentence with the remedy; ``resolve_`` functions
 fill in values that others determine. `check_llm` and `check_conventional` run those of a family, in order.
