@@ -215,7 +215,7 @@ class StreamCutter:
         return int(self._before[chunk.targets[-1] + 1] - self._before[chunk.start])
 
 
-def draw_by_user(users: np.ndarray, size: int | float, seed: int) -> np.ndarray:
+def draw_by_user(users: np.ndarray, size: int | float, seed: int, purpose: str = "few_shot") -> np.ndarray:
     """Draw whole users until there are enough samples; of the last user his first ones.
 
     In a chunk of many targets a label costs a few tokens; drawn one by one, most labels would need a chunk of their
@@ -225,6 +225,7 @@ def draw_by_user(users: np.ndarray, size: int | float, seed: int) -> np.ndarray:
         users: the user of each sample, ``[n]``.
         size: a count, or a share in (0, 1).
         seed: the run's seed.
+        purpose: what the samples are for; other purposes get other users.
 
     Returns:
         Ascending indices, int64.
@@ -234,9 +235,9 @@ def draw_by_user(users: np.ndarray, size: int | float, seed: int) -> np.ndarray:
     """
     count = max(1, round(size * len(users))) if isinstance(size, float) else size
     if count > len(users):
-        raise ValueError(f"few_shot: {count:,} samples are asked for, but there are only {len(users):,}")
+        raise ValueError(f"{purpose}: {count:,} samples are asked for, but there are only {len(users):,}")
     names, owner = np.unique(users, return_inverse=True)
-    rank = np.random.default_rng([seed, zlib.crc32(b"few_shot users")]).permutation(len(names))
+    rank = np.random.default_rng([seed, zlib.crc32(f"{purpose} users".encode())]).permutation(len(names))
     return np.sort(np.argsort(rank[owner], kind="stable")[:count])
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recbole.data.interaction import Interaction
 
 from recbole_llm.config.configurator import Config
+from recbole_llm.data.dataset import HistoryDataset
+from recbole_llm.data.streams import draw_by_user
 from recbole_llm.experiment import dry_run
 from recbole_llm.experiment.base import Experiment
 from recbole_llm.experiment.exhibits import example_prompts, gate_table
@@ -33,7 +36,13 @@ class LLMExperiment(Experiment):
 
     def __init__(self, config: Config, folder: Path) -> None:
         parts = self.assemble(config)
-        trainer = LLMTrainer(config, parts.model, run_folder=folder, identities=parts.identities)
+        trainer = LLMTrainer(
+            config,
+            parts.model,
+            run_folder=folder,
+            identities=parts.identities,
+            residual_samples=residual_samples(config, parts.valid),
+        )
         super().__init__(parts, trainer, folder)
         if parts.lens is not None:
             parts.lens.save(lens_folder(folder, parts.lens.name, parts.lens.identity))
@@ -67,9 +76,13 @@ class LLMExperiment(Experiment):
         columns = super()._columns(split)
         if split == "test":
             self.parts.seconds["test"] += self.trainer.seconds_before
-            return columns | self._references
-        if self.parts.lens is not None and self.config["task"] == "ctr":
+            columns |= self._references
+        elif self.parts.lens is not None and self.config["task"] == "ctr":
             columns["lens_score"] = lens_scores(self.parts, split)
+        if self.config["lens_residual"]:
+            alone = self.parts.model.llm_alone(columns["model_score"], columns["lens_score"])
+            if alone is not None:
+                columns["llm_score"] = alone
         return columns
 
     def counts(self) -> dict[str, int | None]:
@@ -126,3 +139,12 @@ class LLMExperiment(Experiment):
     @classmethod
     def assemble(cls, config: Config, *, fit: bool = True, saved: Path | None = None) -> LLMAssembly:
         return assemble(config, fit=fit, saved=saved)
+
+
+def residual_samples(config: Config, valid: HistoryDataset) -> Interaction | None:
+    """The validation samples that ``residual_rows`` draws, of whole users as far as possible; ``None``: none."""
+    size = config["residual_rows"]
+    if not config["lens_residual"] or size is None:
+        return None
+    users = valid.inter_feat[valid.uid_field].numpy()
+    return valid[draw_by_user(users, min(size, len(valid)), config["eval_seed"], "residual_rows")]

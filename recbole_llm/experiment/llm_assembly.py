@@ -39,6 +39,7 @@ from recbole_llm.experiment.splits import (
     draw_candidate_sets,
     eval_loader,
     item_counts,
+    newest,
     prepare_splits,
     set_id_retrieval,
 )
@@ -95,9 +96,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
                 splits.full_train,
                 splits.full_valid,
                 cache_dir=saved or cache_folder(config),
-                exclude_rows=splits.train.inter_feat[ROW_ID].numpy()
-                if config["lens_rows"] == "without_few_shot"
-                else None,
+                exclude_rows=hidden_from_lens(config, splits),
                 fit=fit,
             )
             return lens.to(config["device"])
@@ -159,6 +158,16 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
         ingredients=Ingredients(described(backbone), lens_facts(lens)),
         seconds=seconds,
     )
+
+
+def hidden_from_lens(config: Config, splits: Splits) -> np.ndarray | None:
+    """``row_id`` of the training samples that ``lens_rows`` keeps from the lens; ``None``: none of them."""
+    hidden = {
+        "all": lambda: None,
+        "without_few_shot": lambda: splits.train,
+        "earlier": lambda: splits.full_train.subset(newest(splits.full_train)),
+    }[config["lens_rows"]]()
+    return None if hidden is None else hidden.inter_feat[ROW_ID].numpy()
 
 
 def lens_facts(lens: Lens | None) -> dict[str, Any] | None:

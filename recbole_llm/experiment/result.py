@@ -19,7 +19,7 @@
                         among them, are RecBole's, rounded to metric_decimal_place
     intervals           null without scores by sample, else (with ranks, hr@1, .. stand in the place of auc, ..)
                         {unit: "user", users, rows, samples, seed, level,
-                         models: {model|lens|zero_shot: {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
+                         models: {model|lens|llm|zero_shot: {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
                          differences: {"model - lens": {auc: {value, low, high[, reason]}, ..}, ..}}
                         differences are paired (same draws of users); reason says why a bound is null
     names               the table's label of each entry of intervals.models
@@ -32,8 +32,9 @@
     test_rows           "test_rows.npz" or null
 
 `test_rows.npz` has one array per column, each with one entry per test sample, no pickles: user, item (tokens of the
-dataset), row_id, label (int8), model_score, and where they exist lens_score and zero_shot_score (float64
-probabilities). Rankings have, instead of label and scores, model_rank, and where they exist lens_rank, zero_shot_rank,
+dataset), row_id, label (int8), model_score, and where they exist lens_score, zero_shot_score and, with lens_residual,
+llm_score, the tuned LLM's without the lens (float64 probabilities).
+Rankings have, instead of label and scores, model_rank, and where they exist lens_rank, zero_shot_rank,
 popularity_rank and others (1 being best); item is the target. What it was ranked among is candidates: [n, C] tokens
 with candidate_scores [n, C] where candidates are stored, else [n] numbers of items.
 """
@@ -131,6 +132,7 @@ def build_result(
         "zero_shot": "untrained LLM",
         "lens": f"lens {lens['name']}" if lens else "lens",
     }
+    labels["llm"] = f"{labels['model']}, LLM alone"
     intervals, values = None, {}
     if rows is not None:
         if len(rows["user"]) != counts["test"]:

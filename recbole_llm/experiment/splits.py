@@ -85,6 +85,8 @@ def few_shot_samples(config: Config, full_train: HistoryDataset) -> HistoryDatas
         ValueError: if the user asks for more samples than there are.
     """
     few_shot = config["few_shot"]
+    if config["lens_rows"] == "earlier":
+        full_train = full_train.subset(newest(full_train))
     if is_default_count(config, "few_shot") and few_shot > len(full_train):
         logger.info("few_shot: all %d training samples; the default is %d", len(full_train), few_shot)
         few_shot = None
@@ -100,12 +102,23 @@ def few_shot_samples(config: Config, full_train: HistoryDataset) -> HistoryDatas
     return full_train.subset(draw_rows(len(full_train), few_shot, config["seed"], "few_shot"))
 
 
+def newest(samples: HistoryDataset) -> np.ndarray:
+    """With ``lens_rows: earlier``, what of the training samples is the LLM's: the newest fifth, ascending indices."""
+    order = np.argsort(samples.inter_feat[samples.time_field].numpy(), kind="stable")
+    return np.sort(order[len(order) - len(order) // 5 :])
+
+
 def bounded(config: Config, samples: HistoryDataset, purpose: str) -> HistoryDataset:
     """``samples``, or the seeded draw of ``eval_rows`` of them; ``purpose`` is ``valid`` or ``test``."""
-    if config["eval_rows"] and config["eval_rows"] < len(samples):
-        drawn = draw_rows(len(samples), config["eval_rows"], config["eval_seed"], purpose)
-        return samples.subset(drawn)
-    return samples
+    size = config["eval_rows"]
+    if purpose == "valid" and config["valid_rows"] is not None:
+        size = config["valid_rows"]
+    if not size or size >= len(samples):
+        return samples
+    if config["eval_rows_by"] == "user":
+        users = samples.inter_feat[samples.uid_field].numpy()
+        return samples.subset(draw_by_user(users, size, config["eval_seed"], purpose))
+    return samples.subset(draw_rows(len(samples), size, config["eval_seed"], purpose))
 
 
 def item_counts(train: HistoryDataset) -> np.ndarray:

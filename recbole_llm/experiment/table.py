@@ -44,9 +44,8 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
     own: list[list[str]] = []
     for result in results:
         found = result["intervals"]
-        for key in sorted(
-            found["models"], key=lambda k: ("zero_shot", "lens").index(k) if k in ("zero_shot", "lens") else 2
-        ):
+        order = ("zero_shot", "lens", "llm")
+        for key in sorted(found["models"], key=lambda k: order.index(k) if k in order else len(order)):
             label, values = result["names"][key], found["models"][key]
             difference = found["differences"].get(f"{key} - lens", {}).get(main)
             line = [
@@ -62,7 +61,7 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
                 for m in columns
                 if values[m]["value"] is None
             ]
-            if key == "model":
+            if key in ("model", "llm"):
                 own.append(line)
             elif line not in lines:
                 lines.append(line)

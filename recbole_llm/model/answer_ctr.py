@@ -8,11 +8,14 @@ Every CTR model of this package is this class with another mixer, gate or prompt
 The adapted projections follow one formula, ``y = W0 x + s B M(z) A x`` (:mod:`recbole_llm.adapter`), where ``z`` is
 the lens's state of the sample. With ``lens_residual`` the prediction starts at the lens's and is corrected by the LLM:
 
-    logit(u, i) = a * lens_logit(u, i) + b * margin(u, i) + c,      (a, b, c) learned from (1, 0.1, 0)
+    logit(u, i) = a * lens_logit(u, i) + b * margin(u, i) + c
 
-``b`` starts small because the margin of an untuned LLM is noise with a constant offset: added with weight one, training
-would start below the lens. It does not start at zero, because there the gradient of the LLM vanishes, and its direction
-is that of the sign which ``b`` takes first.
+With ``residual_rows: ~`` the three are learned with the adapter from (1, 0.1, 0). ``b`` starts small because the margin
+of an untuned LLM is noise with a constant offset: added with weight one, training would start below the lens. It does
+not start at zero, because there the gradient of the LLM vanishes, and its direction is that of the sign which ``b``
+takes first. With ``residual_rows: n`` they are those of the stack: a logistic regression of the label on both logits,
+fitted on n validation samples, before the training and after each epoch. A lens is surer of the labels that it was
+trained on than of others, so what the training samples say of ``a`` is too much.
 
 Where the template has slots (:mod:`recbole_llm.model.slots`), prompts are hybrid: projected vectors of the lens stand
 behind titles, or for the user. The untrained LLM always gets text alone.
@@ -20,6 +23,7 @@ behind titles, or for the user. The untrained LLM always gets text alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -28,6 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from recbole.data.interaction import Interaction
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from recbole_llm.backbone.answers import answer_logits, answer_token_ids, pad_right
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
     from recbole_llm.data.prompts.ctr import PromptBuilder
     from recbole_llm.data.prompts.lines import EncodedPrompts
     from recbole_llm.lens.lens import Lens
+
+logger = logging.getLogger(__name__)
 
 ANSWER_SCALE = 0.1
 """Where ``b`` of ``lens_residual`` starts."""
@@ -88,6 +96,8 @@ class AnswerCTR(LLMRecommender):
             self.lens_scale = nn.Parameter(torch.tensor(1.0))
             self.answer_scale = nn.Parameter(torch.tensor(ANSWER_SCALE))
             self.bias = nn.Parameter(torch.tensor(0.0))
+            for scalar in (self.lens_scale, self.answer_scale, self.bias):
+                scalar.requires_grad_(config["residual_rows"] is None)
         self.slots = self.hybrid = slots
         self.projectors = nn.ModuleDict()
         if prompts.item_slots:
@@ -167,17 +177,25 @@ class AnswerCTR(LLMRecommender):
             logits = answer_logits(self.adapter.peft_model, inputs, batch.lengths, self.answer_ids)
         return logits[:, 0] - logits[:, 1]
 
-    def logits(self, batch: MicroBatch) -> Tensor:
-        """The model's logit, ``[b]`` float32 (see the module docstring)."""
+    def terms(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """The adapted language model's margin, and with ``lens_residual`` the lens's logit, ``[b]`` float32 each."""
         state = lens_logit = None
         if self.gated or self.residual or self.hybrid:
             state, lens_logit = self.lens.represent(batch.interaction)
         if self.gated:
             self.adapter.set_instance(self.gate_instance(state, lens_logit))
         margin = self.margin(batch, state if self.hybrid else None)
-        if self.residual:
-            return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
-        return margin
+        return margin, lens_logit if self.residual else None
+
+    def combined(self, margin: Tensor, lens_logit: Tensor | None) -> Tensor:
+        """The model's logit of both terms, ``[b]`` (see the module docstring)."""
+        if lens_logit is None:
+            return margin
+        return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        """The model's logit, ``[b]`` float32."""
+        return self.combined(*self.terms(batch))
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Mean cross-entropy between the two answers, and the gate's penalty if there is one; scalar."""
@@ -188,6 +206,50 @@ class AnswerCTR(LLMRecommender):
     def score_rows(self, interaction: Interaction) -> Tensor:
         """Probability of "yes", ``[B]`` float64; does not depend on what else is in the batch."""
         return torch.sigmoid(self._score(interaction, self.encode(interaction), self.logits))
+
+    @torch.no_grad()
+    def fit_residual(self, interaction: Interaction) -> None:
+        """Set (a, b, c) of ``lens_residual`` to the logistic regression of the labels on both logits.
+
+        Args:
+            interaction: samples that neither lens nor adapter was trained on.
+
+        Raises:
+            ValueError: if they have one class only.
+        """
+        margin = self._score(interaction, self.encode(interaction), lambda batch: self.terms(batch)[0])
+        _, lens_logit = self.lens.represent(interaction.to(self.device))
+        labels = interaction[self.LABEL].cpu().numpy()
+        if len(np.unique(labels)) < 2:
+            raise ValueError(
+                f"residual_rows: the {len(labels):,} validation samples have one class only, so lens_residual cannot "
+                "be fitted on them; draw more of them, or set residual_rows: ~"
+            )
+        terms = torch.stack([lens_logit.double().cpu(), margin.cpu()], dim=1).numpy()
+        fitted = LogisticRegression(C=1e6, max_iter=1000, tol=1e-8).fit(terms, labels)  # C: no regularisation
+        values = (*fitted.coef_[0], fitted.intercept_[0])
+        for scalar, value in zip((self.lens_scale, self.answer_scale, self.bias), values, strict=True):
+            scalar.fill_(float(value))
+        logger.info(
+            "lens_residual, fitted on %s validation samples: %.3g lens + %.3g LLM %+.3g",
+            f"{len(labels):,}",
+            *values,
+        )
+
+    def llm_alone(self, scores: np.ndarray, lens_scores: np.ndarray) -> np.ndarray | None:
+        """The language model's own probability, without the lens's logit, out of the model's and the lens's.
+
+        Args:
+            scores, lens_scores: probabilities of the same samples, ``[n]``.
+
+        Returns:
+            float64 ``[n]``; ``None`` without ``lens_residual``, or where the LLM has no weight in it.
+        """
+        terms = self.residual_terms()
+        if terms is None or abs(terms["answer_scale"]) < 1e-6:
+            return None
+        total = logit(scores) - terms["lens_scale"] * logit(lens_scores) - terms["bias"]
+        return expit(total / terms["answer_scale"])
 
     @torch.no_grad()
     def predict_untrained(self, interaction: Interaction) -> Tensor:

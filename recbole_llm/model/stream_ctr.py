@@ -231,15 +231,11 @@ class StreamCTR(AnswerCTR):
         """Log-odds of label 1 by the mass of the answers that mean it, ``[k, K] -> [k]``."""
         return logits[:, self._like].logsumexp(dim=1) - logits[:, self._dislike].logsumexp(dim=1)
 
-    def _with_residual(self, margin: Tensor, lens_logit: Tensor | None) -> Tensor:
-        if lens_logit is None:
-            return margin
-        return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
-
-    def logits(self, batch: StreamMicroBatch) -> Tensor:  # type: ignore[override]  # as micro_batches makes them
-        """The model's log-odds of label 1, ``[k]`` float32."""
+    def terms(  # type: ignore[override]  # batches as micro_batches makes them
+        self, batch: StreamMicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
         lens_logit = self._read_lens(batch)
-        return self._with_residual(self.like_margin(self.answer_logits(batch)), lens_logit)
+        return self.like_margin(self.answer_logits(batch)), lens_logit
 
     def loss(self, batch: StreamMicroBatch) -> Tensor:  # type: ignore[override]  # as micro_batches makes them
         """Mean cross-entropy of the answers, scalar; with ``lens_residual`` also that of the labels, of the sum."""
@@ -248,7 +244,7 @@ class StreamCTR(AnswerCTR):
         loss = F.cross_entropy(logits, batch.answers)
         if lens_logit is not None:
             labels = torch.isin(batch.answers, self._like).float()
-            total = self._with_residual(self.like_margin(logits), lens_logit)
+            total = self.combined(self.like_margin(logits), lens_logit)
             loss = loss + F.binary_cross_entropy_with_logits(total, labels)
         return self.with_gate_penalty(loss)
 

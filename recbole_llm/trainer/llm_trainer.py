@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from recbole.config import Config
+from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import set_color
@@ -84,10 +85,17 @@ class LLMTrainer(Trainer):
         model: the model.
         run_folder: an existing, writable folder; ``best.safetensors`` and ``last.safetensors`` are kept in it.
         identities: what a checkpoint of this run belongs to (backbone, lens, data, configuration), by name.
+        residual_samples: validation samples on which ``lens_residual`` is fitted (``residual_rows``), if any are.
     """
 
     def __init__(
-        self, config: Config, model: AbstractRecommender, *, run_folder: Path, identities: dict[str, str]
+        self,
+        config: Config,
+        model: AbstractRecommender,
+        *,
+        run_folder: Path,
+        identities: dict[str, str],
+        residual_samples: Interaction | None = None,
     ) -> None:
         # Read by _build_optimizer, which RecBole's constructor calls.
         self._names = {
@@ -97,6 +105,7 @@ class LLMTrainer(Trainer):
         }
         super().__init__(config, model)
         self.run_folder = run_folder
+        self.residual_samples = residual_samples
         self.identities = identities
         self.best_file = run_folder / BEST_FILE
         self.last_file = run_folder / LAST_FILE
@@ -171,6 +180,7 @@ class LLMTrainer(Trainer):
             disable=not show_progress,
         )
         if first == 0 and epoch_idx == 0:
+            self._fit_residual()
             self._save_last()  # so that even a run killed before its first checkpoint can be resumed
         for step in range(first, len(batches)):
             started, tokens_before = time.monotonic(), self.model.counts["tokens"]
@@ -197,8 +207,19 @@ class LLMTrainer(Trainer):
             if time.monotonic() - self._saved_at >= self.checkpoint_seconds:
                 self._save_last()
         progress.close()
+        if batches:
+            self._fit_residual()
         self._save_last()
         return self._loss_sum / n_rows
+
+    def _fit_residual(self) -> None:
+        """With ``residual_rows``: the three scalars of ``lens_residual`` from validation samples."""
+        if self.residual_samples is None:
+            return
+        self.model.eval()
+        with self._autocast():
+            self.model.fit_residual(self.residual_samples)
+        self.model.train()
 
     def _epoch_batches(self, train_data, epoch: int) -> list[list]:
         """What :meth:`collate_fn` of the loader makes the batch of each optimizer step of; by (seed, epoch) alone."""

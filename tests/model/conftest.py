@@ -11,6 +11,7 @@ import torch
 from synthetic import TEXT
 
 from recbole_llm.config.configurator import Config
+from recbole_llm.experiment.llm import residual_samples
 from recbole_llm.experiment.llm_assembly import assemble
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.trainer.llm_trainer import LLMTrainer
@@ -92,7 +93,13 @@ def broken_and_resumed(ctr, parts_of, tmp_path):
         folder = tmp_path / "broken"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(parts.config.as_dict()))
-        trainer = LLMTrainer(parts.config, parts.model, run_folder=folder, identities=parts.identities)
+        trainer = LLMTrainer(
+            parts.config,
+            parts.model,
+            run_folder=folder,
+            identities=parts.identities,
+            residual_samples=residual_samples(parts.config, parts.valid),
+        )
         update, left = trainer._update, iter(range(steps))
 
         def stop_in_time() -> None:

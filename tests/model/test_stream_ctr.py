@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 
 from recbole_llm.backbone.answers import answer_logits
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.streams import Chunk, StreamBatch, draw_by_user
+from recbole_llm.experiment.llm import residual_samples
 from recbole_llm.model.stream_ctr import check_histories
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 
@@ -401,3 +404,66 @@ def test_a_configuration_survives_its_own_json(ctr):
     config = Config("RecLoRA", "toy", config_dict={**ctr, **STREAM, "lora_layers": [0, 1]})
     again = Config.from_dict(json.loads(json.dumps(config.as_dict())))
     assert again["layout"] == "stream" and again["lora_layers"] == [0, 1] and again["prompt"] == "stream_ctr"
+
+
+# ---------------------------------------------------------------------- lens_residual from the stack
+
+
+@pytest.mark.parametrize("layout", ["prompt", "stream"])
+def test_residual_is_the_logistic_regression_of_both_logits(parts_of, disturb, layout):
+    options = STREAM if layout == "stream" else {}
+    parts = parts_of("RecLoRA", **options, lens_residual=True, residual_rows=50)
+    disturb(parts.model)
+    valid = residual_samples(parts.config, parts.valid)
+    parts.model.fit_residual(valid)
+    terms = parts.model.residual_terms()
+
+    lens = parts.lens.represent(valid)[1].double().numpy()
+    scores = parts.model.score_rows(valid).numpy()
+    alone = parts.model.llm_alone(scores, expit(lens))
+    x, y = np.stack([lens, logit(alone)], axis=1), valid[parts.config["LABEL_FIELD"]].numpy()
+
+    def loss(w: np.ndarray) -> float:
+        z = x @ w[:2] + w[2]
+        return float(np.mean(np.logaddexp(0, z) - y * z))
+
+    own = np.array([terms["lens_scale"], terms["answer_scale"], terms["bias"]])
+    found = minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-7})
+    assert loss(own) == pytest.approx(found.fun, abs=1e-6)
+    assert loss(own) <= loss(np.array([1.0, 0.0, 0.0])) + 1e-9  # not below the lens on these samples
+    assert not parts.model.lens_scale.requires_grad
+
+
+def test_llm_alone_is_the_margin_without_the_lens(streams_of):
+    parts = streams_of("RecLoRA residual")
+    lens = parts.lens.probability(parts.test[np.arange(len(parts.test))]).numpy()
+    scores = parts.model.score_rows(parts.test[np.arange(len(parts.test))]).numpy()
+    parts.model.residual = False
+    alone = parts.model.score_rows(parts.test[np.arange(len(parts.test))]).numpy()
+    parts.model.residual = True
+    np.testing.assert_allclose(parts.model.llm_alone(scores, lens), alone, atol=1e-5)
+
+
+def test_run_starts_at_the_stack_and_shows_the_llm_alone(ctr, rows_of):
+    options = {**ctr, **STREAM, "lens_residual": True, "residual_rows": 60, "zero_shot": False, "few_shot": 0}
+    result = run_recbole_llm("RecLoRA", "toy", config_dict={**options, "score_valid": True})
+    rows = rows_of(result)
+    assert set(result["intervals"]["models"]) == {"model", "lens", "llm"}
+    assert result["names"]["llm"] == "RecLoRA, LLM alone"
+    a, b, c = (result["residual"][name] for name in ("lens_scale", "answer_scale", "bias"))
+    total = a * logit(rows["lens_score"]) + b * logit(rows["llm_score"]) + c
+    np.testing.assert_allclose(expit(total), rows["model_score"], atol=1e-6)
+
+
+def test_interrupted_run_with_fitted_residual_ends_as_an_unbroken_one(ctr, broken_and_resumed, rows_of):
+    options = {**STREAM, "lens_residual": True, "residual_rows": 60, "zero_shot": False}
+    whole = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict={**ctr, **options}))
+    resumed = rows_of(broken_and_resumed("RecLoRA", 2, **options))
+    np.testing.assert_array_equal(whole["model_score"], resumed["model_score"])
+
+
+def test_residual_cannot_be_fitted_on_one_class(parts_of):
+    parts = parts_of("RecLoRA", **STREAM, lens_residual=True, residual_rows=10)
+    samples = parts.valid[np.flatnonzero(parts.valid.inter_feat[parts.config["LABEL_FIELD"]].numpy() == 1)]
+    with pytest.raises(ValueError, match="one class only"):
+        parts.model.fit_residual(samples)
