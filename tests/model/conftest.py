@@ -34,6 +34,7 @@ def ctr(toy_data, ctr_cache, tmp_path, monkeypatch) -> dict:
         "cache_dir": str(ctr_cache),
         "text": TEXT,
         "backbone": "tiny",
+        "layout": "prompt",
         "few_shot": 24,
         "eval_rows": 20,
         "text_history_length": 5,

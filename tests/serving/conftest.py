@@ -13,7 +13,7 @@ from recbole_llm.serving.run import ServedRun
 
 NETWORK = {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 1}
 LENS = {"epochs": 1, "embedding_size": 4, "mlp_hidden_size": [8], "attention_hidden_size": [4]}
-LLM = {"few_shot": 16, "train_batch_size": 8, "learning_rate": 0.05}
+LLM = {"layout": "prompt", "few_shot": 16, "train_batch_size": 8, "learning_rate": 0.05}
 RUNS = {
     "RecLoRA": ("RecLoRA", {**LLM, "lens_config": LENS}),
     "RecLoRA user": ("RecLoRA", {**LLM, "lens_config": LENS, "gate_scope": "user"}),
