@@ -7,7 +7,7 @@ or from the lens's knowledge leaking through. Each control removes one of these:
     num_experts=1                       one meta-LoRA, scaled by nothing that varies
     mixer=identity                      plain LoRA of one expert's rank r
     mixer=identity lora_r=K*r           plain LoRA with as many parameters as all experts
-    shuffle_history                     the prompt's history in a random order
+    shuffle_history                     the prompt's history in a random order (not in a stream)
     obfuscate_titles                    titles replaced by "Movie 123"
 
 The lens (the frozen conventional recommender) alone is part of every comparison, and so, in the ctr task, is a stack of
@@ -58,7 +58,9 @@ def control_models(config: Config, text: str) -> list[str]:
         ungated += f" {key}={off}" if config[key] else ""
     for r in dict.fromkeys((small, total)):
         controls.append(f"{ungated} lora_r={r} lora_alpha={scale * r:g}")
-    controls += ["shuffle_history=True", "obfuscate_titles=True"]
+    if config["layout"] != "stream":  # whose order is the order of its targets
+        controls.append("shuffle_history=True")
+    controls.append("obfuscate_titles=True")
     if config["task"] == "ctr":
         plain = next(i for i, control in enumerate(controls) if control.startswith("mixer=identity"))
         controls[plain] += " score_valid=True"

@@ -173,6 +173,8 @@ def check_layout(v: Values) -> None:
 def check_llm(v: Values) -> None:
     """All checks of an LLM recommender; then values that others determine are filled in."""
     check_task(v)
+    if v["lens"] is None and "lens_residual" not in v.user:
+        v["lens_residual"] = False  # a default, where there is nothing to add
     if v["task"] == "next_item":
         check_next_item(v)
     else:

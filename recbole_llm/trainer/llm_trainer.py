@@ -180,7 +180,6 @@ class LLMTrainer(Trainer):
             disable=not show_progress,
         )
         if first == 0 and epoch_idx == 0:
-            self._fit_residual()
             self._save_last()  # so that even a run killed before its first checkpoint can be resumed
         for step in range(first, len(batches)):
             started, tokens_before = time.monotonic(), self.model.counts["tokens"]
@@ -258,6 +257,8 @@ class LLMTrainer(Trainer):
     def fit(self, *args, **kwargs):
         """As RecBole's; Ctrl-C keeps what was trained and says how to resume."""
         self._fit_started = time.monotonic() - self.seconds["fit"]
+        if (self.start_epoch, self.start_step) == (0, 0):
+            self._fit_residual()
         try:
             result = super().fit(*args, **kwargs)
             self.seconds["fit"] = time.monotonic() - self._fit_started

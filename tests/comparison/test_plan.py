@@ -26,6 +26,7 @@ LENS = {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention
 def settings(toy_settings):
     return {
         **toy_settings,
+        "layout": "prompt",
         "few_shot": 32,
         "eval_rows": 60,
         "eval_step": 0,
@@ -92,7 +93,7 @@ def test_a_preset_reaches_every_model_and_what_is_given_wins(settings):
     plan = make_plan(["DIN", "DIN epochs=2", "RecLoRA"], "toy", config_dict={**given, "preset": "quick"})
     din, shorter, reclora = (run.config for run in plan.runs)
     assert (din["epochs"], shorter["epochs"], reclora["epochs"]) == (5, 2, 1)
-    assert (reclora["few_shot"], reclora["text_history_length"], reclora["zero_shot"]) == (128, 5, False)
+    assert (reclora["few_shot"], reclora["text_history_length"], reclora["zero_shot"]) == (512, 5, False)
     assert {c["eval_rows"] for c in (din, shorter, reclora)} == {60}
 
 
@@ -135,6 +136,12 @@ def test_bad_input_is_refused_before_anything_is_computed(models, change, messag
 
 
 # ---------------------------------------------------------------------- controls
+
+
+def test_streams_have_no_shuffled_history_as_a_control():
+    config = Config("RecLoRA", "ml-100k")
+    assert config["layout"] == "stream"
+    assert not [control for control in control_models(config, "RecLoRA") if "shuffle_history" in control]
 
 
 def test_controls_keep_the_scale_and_reach_the_parameters_of_all_experts():

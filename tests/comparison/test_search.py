@@ -103,6 +103,7 @@ def settings(toy_settings):
     lens = {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [8], "attention_hidden_size": [8]}
     return {
         **toy_settings,
+        "layout": "prompt",
         "few_shot": 32,
         "eval_rows": 40,
         "bootstrap_samples": 40,

@@ -76,7 +76,7 @@ def test_every_key_has_type_and_meaning_and_a_legal_value(path):
 
 
 def test_published_defaults():
-    config = ours()
+    config = ours(layout="prompt")
     published = {
         "mixer": "factor",
         "gate": "mlp60",
@@ -115,6 +115,21 @@ def test_published_defaults():
         "mode": {"valid": "labeled", "test": "labeled"},
     }
     assert config["train_neg_sample_args"]["distribution"] == "none"
+
+
+def test_defaults_are_streams_and_the_stack_with_the_lens():
+    config = ours()
+    assert (config["layout"], config["lens"], config["gate_scope"]) == ("stream", "Stream", "user_item")
+    assert config["lens_residual"] and config["residual_rows"] == config["valid_rows"] == 2048
+    assert (config["few_shot"], config["few_shot_by"], config["eval_rows"]) == (8192, "user", None)
+    plain = ours(mixer="identity", lens=None)  # a default that has nothing to add is no error
+    assert plain["lens_residual"] is False
+
+
+def test_the_paper_s_protocol_is_one_file():
+    config = Config("RecLoRA", "ml-1m", ["paper_reclora"])
+    assert (config["layout"], config["lens"], config["lens_residual"]) == ("prompt", "DIN", False)
+    assert (config["few_shot"], config["few_shot_by"], config["train_batch_size"]) == (70000, "sample", 256)
 
 
 def test_tallrec_is_plain_lora_beside_a_lens():
@@ -511,7 +526,10 @@ def test_few_shot_may_be_a_count_a_share_or_all(value):
     ("keys", "message"),
     [
         ({"mixer": "identity", "gate": "linear"}, "one plain LoRA has nothing to mix"),
-        ({"mixer": "identity", "gate": None, "tune_lens": True}, "nothing that is trained reads the lens"),
+        (
+            {"mixer": "identity", "gate": None, "tune_lens": True, "lens_residual": False},
+            "nothing that is trained reads the lens",
+        ),
         ({"gate": None}, "mixer='factor' (default) needs a gate"),
         ({"mixer": "expert"}, "lora_r=8 (default) is not divisible by num_experts=16"),
         ({"top_k": 17}, "top_k=17 (config_dict) is more than num_experts=16"),

@@ -17,7 +17,7 @@ def test_nothing_is_written_into_a_finished_configuration():
     config = Config("RecLoRA", "ml-100k")
     with pytest.raises(TypeError, match=r"the configuration is frozen: .*config.replace\(few_shot=3\)"):
         config["few_shot"] = 3
-    assert config["few_shot"] == 1024
+    assert config["few_shot"] == 8192
 
 
 def test_recbole_writes_exactly_the_keys_that_are_allowed():
@@ -37,7 +37,9 @@ def test_recbole_writes_exactly_the_keys_that_are_allowed():
 
 
 def test_replace_builds_another_configuration_and_checks_it():
-    config = Config("RecLoRA", "ml-100k", config_dict={"lora_r": 4}, cmd_line=["--epochs=2"])
+    config = Config(
+        "RecLoRA", "ml-100k", config_dict={"lora_r": 4, "layout": "prompt"}, cmd_line=["--epochs=2"]
+    )
     other = config.replace(lens="SASRec", lora_r=2)
     assert (other["lens"], other["gate_scope"], other["lora_r"], other["epochs"]) == ("SASRec", "user", 2, 2)
     assert (config["lens"], config["gate_scope"], config["lora_r"]) == ("DIN", "user_item", 4)

@@ -18,6 +18,7 @@ def test_what_changed_is_named(toy_settings, toy_data, tmp_path):
     shutil.copy(properties_dir() / "prompt" / "ctr.yaml", prompt)
     keys = {
         "lens": None,
+        "layout": "prompt",
         "few_shot": 8,
         "eval_rows": 8,
         "zero_shot": False,

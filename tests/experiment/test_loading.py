@@ -26,7 +26,7 @@ CONVENTIONAL = {
     "Pop": {"task": "ctr"},
 }
 LLM = {
-    "RecLoRA": {"lens_config": LENS},
+    "RecLoRA": {"layout": "prompt", "lens_config": LENS},
     "iLoRA": {"lens_config": {"epochs": 1, **NETWORK}, "num_negatives": 3, "compare_with": None},
 }
 

@@ -451,6 +451,7 @@ def test_run_starts_at_the_stack_and_shows_the_llm_alone(ctr, rows_of):
     assert set(result["intervals"]["models"]) == {"model", "lens", "llm"}
     assert result["names"]["llm"] == "RecLoRA, LLM alone"
     a, b, c = (result["residual"][name] for name in ("lens_scale", "answer_scale", "bias"))
+    assert (a, b, c) != pytest.approx((1, 0.1, 0))  # where they would start without validation samples
     total = a * logit(rows["lens_score"]) + b * logit(rows["llm_score"]) + c
     np.testing.assert_allclose(expit(total), rows["model_score"], atol=1e-6)
 
