@@ -163,7 +163,7 @@ def test_controls_keep_the_scale_and_reach_the_parameters_of_all_experts():
     [
         {"gate_balance": 0.1, "gate_entropy": -0.1},
         {"top_k": 4},
-        {"tune_lens": True},
+        {"tune_lens": True, "lens_residual": False},
         {"tune_lens": True, "lens_residual": True},
     ],
 )
@@ -172,7 +172,7 @@ def test_controls_leave_out_what_belongs_to_the_experts(changes):
         name, of_control = parse_model(text)
         config = Config(name, "ml-100k", config_dict={**changes, **of_control})
         if config["mixer"] == "identity":  # the lens is still read through the residual
-            assert config["tune_lens"] == changes.get("lens_residual", False)
+            assert config["tune_lens"] == (changes.get("tune_lens", False) and config["lens_residual"])
 
 
 def test_controls_are_of_the_model_as_it_was_asked_for(settings):
@@ -182,9 +182,8 @@ def test_controls_are_of_the_model_as_it_was_asked_for(settings):
 
 
 def test_built_in_conventional_models_set_their_task(settings):
-    given = {
-        key: value for key, value in settings.items() if key not in ("few_shot", "eval_step", "lens_config")
-    }
+    of_llms = ("few_shot", "eval_step", "lens_config", "layout")
+    given = {key: value for key, value in settings.items() if key not in of_llms}
     plan = make_plan(["SIM", "Pop"], "toy", config_dict=given)
     assert {run.config["task"] for run in plan.runs} == {"ctr"}
 
