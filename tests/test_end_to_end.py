@@ -28,6 +28,7 @@ from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
+STREAM_LENS = {"epochs": 2, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1, "id_size": 8}
 SEQUENCE_LENS = {"epochs": 2, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1}
 
 
@@ -35,6 +36,7 @@ SEQUENCE_LENS = {"epochs": 2, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "
 def settings(toy_settings):
     return {
         **toy_settings,
+        "layout": "prompt",
         "few_shot": 48,
         "train_batch_size": 16,
         "micro_batch_size": 8,
@@ -69,6 +71,16 @@ CASES = {
     "RecLoRA, gate on state and logit": ("RecLoRA", {"gate_inputs": "state_and_logit"}),
     "RecLoRA, gate penalties": ("RecLoRA", {"gate_balance": 0.1, "gate_entropy": -0.1}),
     "RecLoRA, lens tuned": ("RecLoRA", {"tune_lens": True, "gate_scope": "user"}),
+    "RecLoRA, streams": (
+        "RecLoRA",
+        {
+            "layout": "stream",
+            "lens": "Stream",
+            "lens_config": STREAM_LENS,
+            "zero_shot": True,
+            "few_shot_by": "sample",
+        },
+    ),
     "TALLRec": ("TALLRec", {"lens": None, "lens_config": None}),
     "TALLRec beside DIN": ("TALLRec", {"lens": "DIN"}),
 }

@@ -34,6 +34,7 @@ def configure(toy_folder: Path) -> Callable[..., Config]:
         lens_config = {"epochs": 2, "train_batch_size": 64, **given.pop("lens_config", network)}
         values = {
             "data_path": str(toy_folder),
+            "layout": "prompt",
             "id_history_length": 8,
             "device": "cpu",
             "show_progress": False,

@@ -305,6 +305,7 @@ def test_learns_on_ml_100k(tmp_path) -> None:
         dataset="ml-100k",
         config_dict={
             "device": "cpu",
+            "layout": "prompt",
             "show_progress": False,
             "id_history_length": 20,
             "lens_config": {

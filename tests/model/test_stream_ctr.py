@@ -22,6 +22,11 @@ from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 
 STREAM = {
     "layout": "stream",
+    "lens": "DIN",
+    "lens_residual": False,
+    "residual_rows": None,
+    "few_shot_by": "sample",
+    "zero_shot": True,
     "max_prompt_tokens": 128,
     "stream_lead": 2,
     "stream_context": 5,
@@ -412,7 +417,7 @@ def test_a_configuration_survives_its_own_json(ctr):
 @pytest.mark.parametrize("layout", ["prompt", "stream"])
 def test_residual_is_the_logistic_regression_of_both_logits(parts_of, disturb, layout):
     options = STREAM if layout == "stream" else {}
-    parts = parts_of("RecLoRA", **options, lens_residual=True, residual_rows=50)
+    parts = parts_of("RecLoRA", **{**options, "lens_residual": True, "residual_rows": 50})
     disturb(parts.model)
     valid = residual_samples(parts.config, parts.valid)
     parts.model.fit_residual(valid)
@@ -464,7 +469,7 @@ def test_interrupted_run_with_fitted_residual_ends_as_an_unbroken_one(ctr, broke
 
 
 def test_residual_cannot_be_fitted_on_one_class(parts_of):
-    parts = parts_of("RecLoRA", **STREAM, lens_residual=True, residual_rows=10)
+    parts = parts_of("RecLoRA", **{**STREAM, "lens_residual": True, "residual_rows": 10})
     samples = parts.valid[np.flatnonzero(parts.valid.inter_feat[parts.config["LABEL_FIELD"]].numpy() == 1)]
     with pytest.raises(ValueError, match="one class only"):
         parts.model.fit_residual(samples)
