@@ -80,7 +80,6 @@ class AtomicFile:
         """The column as float64 ``[n]``; NaN where the value is missing.
 
         Args:
-            column: its name.
             needed: whether there is no doing without it, which decides what the error advises.
 
         Raises:

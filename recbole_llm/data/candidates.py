@@ -278,7 +278,6 @@ class CandidateDataLoader(AbstractDataLoader):
     ``eval_batch_size`` counts candidates, as in RecBole; a batch has at least one row.
 
     Args:
-        config: RecBole's Config.
         dataset: the samples to evaluate, in this order.
         candidates: their candidates, of the same or of more rows.
 

@@ -27,12 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
 
 from recbole_llm.data.atomic_dataset import SPLITS, setting
-from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, take
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, table, take
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.utils.fields import ROW_ID
 
@@ -276,10 +274,6 @@ class NextItemDataset(HistoryDataset):
 
     # ------------------------------------------------------------------ splits
 
-    def build(self) -> list[NextItemDataset]:
-        """The samples of ``[train, valid, test]``."""
-        return super().build()
-
     def _split(self) -> list[NextItemDataset]:
         if self._user_shares is None:
             return super()._split()  # given lists: RecBole cuts the samples by the sizes of the files
@@ -322,10 +316,5 @@ class NextItemDataset(HistoryDataset):
         inside = np.flatnonzero(np.cumsum(steps[:-1]))
         owners = np.searchsorted(self.history.user_start, inside, side="right") - 1
         pairs = np.unique(np.stack([owners, self.history.item_ids[inside]]), axis=1)
-        table = Interaction(
-            {
-                field: torch.from_numpy(np.ascontiguousarray(column))
-                for field, column in zip((self.uid_field, self.iid_field), pairs, strict=True)
-            }
-        )
-        return self._create_sparse_matrix(table, self.uid_field, self.iid_field, form)
+        columns = dict(zip((self.uid_field, self.iid_field), pairs, strict=True))
+        return self._create_sparse_matrix(table(columns), self.uid_field, self.iid_field, form)

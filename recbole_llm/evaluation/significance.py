@@ -173,7 +173,6 @@ def paired_permutation(users: np.ndarray, differences: np.ndarray, n: int = 9999
         users: [samples] the user of each.
         differences: [samples] gain of one model minus gain of the other (means over seeds, for instance).
         n: number of random assignments.
-        seed: of these.
 
     Raises:
         UndefinedMetric: if there are no samples.
@@ -245,7 +244,6 @@ def bca_interval(
         replicates: [samples] the statistic on bootstrap samples.
         jackknife: [observations] the statistic without each observation, the unit being that of the
             bootstrap: `Bootstrap.jackknife` leaves out one user at a time.
-        level: of the interval.
 
     Raises:
         UndefinedMetric: if all replicates lie on one side of the value, or an end lies beyond the extreme

@@ -49,7 +49,6 @@ class AnswerCTR(LLMRecommender):
     """A RecBole model that answers "will this user like this item?" with a language model.
 
     Args:
-        config: the run's configuration.
         dataset: the training samples (:class:`recbole_llm.data.dataset.CTRDataset`).
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
         prompts: turns samples into token ids.
@@ -174,10 +173,13 @@ class AnswerCTR(LLMRecommender):
             state, lens_logit = self.lens.represent(batch.interaction)
         if self.gated:
             self.adapter.set_instance(self.gate_instance(state, lens_logit))
-        margin = self.margin(batch, state if self.hybrid else None)
-        if self.residual:
-            return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
-        return margin
+        return self.with_residual(self.margin(batch, state if self.hybrid else None), lens_logit)
+
+    def with_residual(self, margin: Tensor, lens_logit: Tensor | None) -> Tensor:
+        """The margin and, with ``lens_residual``, the lens's logit, ``[b]`` each, as the sum that is learned."""
+        if not self.residual:
+            return margin
+        return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Mean cross-entropy between the two answers, and the gate's penalty if there is one; scalar."""
@@ -193,9 +195,11 @@ class AnswerCTR(LLMRecommender):
     def predict_untrained(self, interaction: Interaction) -> Tensor:
         """Probability of "yes" of the language model without adapter and slots (zero-shot), ``[B]``."""
         encoded = self.prompts.encode(interaction)
-        return torch.sigmoid(
-            self._score(interaction, encoded, lambda batch: self.margin(batch, adapted=False))
-        )
+        return torch.sigmoid(self._score(interaction, encoded, self.untrained_margin))
+
+    def untrained_margin(self, batch: MicroBatch) -> Tensor:
+        """The margin without the adapter, ``[b]``."""
+        return self.margin(batch, adapted=False)
 
     def _score(self, interaction: Interaction, encoded: EncodedPrompts, logit_of) -> Tensor:
         # float64, because a float32 sigmoid is exactly 1 from a logit of 17 on

@@ -55,8 +55,6 @@ class LLMRecommender(SequentialRecommender):
     """A RecBole model around an adapted language model.
 
     Args:
-        config: the run's configuration.
-        dataset: the training samples.
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
         lens: the frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
             ``tune_lens`` the model trains a copy.

@@ -82,7 +82,6 @@ class StreamRecommender(SequentialRecommender):
 
     Args:
         config: the run's configuration, or the lens's own.
-        dataset: the training samples.
         item_vectors: text vectors of the items, ``[n_items, d]``, row 0 is the padding item; ``None``: not used.
         backbone: the language model, for a user model that is made of it.
 
@@ -94,11 +93,7 @@ class StreamRecommender(SequentialRecommender):
     input_type = InputType.POINTWISE
 
     def __init__(
-        self,
-        config,
-        dataset,
-        item_vectors: np.ndarray | None = None,
-        backbone: Backbone | None = None,
+        self, config, dataset, *, item_vectors: np.ndarray | None = None, backbone: Backbone | None = None
     ) -> None:
         super().__init__(config, dataset)
         name = type(self).__name__
@@ -124,13 +119,12 @@ class StreamRecommender(SequentialRecommender):
         user_model = self.build_user_model(config, backbone)
         width = user_model.width
         fields = {side: choose_fields(dataset, side, config[f"{side}_fields"]) for side in ("user", "item")}
-        fields["item"] = [field for field in fields["item"] if field != dataset.iid_field]
-        fields["user"] = [field for field in fields["user"] if field != dataset.uid_field]
         size = max(1, min(32, width))
 
         def embedding(side: str) -> FieldEmbedding | None:
-            chosen = {"user": [], "item": [], side: fields[side]}
-            return FieldEmbedding(dataset, chosen, size, config["pooling_mode"]) if fields[side] else None
+            own = [field for field in fields[side] if field not in (dataset.uid_field, dataset.iid_field)]
+            chosen = {"user": [], "item": [], side: own}
+            return FieldEmbedding(dataset, chosen, size, config["pooling_mode"]) if own else None
 
         items = ItemEmbedding(
             self.n_items,
@@ -293,14 +287,8 @@ class NextItemStream(StreamRecommender):
     A sample is scored from the last ``stream_length - 1`` interactions before it; all items by one matrix product.
     """
 
-    def __init__(
-        self,
-        config,
-        dataset,
-        item_vectors: np.ndarray | None = None,
-        backbone: Backbone | None = None,
-    ) -> None:
-        super().__init__(config, dataset, item_vectors, backbone)
+    def __init__(self, config, dataset, **parts) -> None:
+        super().__init__(config, dataset, **parts)
         if self.n_items < 3:
             raise ValueError(f"{dataset.dataset_name} has {self.n_items - 1} items: there are no negatives")
         self.negatives, self.num_negatives = config["train_negatives"], config["num_train_negatives"]
@@ -395,14 +383,8 @@ class Stream(StreamRecommender):
         task_classes={"next_item": NextItemStream},
     )
 
-    def __init__(
-        self,
-        config,
-        dataset,
-        item_vectors: np.ndarray | None = None,
-        backbone: Backbone | None = None,
-    ) -> None:
-        super().__init__(config, dataset, item_vectors, backbone)
+    def __init__(self, config, dataset, **parts) -> None:
+        super().__init__(config, dataset, **parts)
         self.LABEL_FIELD = config["LABEL_FIELD"]
         labels = self.history.labels
         levels = self.stream_levels.numpy()
