@@ -392,7 +392,7 @@ class HistoryDataset(AtomicDataset):
         """What results are grouped by, for each of these samples, int64 ``[n]``.
 
         Args:
-            train: the full training rows.
+            train: all training samples.
 
         Returns:
             ``history_length`` (all earlier interactions the sample may use), ``user_rows`` and ``item_rows`` (training

@@ -15,7 +15,7 @@ import numpy as np
 
 from recbole_llm.data.history import HistoryIndex
 
-# Up to this many items all cosines are computed once (268 MB at most); beyond it, per row.
+# Up to this many items all cosines are computed once (268 MB at most); beyond it, per sample.
 MAX_ITEMS_FOR_A_TABLE = 8192
 # Cosines that agree in so many decimals are ties: float32 products differ in the last bits with the order of
 # summation.
@@ -46,7 +46,7 @@ class Retriever:
 
 
 class RecentRetriever(Retriever):
-    """The last ``k`` interactions before the row."""
+    """The last ``k`` interactions before the sample."""
 
     def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
         start, end = self.history.bounds(user_ids, ends)

@@ -304,7 +304,7 @@ class PromptBuilder(LinePrompts):
         return self._full_text(lines)
 
     def answer_to(self, interaction: Interaction, i: int) -> str:
-        """The right answer of row ``i``."""
+        """The right answer of sample ``i``."""
         return self.answer_words[1 - int(interaction[self._dataset.label_field][i])]
 
     def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray, str | None]]:
