@@ -92,8 +92,9 @@ def test_run(case, settings):
     assert ((rows["model_score"] > 0) & (rows["model_score"] < 1)).all()
 
 
-def test_the_same_run_gives_the_same_scores(settings):
-    first, second = (run_recbole_llm("RecLoRA", "toy", config_dict=settings) for _ in range(2))
+def test_the_same_run_gives_the_same_scores(settings, tmp_path):
+    config = {**settings, "cache_dir": str(tmp_path / "cache")}
+    first, second = (run_recbole_llm("RecLoRA", "toy", config_dict=config) for _ in range(2))
     assert second["lens"]["from_cache"] and not first["lens"]["from_cache"]
     a, b = rows_of(first), rows_of(second)
     assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -301,7 +302,8 @@ def test_an_interrupted_evaluation_resumes(settings, tmp_path, monkeypatch, mode
     assert resumed["metrics"] == unbroken["metrics"]
 
 
-def test_the_untrained_model_is_not_scored_twice(settings, monkeypatch):
+def test_the_untrained_model_is_not_scored_twice(settings, tmp_path, monkeypatch):
+    settings["cache_dir"] = str(tmp_path / "cache")
     config = {**settings, "eval_batch_size": 16, "checkpoint_seconds": 0}
     scored, untrained = [], AnswerCTR.predict_untrained
 

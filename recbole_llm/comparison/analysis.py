@@ -96,7 +96,9 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
         raise ValueError(
             f"{rows_file} has no row_id: {result['model']} was not run on the samples of task ctr or next_item"
         )
-    if rows.get("candidates", rows["row_id"]).ndim == 2:  # the items; only their number is asked for here
+    if (
+        "candidates" in rows and rows["candidates"].ndim == 2
+    ):  # the items; only their number is asked for here
         rows["candidates"] = np.full(len(rows["row_id"]), rows["candidates"].shape[1])
         del rows["candidate_scores"]
     order = np.argsort(rows["row_id"], kind="stable")
@@ -204,8 +206,8 @@ def _check_same_samples(runs: Sequence[FinishedRun]) -> None:
                 "cannot be compared"
             )
         for column in ("row_id", "user", "item", "label", "candidates"):
-            mine, theirs = run.rows.get(column), first.rows.get(column)
-            if (mine is None) != (theirs is None) or (mine is not None and not np.array_equal(mine, theirs)):
+            both = [side.rows[column] for side in (run, first) if column in side.rows]
+            if len(both) == 1 or (both and not np.array_equal(*both)):
                 raise ValueError(
                     f"{run.name} ({run.path}) was tested on other samples than {first.name} ({first.path}): their "
                     f"columns {column!r} differ"
@@ -314,10 +316,11 @@ def _line(
     found = {}
     for metric in metrics:
         values = [estimate.values[_member(model.name, seed)][metric] for seed in model.columns]
+        known = [value for value in values if value is not None]
         interval = means.interval(model.name, metric)
         found[metric] = {
             "mean": interval.value,
-            "sd": float(np.std(values, ddof=1)) if len(values) > 1 and None not in values else None,
+            "sd": float(np.std(known, ddof=1)) if 1 < len(known) == len(values) else None,
             **_bounds(interval, means.interval(model.name, metric, "bca")),
             "values": values,
         }
@@ -356,7 +359,7 @@ def _cost(runs: Sequence[FinishedRun]) -> dict[str, float | None]:
             "trained_parameters": sum(counts.values()) if counts else None,
         }
 
-    by_key = {key: [of_run(run.result)[key] for run in runs] for key in COSTS}
+    by_key: dict[str, list[Any]] = {key: [of_run(run.result)[key] for run in runs] for key in COSTS}
     return {k: float(np.mean(costs)) if costs and None not in costs else None for k, costs in by_key.items()}
 
 
@@ -380,7 +383,7 @@ def _groups(model: _Model, rows: Mapping[str, np.ndarray], metric: str) -> dict[
             return metric_by_group(names, auc, values, rows["label"])
         return metric_by_group(names, np.mean, row_rank_metric(metric, values))
 
-    result = {}
+    result: dict[str, list[dict[str, Any]]] = {}
     for column, title in GROUPS.items():
         if column not in rows:
             continue
@@ -389,7 +392,7 @@ def _groups(model: _Model, rows: Mapping[str, np.ndarray], metric: str) -> dict[
         result[title] = []
         for name in sorted(first, key=lambda name: int(name.split("-")[0].split(" ")[0])):
             found = first[name]
-            values = [found.value, *(other[name].value for other in others)]
+            values: list[Any] = [found.value, *(other[name].value for other in others)]
             mean = None if found.reason else float(np.mean(values))
             result[title].append({"name": name, "rows": found.samples, "value": mean, "reason": found.reason})
     return result
@@ -415,7 +418,7 @@ def _differences(
 ) -> list[dict[str, Any]]:
     mine, others = models[subject], [model for name, model in models.items() if name != subject]
     leading = metrics[0]
-    tests = {}
+    tests: dict[str, tuple[str | None, float | None, str | None]] = {}
     for other in others:
         try:
             tests[other.name] = _test(mine, other, rows, task, leading, seed)

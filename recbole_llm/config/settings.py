@@ -83,5 +83,5 @@ def adapter_config(config: Mapping[str, Any], instance_size: int | None) -> Adap
         temperature=config["temperature"],
         top_k=config["top_k"],
         share_gate=config["share_gate"],
-        instance_size=instance_size + model.gate_reads_logit if model.gated else 1,
+        instance_size=(instance_size or 0) + model.gate_reads_logit if model.gated else 1,
     )

@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from recbole_llm.utils.fields import ROW_ID
 try:
     import resource
 except ImportError:  # Windows has no getrusage
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class HistoryDataset(AtomicDataset):
     """Whether items with equal titles are told apart where ``text.disambiguate`` does not say."""
 
     def __init__(self, config):
-        self.history: HistoryIndex | None = None
+        self.history = cast(HistoryIndex, None)  # until `build`
         self.preparation: dict[str, float] = {}
         # Seen by every split and subset, see `copy` of RecBole's Dataset.
         self._shared: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 import zlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -309,7 +310,7 @@ class NextItemDataset(HistoryDataset):
         if value_field is not None:
             raise ValueError(f"value_field: {value_field!r} is not known for samples of benchmark_filename")
         ends = self.inter_feat[HISTORY_END].numpy()
-        starts = self.history.row_start[ends]
+        starts = cast(np.ndarray, self.history.row_start)[ends]  # given lists have one
         steps = np.zeros(len(self.history) + 1, dtype=np.int64)
         steps[starts] += 1
         steps[ends + 1] -= 1

@@ -212,7 +212,7 @@ def _ctr_prompts(
     set_id_retrieval(config, dataset, lambda: vectors)
     lens = train_lens()
     if config["text_retrieval"] != "recent":
-        source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
+        source = vectors if vectors is not None else cast(Lens, lens).item_vectors().cpu().numpy()
         kind = {"semantic": SemanticRetriever, "mixed": MixedRetriever}[config["text_retrieval"]]
         cast(PromptBuilder, prompts).retriever = kind(dataset.history, length, source)
     if config["shuffle_history"]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class AnswerCTR(LLMRecommender):
                 f"model {config['model']}: mixer={config['mixer']}, lens_residual={residual} and slots in "
                 f"prompt={config['prompt']} ({slots}) need a lens, but the configuration has none; set e.g. lens: DIN"
             )
+        lens = cast("Lens", lens)  # where something reads it
         embedding = backbone.model.get_input_embeddings()
         super().__init__(
             config, dataset, backbone=backbone, lens=lens, instance_size=lens.width if gated else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -79,7 +79,8 @@ class LLMRecommender(SequentialRecommender):
         self.gate_balance, self.gate_entropy = settings.gate_balance, settings.gate_entropy
         self.micro_batch_size, self.bucket_by_length = settings.micro_batch_size, settings.bucket_by_length
         self.lora_given = settings.lora_from is not None
-        self.lens = lens.tunable() if settings.tune_lens else lens
+        # None where nothing reads it; models ask for one where something does.
+        self.lens: Any = lens.tunable() if settings.tune_lens and lens is not None else lens
         self.backbone_dtype = backbone.dtype
         pad_id = backbone.tokenizer.pad_token_id
         self.pad_id = 0 if pad_id is None else pad_id  # never read: right padding under a causal mask

@@ -7,6 +7,7 @@ form of the next-item task (:class:`NextItemStream`) is a SASRec with a sampled 
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -142,9 +143,9 @@ class StreamRecommender(SequentialRecommender):
         )
         self.before = nn.Parameter(torch.randn(width) * width**-0.5)
         self.user_fields = embedding("user")
-        self.of_user = (
-            None if self.user_fields is None else nn.Linear(self.user_fields.width("user"), width, bias=False)
-        )
+        self.of_user: nn.Module = None
+        if self.user_fields is not None:
+            self.of_user = nn.Linear(self.user_fields.width("user"), width, bias=False)
         self.user_model = user_model
 
     # ------------------------------------------------------------------ what the network is made of
@@ -211,7 +212,7 @@ class StreamRecommender(SequentialRecommender):
             self.stream_gaps[known].long() * follows,
         )
         first = self.before.expand(len(users), -1)
-        if self.of_user is not None:
+        if self.user_fields is not None:
             first = first + self.of_user(self.user_fields("user", users))
         return self.user_model(torch.cat([first.unsqueeze(1).to(x.dtype), x], dim=1)), items
 
@@ -386,7 +387,7 @@ class Stream(StreamRecommender):
     def __init__(self, config, dataset, **parts) -> None:
         super().__init__(config, dataset, **parts)
         self.LABEL_FIELD = config["LABEL_FIELD"]
-        labels = self.history.labels
+        labels = cast(np.ndarray, self.history.labels)
         levels = self.stream_levels.numpy()
         count = int(levels.max())
         share = np.bincount(levels, labels, minlength=count + 1) / np.maximum(np.bincount(levels), 1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -78,6 +78,7 @@ class TitleRanker(LLMRecommender):
                 f"model {config['model']}: mixer={config['mixer']}, item_slots={hybrid} and "
                 f"two_stage={scoring.two_stage} need a lens, but the configuration has none; set e.g. lens: SASRec"
             )
+        lens = cast("Lens", lens)  # where something reads it
         if gated and lens.gate_scope != "user":
             raise ValueError(
                 f"gate_scope: the state of the lens {lens.name} depends on the target item, so candidates cannot "
@@ -175,8 +176,9 @@ class TitleRanker(LLMRecommender):
         """Mean over samples of the mean negative log-likelihood of the target's title, scalar."""
         self._set_instance(batch.interaction, batch.input_ids, batch.lengths)
         embedded = self.embed(batch.input_ids, hybrid=self._hybrid_step)
-        total = answer_log_likelihood(self.adapter.peft_model, embedded, batch.lengths, batch.answers)
-        sizes = torch.tensor([len(answer) for answer in batch.answers], device=total.device)
+        answers = batch.answers or []
+        total = answer_log_likelihood(self.adapter.peft_model, embedded, batch.lengths, answers)
+        sizes = torch.tensor([len(answer) for answer in answers], device=total.device)
         return self.with_gate_penalty(-(total / sizes).mean())
 
     # ------------------------------------------------------------------ scoring

@@ -122,8 +122,7 @@ class LLMTrainer(Trainer):
     def _build_optimizer(self, **kwargs) -> torch.optim.Optimizer:
         groups = []
         for name, parameters in self.model.parameter_groups().items():
-            own = None if name == "lora" else self.config[f"{name}_learning_rate"]
-            rate = own or self.learning_rate
+            rate = self.config[f"{name}_learning_rate"] or self.learning_rate  # none for lora
             groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate, "name": name})
         if not groups:
             raise ValueError("the model has nothing to train")

@@ -54,7 +54,7 @@ def side_by_side(
                 if process.poll() is not None:
                     del running[slot]
                     free.append(slot)
-                    process.stdin.close()
+                    process.communicate()  # closes what it read from
                     yield job, process.returncode
             time.sleep(0.1)
     except KeyboardInterrupt:

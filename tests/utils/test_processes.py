@@ -1,4 +1,4 @@
-"""Jobs side by side, each in a process of its own. The processes import the standard library alone: they start at once."""
+"""Jobs side by side, each in a process of its own; these import the standard library alone, and start at once."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from string import Formatter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from recbole.data.interaction import Interaction
@@ -246,7 +246,7 @@ class PromptBuilder(LinePrompts):
         elif self.config["history"] == "timeline":
             lines += self._block("history_header", positions, behind_history)
         else:
-            liked = self._history.labels[positions] > 0
+            liked = cast(np.ndarray, self._history.labels)[positions] > 0
             lines += self._block("liked_header", positions[liked], behind_history)
             lines += self._block("disliked_header", positions[~liked], behind_history)
         lens = [] if score is None else [("lens_score", score)]
@@ -270,7 +270,7 @@ class PromptBuilder(LinePrompts):
         if kind == "instruction":
             text = self._instruction
         elif kind == "profile":
-            text = template.format(profile=self._profiles[about[0]])
+            text = template.format(profile=cast(list, self._profiles)[about[0]])
         elif kind == "lens_score":
             text = template.format(lens_score=about[0])
         elif kind in ("history_item", "target"):

@@ -156,7 +156,7 @@ def _with_words(template: str, words: Mapping[str, str]) -> str:
     text = ""
     for literal, name, spec, conversion in Formatter().parse(template):
         text += literal.replace("{", "{{").replace("}", "}}")
-        if name in words:
+        if name is not None and name in words:
             text += words[name].replace("{", "{{").replace("}", "}}")
         elif name is not None:
             text += "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
@@ -260,9 +260,10 @@ class LinePrompts:
         """Number the rating values, so that a history line is identified by (item, number)."""
         ratings = self._history.ratings
         self._shows_stars = self.config["show_stars"] and ratings is not None
-        if self.config["show_stars"] and ratings is None:
-            logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
-        if self._shows_stars:
+        if ratings is None:
+            if self.config["show_stars"]:
+                logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
+        elif self._shows_stars:
             values, self._star = np.unique(ratings, return_inverse=True)
             self._star_texts = [rating_text(value) for value in values]
 

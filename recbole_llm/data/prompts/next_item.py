@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from recbole.data.interaction import Interaction
@@ -266,7 +266,7 @@ class TitlePromptBuilder(LinePrompts):
 
     def _candidates(self, interaction: Interaction) -> list[list[int]]:
         row_ids = interaction[ROW_ID].cpu().numpy()
-        items = np.asarray(self.candidates(row_ids))
+        items = np.asarray(cast(Callable, self.candidates)(row_ids))  # where they are listed, there are some
         if items.ndim != 2 or len(items) != len(row_ids):
             raise ValueError(
                 f"candidates of shape {items.shape} for {len(row_ids)} samples; [samples, candidates] expected"
