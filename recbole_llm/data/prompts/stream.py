@@ -19,7 +19,7 @@ import logging
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from recbole.data.interaction import Interaction
@@ -124,11 +124,6 @@ class EncodedStreams:
         return [stream.input_ids for stream in self.streams]
 
 
-def _named(values: np.ndarray) -> str:
-    shown = [f"{value:g}" for value in values]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:5], "...", shown[-1]])
-
-
 class StreamPrompts:
     """Turns chunks into token ids.
 
@@ -155,6 +150,9 @@ class StreamPrompts:
 
     user_slot = False
     """Streams have no slot of the user: what it would hold changes with every interaction."""
+    _history: Any  # with labels, and where the answers are stars, with ratings
+    values: Any
+    """Of the rating scale, float64 ``[K]``, ascending; ``None`` where the answers are words."""
 
     def __init__(
         self,
@@ -220,7 +218,7 @@ class StreamPrompts:
             if wanted == "auto":
                 logger.info("labels are no threshold on ratings: the answers are %s", self.config["words"])
             self.values, self.answer_words = None, tuple(self.config["words"])
-            self.classes = np.where(cast(np.ndarray, history.labels) > 0, 0, 1)
+            self.classes = np.where(history.labels > 0, 0, 1)
             self.likes, self._letters = np.array([True, False]), False
             self._answers = self._behind(before, self.answer_words)
             firsts = [int(ids[0]) for ids in self._answers]
@@ -230,25 +228,25 @@ class StreamPrompts:
                     "other words"
                 )
         else:
-            ratings = cast(np.ndarray, history.ratings).astype(np.float64).round(6)
-            self.values = values = self._scale(ratings, rating_scale)
-            self.classes = np.searchsorted(values, ratings)
-            self.likes = values >= next(iter(threshold.values()))
+            self.values = self._scale(rating_scale)
+            self.classes = np.searchsorted(self.values, history.ratings.astype(np.float64).round(6))
+            cut = next(iter(threshold.values()))
+            self.likes = self.values >= cut
             if self.likes.all() or not self.likes.any():
                 raise ValueError(
-                    f"threshold: {threshold} makes all of the ratings {_named(values)} the same label"
+                    f"threshold: {threshold} makes all of the ratings {self._named_scale()} the same label"
                 )
-            self._read_values(before, values)
+            self._read_values(before)
         self.class_ids = [int(ids[0]) for ids in self._answers]
 
-    def _scale(self, ratings: np.ndarray, rating_scale: Sequence[float] | None) -> np.ndarray:
+    def _scale(self, rating_scale: Sequence[float] | None) -> np.ndarray:
         """All values of the rating scale, float64, ascending."""
-        found = np.unique(ratings)
+        found = np.unique(self._history.ratings.astype(np.float64).round(6))
         if rating_scale is None:
             return found
         declared = np.unique(np.asarray(rating_scale, dtype=np.float64).round(6))
         if len(off := np.setdiff1d(found, declared)):
-            count = int(np.isin(ratings, off).sum())
+            count = int(np.isin(self._history.ratings.astype(np.float64).round(6), off).sum())
             raise ValueError(
                 f"rating_scale: {count:,} ratings of {self._dataset.dataset_name} are none of "
                 f"{[float(f'{v:g}') for v in declared]}, e.g. {', '.join(f'{v:g}' for v in off[:5])}; correct the "
@@ -256,9 +254,13 @@ class StreamPrompts:
             )
         return declared
 
-    def _read_values(self, before: str, values: np.ndarray) -> None:
+    def _named_scale(self) -> str:
+        shown = [f"{value:g}" for value in self.values]
+        return ", ".join(shown if len(shown) <= 12 else [*shown[:5], "...", shown[-1]])
+
+    def _read_values(self, before: str) -> None:
         """Let the values read as they are, or, where first tokens do not tell them apart, as letters."""
-        texts = [f"{value:g}" for value in values]
+        texts = [f"{value:g}" for value in self.values]
         answers = self._behind(before, texts)
         self._letters = len({int(ids[0]) for ids in answers}) < len(texts)
         if self._letters:
@@ -266,13 +268,13 @@ class StreamPrompts:
             answers = self._behind(before, letters)
             if len(letters) < len(texts) or len({int(ids[0]) for ids in answers}) < len(texts):
                 raise ValueError(
-                    f"the {len(texts)} ratings {_named(values)} of {self._dataset.dataset_name} cannot be told "
+                    f"the {len(texts)} ratings {self._named_scale()} of {self._dataset.dataset_name} cannot be told "
                     "apart by their first tokens, and letters do not reach: set answer: words in the prompt's "
                     "template, or round the ratings"
                 )
             logger.info(
                 "the ratings %s share first tokens of this tokenizer: letters stand for them, %s for %s to %s for %s",
-                *(_named(values), letters[0], texts[0], letters[-1], texts[-1]),
+                *(self._named_scale(), letters[0], texts[0], letters[-1], texts[-1]),
             )
             texts = letters
         self.answer_words, self._answers = tuple(texts), answers
