@@ -68,11 +68,8 @@ class TitleRanker(LLMRecommender):
     def __init__(
         self, config, dataset, *, backbone: Backbone, prompts: TitlePromptBuilder, lens: Lens | None = None
     ) -> None:
-        scoring, gated, hybrid = (
-            ScoringSettings.from_config(config),
-            config["mixer"] != "identity",
-            prompts.item_slots,
-        )
+        scoring = ScoringSettings.from_config(config)
+        gated, hybrid = config["mixer"] != "identity", prompts.item_slots
         if lens is None and (gated or hybrid or scoring.two_stage):
             raise ValueError(
                 f"model {config['model']}: mixer={config['mixer']}, item_slots={hybrid} and "
