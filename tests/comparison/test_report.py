@@ -415,6 +415,7 @@ def test_without_matplotlib_there_are_tables_and_one_line_that_says_how_to_insta
     page = Page(to_html(comparison()))
     assert not page.all("svg")
     assert page.texts.count("Plots need matplotlib: pip install recbole_llm[report]") == 1
+    assert "Observed share of positives" in page.text and "dots" not in page.text
     for cell in ("0.100 / 0.200 (30); 0.900 / 0.800 (50)", "5-12 (1,200 samples)", "expert 3", "0.900"):
         assert cell in page.cells, cell
 
