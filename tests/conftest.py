@@ -56,12 +56,18 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("toy_data"))
 
 
+@pytest.fixture(scope="session")
+def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lenses, item vectors and zero-shot scores, shared by the tests that ask for the same."""
+    return tmp_path_factory.mktemp("toy_cache")
+
+
 @pytest.fixture
-def toy_settings(toy_data: Path, tmp_cwd: Path) -> dict:
+def toy_settings(toy_data: Path, toy_cache: Path, tmp_cwd: Path) -> dict:
     """What every small run on ``toy`` with the tiny backbone has in common; in a working folder of its own."""
     return {
         "data_path": str(toy_data),
-        "cache_dir": str(tmp_cwd / "cache"),
+        "cache_dir": str(toy_cache),
         "text": TEXT,
         "backbone": "tiny",
         "show_progress": False,

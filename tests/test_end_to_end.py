@@ -16,6 +16,7 @@ import pytest
 import torch
 from synthetic import TEXT, write_dataset
 
+from recbole_llm.backbone.store import DEFAULT_BACKBONE
 from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.create import create_dataset
@@ -25,6 +26,7 @@ from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 from recbole_llm.registry import get_model
 from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.trainer.llm_trainer import LLMTrainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LENS = {"epochs": 2, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
@@ -102,8 +104,9 @@ def test_run(case, settings):
     assert ((rows["model_score"] > 0) & (rows["model_score"] < 1)).all()
 
 
-def test_the_same_run_gives_the_same_scores(settings):
-    first, second = (run_recbole_llm("RecLoRA", "toy", config_dict=settings) for _ in range(2))
+def test_the_same_run_gives_the_same_scores(settings, tmp_path):
+    config = {**settings, "cache_dir": str(tmp_path / "cache")}
+    first, second = (run_recbole_llm("RecLoRA", "toy", config_dict=config) for _ in range(2))
     assert second["lens"]["from_cache"] and not first["lens"]["from_cache"]
     a, b = rows_of(first), rows_of(second)
     assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -220,8 +223,6 @@ def start(settings, *extra: str) -> subprocess.Popen:
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> None:
     """Wait until a run in ``folder`` has finished the given optimizer step."""
-    from recbole_llm.trainer.checkpoint import load_checkpoint
-
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
@@ -233,11 +234,15 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
     raise AssertionError("the run never got there")
 
 
-@pytest.mark.parametrize("change", [{}, {"tune_lens": True}])
-def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, change):
+class Killed(BaseException):
+    """Ends a training where it stands; nothing but a ``finally`` sees it, as nothing sees SIGKILL."""
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, monkeypatch, by_signal):
     config = {
         **settings,
-        **change,
+        "tune_lens": by_signal,
         "train_batch_size": 4,
         "epochs": 3,
         "checkpoint_seconds": 0,
@@ -245,10 +250,23 @@ def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, chang
     }
     unbroken = rows_of(run_recbole_llm("RecLoRA", "toy", config_dict=config))
     config["output_dir"] = str(tmp_path / "killed")
-    process = start(config)
-    wait_for_checkpoint(process, tmp_path / "killed", step=17)
-    process.kill()
-    process.wait()
+    if by_signal:
+        process = start(config)
+        wait_for_checkpoint(process, tmp_path / "killed", step=17)
+        process.kill()
+        process.wait()
+    else:
+        update, steps = LLMTrainer._update, []
+
+        def killed(self):
+            steps.append(1)
+            if len(steps) == 18:
+                raise Killed
+            update(self)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(LLMTrainer, "_update", killed)
+            run_recbole_llm("RecLoRA", "toy", config_dict=config)
     (last,) = (tmp_path / "killed").glob("*/last.safetensors")
     earlier = load_checkpoint(last)[1]["seconds"]
     resumed = run_recbole_llm("RecLoRA", "toy", config_dict={**config, "resume": True})
@@ -266,26 +284,26 @@ def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, chang
         ),
     ],
 )
-def test_an_evaluation_that_was_cut_off_goes_on(settings, tmp_path, monkeypatch, model, options):
+def test_an_interrupted_evaluation_resumes(settings, tmp_path, monkeypatch, model, options):
     config = {**settings, "eval_batch_size": 16, "scoring_batch_size": 4, **options}
     target = get_model(model).__mro__[1]
     scored, stop_at, score_rows = [], [], target.score_rows
 
-    def cut_off(self, interaction):
+    def interrupt(self, interaction):
         scored.append(interaction["row_id"].tolist())
         if len(scored) in stop_at:
             raise KeyboardInterrupt
         return score_rows(self, interaction)
 
-    monkeypatch.setattr(target, "score_rows", cut_off)
+    monkeypatch.setattr(target, "score_rows", interrupt)
     unbroken = run_recbole_llm(model, "toy", config_dict={**config, "cache_dir": str(tmp_path / "other")})
     batches = list(scored)
     scored.clear()
     stop_at.append(len(batches) - 2)  # in the test
-    config["output_dir"] = str(tmp_path / "cut off")
+    config["output_dir"] = str(tmp_path / "interrupted")
     with pytest.raises(KeyboardInterrupt):
         run_recbole_llm(model, "toy", config_dict=config)
-    (folder,) = (tmp_path / "cut off").glob("*/scores")
+    (folder,) = (tmp_path / "interrupted").glob("*/scores")
     assert any(folder.iterdir())
     resumed = run_recbole_llm(model, "toy", config_dict={**config, "resume": True})
     scored.pop(stop_at[0] - 1)
@@ -296,18 +314,19 @@ def test_an_evaluation_that_was_cut_off_goes_on(settings, tmp_path, monkeypatch,
     assert resumed["metrics"] == unbroken["metrics"]
 
 
-def test_the_untrained_model_is_not_scored_twice(settings, monkeypatch):
+def test_the_untrained_model_is_not_scored_twice(settings, tmp_path, monkeypatch):
+    settings["cache_dir"] = str(tmp_path / "cache")
     config = {**settings, "eval_batch_size": 16, "checkpoint_seconds": 0}
     scored, untrained = [], AnswerCTR.predict_untrained
 
-    def cut_off(self, interaction):
+    def interrupt(self, interaction):
         scored.append(interaction["row_id"].tolist())
         if len(scored) == 4:
             raise KeyboardInterrupt
         return untrained(self, interaction)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerCTR, "predict_untrained", cut_off)
+        patch.setattr(AnswerCTR, "predict_untrained", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_recbole_llm("RecLoRA", "toy", config_dict=config)
         result = run_recbole_llm("RecLoRA", "toy", config_dict=config)
@@ -490,24 +509,19 @@ def test_liked_rows_are_those_with_label_one_and_so_is_their_matrix(settings):
 
 
 @pytest.mark.smollm2
-def test_smollm2_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = run_recbole_llm(
-        "RecLoRA",
-        "ml-100k",
-        config_dict={
-            "few_shot": 16,
-            "eval_rows": 24,
-            "text_history_length": 4,
-            "train_batch_size": 8,
-            "lens_config": {**LENS, "epochs": 1},
-            "bootstrap_samples": 20,
-            "show_progress": False,
-        },
-    )
+def test_smollm2_end_to_end(settings):
+    small = {
+        "few_shot": 8,
+        "eval_rows": 12,
+        "text_history_length": 4,
+        "train_batch_size": 8,
+        "learning_rate": 1e-3,
+    }
+    small |= {"lens_config": {**LENS, "epochs": 1}, "backbone": DEFAULT_BACKBONE, "cache_dir": None}
+    result = run_recbole_llm("RecLoRA", "toy", config_dict={**settings, **small})
     rows = rows_of(result)
     assert result["backbone"]["name"] == "smollm2-135m-instruct"
-    assert len(rows["model_score"]) == 24
+    assert len(rows["model_score"]) == 12
     assert np.abs(rows["model_score"] - rows["zero_shot_score"]).max() > 1e-4
 
 

@@ -32,7 +32,6 @@ def write_personalized(config: AdapterConfig, tensors: dict[str, Tensor], folder
     """Write a personalised adapter.
 
     Args:
-        config: of the adapter.
         tensors: its ``state_dict``.
         folder: made if missing; files of an earlier adapter in it are replaced.
     """

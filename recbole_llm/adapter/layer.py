@@ -29,9 +29,6 @@ class Router:
     Not global: two models in one process, or two replicas, must not see each other's instances. The instance
     stays until the next one is set, because gradient checkpointing runs the layers again during the backward
     pass.
-
-    Args:
-        config: the adapter's configuration.
     """
 
     def __init__(self, config: AdapterConfig) -> None:

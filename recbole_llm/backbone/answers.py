@@ -41,7 +41,6 @@ def answer_token_ids(
     ``tokenize(behind)`` and ``tokenize(behind + word)``.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
         words: Answers with the blank that stands before them, such as ``[" Yes", " No"]``.
         behind: The end of the prompt, such as its last line: as text, or as token ids (of a chat template).
 
@@ -84,25 +83,21 @@ def answer_token_ids(
     return list(owners)
 
 
-def pad_right(rows: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+def pad_right(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
     """Puts token sequences of different lengths into one right-padded batch.
 
     Args:
         rows: B sequences of token ids, none empty.
         pad_id: The token that fills up; its value never changes a result.
-        multiple: The width T is rounded up to a multiple of this, so that compiled code meets few shapes.
 
     Returns:
         ``input_ids`` [B, T] int64 and ``lengths`` [B] int64.
     """
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
     if len(rows) == 0 or lengths.min() == 0:
-        raise ValueError(
-            "cannot pad: "
-            + ("no sequence given" if len(rows) == 0 else f"sequence {lengths.argmin()} is empty")
-        )
-    width = -(-int(lengths.max()) // multiple) * multiple
-    batch = np.full((len(rows), width), pad_id, dtype=np.int64)
+        what = "no sequence given" if len(rows) == 0 else f"sequence {lengths.argmin()} is empty"
+        raise ValueError(f"cannot pad: {what}")
+    batch = np.full((len(rows), int(lengths.max())), pad_id, dtype=np.int64)
     for filled, row in zip(batch, rows, strict=True):
         filled[: len(row)] = row
     return torch.from_numpy(batch), torch.from_numpy(lengths)
@@ -175,18 +170,14 @@ def mean_pooled_vectors(
     model: nn.Module,
     token_ids: Sequence[np.ndarray],
     *,
-    pad_id: int = 0,
     batch_tokens: int = 4096,
-    progress: bool = True,
 ) -> np.ndarray:
     """One vector per text: the mean, over its tokens, of the last hidden states (after the final norm).
 
     Args:
         model: A causal LM.
         token_ids: n token sequences, none empty.
-        pad_id: The token that fills up batches; its value never changes a result.
         batch_tokens: Texts of similar length are batched until this many tokens, padding included.
-        progress: Show a progress bar.
 
     Returns:
         [n, d] float32 in the order given; rows do not depend on what else was in their batch.
@@ -206,15 +197,12 @@ def mean_pooled_vectors(
     vectors = np.empty((len(lengths), 0), dtype=np.float32)
     # The longest first: running out of memory shows at once, not at the end.
     order = np.argsort(-lengths, kind="stable")
-    with (
-        replaced_head(model, gather),
-        tqdm(total=len(order), desc="text vectors", disable=not progress) as bar,
-    ):
+    with replaced_head(model, gather), tqdm(total=len(order), desc="text vectors") as bar:
         start = 0
         while start < len(order):
             size = max(1, batch_tokens // int(lengths[order[start]]))
             batch = order[start : start + size]
-            input_ids, real = pad_right([token_ids[i] for i in batch], pad_id)
+            input_ids, real = pad_right([token_ids[i] for i in batch], 0)
             model(input_ids=input_ids.to(device), use_cache=False, return_dict=True)
             hidden = captured.pop().float()  # [b, T, d]
             is_token = torch.arange(hidden.shape[1])[None, :] < real[:, None]

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,16 +67,6 @@ class Backbone:
     dtype: torch.dtype
     source: str
 
-    @property
-    def device(self) -> torch.device:
-        """Where the embeddings are."""
-        return self.model.get_input_embeddings().weight.device
-
-    @property
-    def pad_token_id(self) -> int:
-        """The token that fills up batches."""
-        return self.tokenizer.pad_token_id
-
 
 def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
     """The dtype to compute in; ``auto`` is bfloat16 wherever the device is fast at it.
@@ -95,11 +85,9 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch
     if kind == "cuda":
         # Compute capability 8.0 (Ampere): older cards emulate bfloat16, and is_bf16_supported() allows that.
         native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-        chosen, why = (
-            (torch.bfloat16, "this GPU has bfloat16")
-            if native
-            else (torch.float16, "this GPU is too old for bfloat16")
-        )
+        chosen, why = torch.float16, "this GPU is too old for bfloat16"
+        if native:
+            chosen, why = torch.bfloat16, "this GPU has bfloat16"
     elif kind == "cpu" and _cpu_is_fast_at_bfloat16():
         chosen, why = torch.bfloat16, "this processor multiplies bfloat16 (AMX or AVX512-BF16)"
     else:
@@ -125,8 +113,6 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     cache_dir: str | Path | None = None,
     texts: Iterable[str] | None = None,
-    words: Sequence[str] = (" Yes", " No"),
-    vocab_size: int = 1024,
     seed: int = 0,
     layers: int | None = None,
 ) -> Backbone:
@@ -142,8 +128,6 @@ def load_backbone(
             so only in layers that are in train mode.
         cache_dir: Instead of ``default_cache_dir()``.
         texts: What the tokenizer of ``tiny`` is made from.
-        words: Answer words that the tokenizer of ``tiny`` must tell apart.
-        vocab_size: Upper bound for ``tiny``.
         seed: Of the weights of ``tiny``.
         layers: Keep only the first so many decoder layers; ``None``: all.
 
@@ -161,7 +145,7 @@ def load_backbone(
     if name == "tiny":
         if quantizer is not None:
             raise ValueError("backbone tiny cannot be quantised: remove the key quantization")
-        model, tokenizer, sha256 = tiny_backbone(texts, words=words, vocab_size=vocab_size, seed=seed)
+        model, tokenizer, sha256 = tiny_backbone(texts, seed=seed)
         model, source = model.to(device=device, dtype=chosen), "random weights"
     else:
         cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()

@@ -203,10 +203,6 @@ class TitleScores:
     lengths: list[Tensor]
     tokens: int
 
-    def means(self) -> list[Tensor]:
-        """B tensors [n_b]: the mean log-likelihood per token, by which titles of any length compare."""
-        return [total / count for total, count in zip(self.log_likelihood, self.lengths, strict=True)]
-
 
 @torch.no_grad()
 def score_titles(

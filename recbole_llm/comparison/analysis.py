@@ -97,8 +97,8 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
             f"{rows_file} has no row_id: {result['model']} was not run on the samples of task ctr or next_item"
         )
     if (
-        rows.get("candidates", rows["row_id"]).ndim == 2
-    ):  # the items, where only their number is asked for here
+        "candidates" in rows and rows["candidates"].ndim == 2
+    ):  # the items; only their number is asked for here
         rows["candidates"] = np.full(len(rows["row_id"]), rows["candidates"].shape[1])
         del rows["candidate_scores"]
     order = np.argsort(rows["row_id"], kind="stable")
@@ -138,7 +138,6 @@ def build_comparison(
         subject: the model whose differences with all others are tested; default: the first one.
         failed: ``{"name", "seed", "error"}`` of runs that ended without a result.
         samples: bootstrap samples of users.
-        seed: of these samples.
         command: that produced the runs, for the report.
 
     Returns:
@@ -207,8 +206,8 @@ def _check_same_samples(runs: Sequence[FinishedRun]) -> None:
                 "cannot be compared"
             )
         for column in ("row_id", "user", "item", "label", "candidates"):
-            mine, theirs = run.rows.get(column), first.rows.get(column)
-            if (mine is None) != (theirs is None) or (mine is not None and not np.array_equal(mine, theirs)):
+            both = [side.rows[column] for side in (run, first) if column in side.rows]
+            if len(both) == 1 or (both and not np.array_equal(*both)):
                 raise ValueError(
                     f"{run.name} ({run.path}) was tested on other samples than {first.name} ({first.path}): their "
                     f"columns {column!r} differ"
@@ -317,10 +316,11 @@ def _line(
     found = {}
     for metric in metrics:
         values = [estimate.values[_member(model.name, seed)][metric] for seed in model.columns]
+        known = [value for value in values if value is not None]
         interval = means.interval(model.name, metric)
         found[metric] = {
             "mean": interval.value,
-            "sd": float(np.std(values, ddof=1)) if len(values) > 1 and None not in values else None,
+            "sd": float(np.std(known, ddof=1)) if 1 < len(known) == len(values) else None,
             **_bounds(interval, means.interval(model.name, metric, "bca")),
             "values": values,
         }
@@ -333,19 +333,13 @@ def _line(
         "cost": _cost(model.runs),
         "calibration": _calibration(model, rows),
         "groups": _groups(model, rows, metrics[0]),
-        "changes": {},
         "paths": [str(run.path) for run in model.runs],
     }
 
 
 def _bounds(percentile: Interval, bca: Interval) -> dict[str, float | str | None]:
-    return {
-        "low": percentile.low,
-        "high": percentile.high,
-        "low_bca": bca.low,
-        "high_bca": bca.high,
-        "reason": percentile.reason or bca.reason,
-    }
+    bounds = {"low": percentile.low, "high": percentile.high, "low_bca": bca.low, "high_bca": bca.high}
+    return {**bounds, "reason": percentile.reason or bca.reason}
 
 
 def _cost(runs: Sequence[FinishedRun]) -> dict[str, float | None]:
@@ -365,13 +359,8 @@ def _cost(runs: Sequence[FinishedRun]) -> dict[str, float | None]:
             "trained_parameters": sum(counts.values()) if counts else None,
         }
 
-    costs = [of_run(run.result) for run in runs]
-    return {
-        key: float(np.mean([cost[key] for cost in costs]))
-        if costs and None not in [c[key] for c in costs]
-        else None
-        for key in COSTS
-    }
+    by_key: dict[str, list[Any]] = {key: [of_run(run.result)[key] for run in runs] for key in COSTS}
+    return {k: float(np.mean(costs)) if costs and None not in costs else None for k, costs in by_key.items()}
 
 
 def _calibration(model: _Model, rows: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
@@ -382,12 +371,8 @@ def _calibration(model: _Model, rows: Mapping[str, np.ndarray]) -> dict[str, Any
         found = calibration(np.tile(rows["label"], len(model.columns)), model.stacked.ravel())
     except UndefinedMetric:
         return None
-    return {
-        "predicted": found.predicted.tolist(),
-        "observed": found.observed.tolist(),
-        "counts": found.counts.tolist(),
-        "ece": found.ece,
-    }
+    curve = {name: getattr(found, name).tolist() for name in ("predicted", "observed", "counts")}
+    return {**curve, "ece": found.ece}
 
 
 def _groups(model: _Model, rows: Mapping[str, np.ndarray], metric: str) -> dict[str, list[dict[str, Any]]]:
@@ -398,25 +383,18 @@ def _groups(model: _Model, rows: Mapping[str, np.ndarray], metric: str) -> dict[
             return metric_by_group(names, auc, values, rows["label"])
         return metric_by_group(names, np.mean, row_rank_metric(metric, values))
 
-    result = {}
+    result: dict[str, list[dict[str, Any]]] = {}
     for column, title in GROUPS.items():
         if column not in rows:
             continue
         names = _group_names(rows[column])
         first, *others = (by_group(names, values) for values in model.columns.values())
-        result[title] = [
-            {
-                "name": name,
-                "rows": found.samples,
-                "value": None
-                if found.reason
-                else float(np.mean([found.value, *(other[name].value for other in others)])),
-                "reason": found.reason,
-            }
-            for name, found in sorted(
-                first.items(), key=lambda group: int(group[0].split("-")[0].split(" ")[0])
-            )
-        ]
+        result[title] = []
+        for name in sorted(first, key=lambda name: int(name.split("-")[0].split(" ")[0])):
+            found = first[name]
+            values: list[Any] = [found.value, *(other[name].value for other in others)]
+            mean = None if found.reason else float(np.mean(values))
+            result[title].append({"name": name, "rows": found.samples, "value": mean, "reason": found.reason})
     return result
 
 
@@ -440,7 +418,7 @@ def _differences(
 ) -> list[dict[str, Any]]:
     mine, others = models[subject], [model for name, model in models.items() if name != subject]
     leading = metrics[0]
-    tests = {}
+    tests: dict[str, tuple[str | None, float | None, str | None]] = {}
     for other in others:
         try:
             tests[other.name] = _test(mine, other, rows, task, leading, seed)
@@ -453,19 +431,10 @@ def _differences(
             test, p, reason = tests[other.name] if metric == leading else (None, None, None)
             interval = means.difference(subject, other.name, metric)
             bounds = _bounds(interval, means.difference(subject, other.name, metric, "bca"))
-            found.append(
-                {
-                    "a": subject,
-                    "b": other.name,
-                    "metric": metric,
-                    "value": interval.value,
-                    **bounds,
-                    "p": p,
-                    "p_holm": adjusted[other.name] if metric == leading else None,
-                    "test": test,
-                    "reason": reason or bounds["reason"],
-                }
-            )
+            difference = {"a": subject, "b": other.name, "metric": metric, "value": interval.value, **bounds}
+            p_holm = adjusted[other.name] if metric == leading else None
+            tested = {"p": p, "p_holm": p_holm, "test": test, "reason": reason or bounds["reason"]}
+            found.append(difference | tested)
     return found
 
 
@@ -483,11 +452,8 @@ def _test(
     if single and metric == "hr@1":
         return "McNemar (HR@1)", mcnemar(gains[0], theirs[0]), None
     difference = np.mean(gains, axis=0) - np.mean(theirs, axis=0)
-    return (
-        f"sign-flip permutation by user ({metric.upper()})",
-        paired_permutation(users, difference, seed=seed),
-        None,
-    )
+    p = paired_permutation(users, difference, seed=seed)
+    return f"sign-flip permutation by user ({metric.upper()})", p, None
 
 
 def chance(metric: str, rows: Mapping[str, np.ndarray]) -> float | None:
@@ -582,10 +548,13 @@ def _prompts(models: Mapping[str, _Model], rows: Mapping[str, np.ndarray], task:
             place = position.get(example["row_id"])
             if place is None:
                 continue
-            values = {m.name: next(iter(m.columns.values()))[place].item() for m in models.values()}
-            label = int(rows["label"][place]) if "label" in rows else None
-            named = {"user": str(rows["user"][place]), "item": str(rows["item"][place])}
             examples.append(
-                {"model": model.name, **named, "text": example["text"], "label": label, "scores": values}
+                {
+                    "model": model.name,
+                    **{side: str(rows[side][place]) for side in ("user", "item")},
+                    "text": example["text"],
+                    "label": int(rows["label"][place]) if "label" in rows else None,
+                    "scores": {m.name: next(iter(m.columns.values()))[place].item() for m in models.values()},
+                }
             )
     return examples

@@ -22,13 +22,12 @@ from markupsafe import Markup
 
 from recbole_llm.comparison.tables import (
     clean,
-    estimate_of,
     estimate_text,
     group_sizes,
     interval_text,
-    metric_title,
     values_by_group,
 )
+from recbole_llm.experiment.result import metric_title
 
 AVAILABLE = find_spec("matplotlib") is not None
 INSTALL = "Plots need matplotlib: pip install recbole_llm[report]"
@@ -71,9 +70,8 @@ def _chart(draw: Callable[..., tuple[Any, str, str]]) -> Callable[..., Markup]:
             return Markup("")
         import matplotlib
 
-        logging.getLogger("matplotlib").setLevel(
-            logging.ERROR
-        )  # fonts without a glyph: the browser has others
+        # It warns of fonts without a glyph: the browser has others.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
             warnings.simplefilter("ignore")
             figure, key, title = draw(*arguments)
@@ -94,23 +92,20 @@ def intervals(found: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> 
     figure, ax = _axes(sum(24 + 13 * len(name) for name in names), _axis(found))
     top, place = 0, {"transform": ax.get_yaxis_transform(), "va": "baseline"}
     for model, name in zip(models, names, strict=True):
-        estimate, text, y = (
-            estimate_of(model, metric),
-            estimate_text(model, metric),
-            top + 13 * len(name) + 11,
-        )
+        estimate, text = model["metrics"][metric], estimate_text(model, metric)
+        y = top + 13 * len(name) + 11
         for i, words in enumerate(name):
             ax.text(0, top + 13 * (i + 1) - 2, words, weight="bold", **place)
         ax.text(1, top + 11, text, ha="right", **place)
         top += 24 + 13 * len(name)
-        mean, spread = estimate["mean"], estimate.get("sd")
+        mean, spread = estimate["mean"], estimate["sd"]
         if interval_text(estimate):
             ax.plot([estimate["low"], estimate["high"]], [y, y], color=_COLOUR["ink"], marker="|", ms=10)
         if len(model["seeds"]) > 1:
             if spread is not None:
                 ends = {"xmin": mean - spread, "xmax": mean + spread}
                 ax.hlines(y, **ends, color=_COLOUR["muted"], alpha=0.45, lw=6)
-            values = [value for value in estimate.get("values") or () if value is not None]
+            values = [value for value in estimate["values"] if value is not None]
             ax.plot(values, [y + 7] * len(values), "|", color=_COLOUR["muted"], ms=5)
         _mark(ax, mean, y, style_of(model), f"{model['label']}: {text} {interval_text(estimate)}")
     return figure, "intervals-svg", f"{metric_title(metric)}, best first"
@@ -129,9 +124,8 @@ def cost(found: Mapping[str, Any], points: Sequence[tuple[float, float, str, int
     logs = [math.log10(seconds) for seconds, _ in places]
     ax.set(xscale="log", ylim=_limits([value for _, value in places]))
     ax.set_xlim(*(10**limit for limit in _limits(logs, 0.4)))
-    steps = next(
-        steps for most, steps in ((1.5, (1, 2, 5)), (3, (1, 3)), (99, (1,))) if max(logs) - min(logs) < most
-    )
+    decades = max(logs) - min(logs)
+    steps = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)
     ax.xaxis.set_major_locator(LogLocator(subs=steps))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -171,9 +165,8 @@ def by_group(found: Mapping[str, Any], name: str, number: int) -> tuple[Any, str
     beside = {"transform": ax.get_yaxis_transform(), "x": (4 - left) / width}
     for i, (group, size) in enumerate(texts):
         if i % 2:
-            ax.axhspan(
-                band * i, band * i + band, -left / width, 1.1, color=_COLOUR["soft"], lw=0, clip_on=False
-            )
+            stripe = {"color": _COLOUR["soft"], "lw": 0, "clip_on": False}
+            ax.axhspan(band * i, band * i + band, -left / width, 1.1, **stripe)
         ax.text(y=band * (i + 0.5) - 2, s=group, weight="bold", **beside)
         ax.text(y=band * (i + 0.5) + 11, s=size, color=_COLOUR["muted"], **beside)
     for j, (label, values) in enumerate(series):
@@ -193,9 +186,8 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Any, s
     from matplotlib.colors import ListedColormap
 
     values, columns, named = [gates["values"][i] for i in order], gates["experts"], len(order) <= 30
-    names = (
-        [textwrap.shorten(clean(gates["users"][i]), 14, placeholder="…") for i in order] if named else [""]
-    )
+    users = [gates["users"][i] for i in order] if named else [""]
+    names = [textwrap.shorten(clean(user), 14, placeholder="…") for user in users]
     left, height = 6.2 * max(map(len, names)) + 10, 16.0 if named else max(1.5, 480 / len(order))
     figure, ax = _axes(height * len(order) + 40, "", left=left, right=4, top=18, bottom=2)
     ax.set_axis_off()
@@ -215,9 +207,8 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Any, s
     for j in range(columns if columns <= 12 else 0):
         ax.text(j + 0.5, -5, str(j + 1), ha="center")
     for i, name in enumerate(names if named else ()):
-        ax.text(
-            (4 - left) / (WIDTH - left - 4), height * (i + 0.75), name, transform=ax.get_yaxis_transform()
-        )
+        beside = {"transform": ax.get_yaxis_transform(), "x": (4 - left) / (WIDTH - left - 4)}
+        ax.text(y=height * (i + 0.75), s=name, **beside)
         for j, value in enumerate(values[i] if (WIDTH - left) / columns >= 36 else ()):
             ink = _COLOUR["on-heat" if shares[i][j] > 0.55 else "ink"]
             ax.text(j + 0.5, height * (i + 0.75), f"{value:.2f}", color=ink, ha="center")
@@ -229,11 +220,9 @@ def gate_map(gates: Mapping[str, Any], styles: Mapping[str, int]) -> tuple[Any, 
     """The users in the plane, marked by their profile; axes are bare, as only distances count."""
     figure, ax = _axes(230, "", left=10)
     for i, (x, y) in enumerate(gates["coordinates"]):
-        profile = clean(gates["profile"][i]) if gates.get("profile") else ""
-        style, size = (
-            styles.get(profile, SERIES - 1) if profile else 0,
-            9 if len(gates["users"]) <= 100 else 5,
-        )
+        profile = clean(gates["profile"][i]) if gates["profile"] else ""
+        style = styles.get(profile, SERIES - 1) if profile else 0
+        size = 9 if len(gates["users"]) <= 100 else 5
         _mark(ax, x, y, style, ", ".join(filter(None, [str(gates["users"][i]), profile])), size)
     ax.set(xticks=[], yticks=[], ylim=_limits([y for _, y in gates["coordinates"]]))
     ax.spines[:].set(visible=True, color=_COLOUR["line"])
@@ -242,9 +231,7 @@ def gate_map(gates: Mapping[str, Any], styles: Mapping[str, int]) -> tuple[Any, 
 
 def _axis(found: Mapping[str, Any]) -> str:
     leading = found["leading"]
-    return clean(
-        metric_title(leading) + (" (less is better)" if leading in found["smaller_is_better"] else "")
-    )
+    return metric_title(leading) + (" (less is better)" if leading in found["smaller_is_better"] else "")
 
 
 def _axes(

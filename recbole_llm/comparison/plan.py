@@ -180,7 +180,7 @@ def make_plan(
     if twice:
         raise ValueError(f"the model {twice[0]!r} is given twice")
     specs = {text: spec_of(get_model(name)) for text, name in names.items()}
-    own = {text: spec.task for text, spec in specs.items() if spec.is_llm}
+    own = {text: spec.task for text, spec in specs.items() if spec.is_llm and spec.task}
     task = _common_task(own, given, [spec.task for spec in specs.values() if spec.task])
     preset = {"preset": given["preset"]} if given.get("preset") else {}
     known = {

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
@@ -26,14 +25,14 @@ from markupsafe import Markup, escape
 from recbole_llm.comparison import charts, tables
 from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_run
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
-from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, checked, clean, failure_lines
+from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, clean, failure_lines
+from recbole_llm.experiment.table import layout
 from recbole_llm.utils.files import write_atomically, write_json
 from recbole_llm.utils.run_files import RESULT_FILE
 
 NAME = "compare"
 TEMPLATES = Path(__file__).parent / "templates"
 _KIND_NAMES = {"llm": "language model", "classical": "conventional recommender", "reference": "reference"}
-_MOST_USERS = 300
 _CSV_COLUMNS = (
     "record", "dataset", "task", "model", "against", "kind", "seed", "metric", "value", "sd", "low", "high",
     "low_bca", "high_bca", "p", "p_holm", "test", "rows", "group", "reason",
@@ -46,15 +45,8 @@ _LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"}
     # In braces, because \\ takes a following [ or * as its argument.
-    | {
-        "[": "{[}",
-        "]": "{]}",
-        "*": "{*}",
-        "±": r"$\pm$",
-        MINUS: "$-$",
-        "–": r"\textendash{}",
-        "↓": r"$\downarrow$",
-    }
+    | {"[": "{[}", "]": "{]}", "*": "{*}"}
+    | {"±": r"$\pm$", MINUS: "$-$", "–": r"\textendash{}", "↓": r"$\downarrow$"}
 )
 
 
@@ -102,17 +94,15 @@ def _planned(folder: Path) -> tuple[list[FinishedRun], list[Mapping[str, Any]], 
     return runs, failed, {"subject": subject, "samples": plan["samples"], "command": plan["command"]}
 
 
-def write_report(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
-    """Write compare.json, .csv, .md, .tex and .html into `folder`, each atomically; nothing if one cannot be made.
+def write_report(folder: Path, found: Mapping[str, Any]) -> list[Path]:
+    """Write compare.json, .csv, .md, .tex and .html of a comparison into `folder`, each atomically.
 
     Returns:
         Their paths, in this order.
 
     Raises:
-        ValueError: if the comparison is not complete; see `tables.checked`.
         OSError: if the folder cannot be written.
     """
-    found = checked(comparison)
     texts = {"csv": to_csv(found), "md": to_markdown(found), "tex": to_latex(found), "html": to_html(found)}
     paths = [Path(folder) / f"{NAME}.json"]
     write_json(paths[0], found)
@@ -122,15 +112,14 @@ def write_report(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
     return paths
 
 
-def terminal_table(comparison: Mapping[str, Any]) -> str:
+def terminal_table(found: Mapping[str, Any]) -> str:
     """Plain text: the models, key findings, failures."""
-    found = checked(comparison)
     notes, table = Footnotes(), tables.metrics_table(found)
     cells = [
         [clean(f"{c.text} {c.interval}") + (f" ({number})" if (number := notes.mark(c)) else "") for c in row]
         for row in table.rows
     ]
-    lines = [_layout([list(table.head), *cells])] if cells else ["no model finished"]
+    lines = [layout([list(table.head), *cells])] if cells else ["no model finished"]
     lines += [f"({number}) {clean(note)}" for number, note in notes]
     lines += ["", *map(clean, found["sentences"])] if found["sentences"] else []
     if found["failed"]:
@@ -138,7 +127,7 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines).replace(MINUS, "-").replace("–", "-")
 
 
-def to_csv(comparison: Mapping[str, Any]) -> str:
+def to_csv(found: Mapping[str, Any]) -> str:
     """One table in long form, numbers in full; [record] says what a line is.
 
     metric      value: mean over seeds, with sd and bounds
@@ -148,43 +137,35 @@ def to_csv(comparison: Mapping[str, Any]) -> str:
     difference  value: model minus against
     failed      reason: the error
     """
-    found = checked(comparison)
     lines: list[dict[str, Any]] = []
     for model in found["models"]:
         of_model = {"model": model["name"], "kind": model["kind"]}
         for metric in found["metrics"]:
-            estimate = tables.estimate_of(model, metric)
-            lines.append(
-                {"record": "metric", **of_model, **estimate, "metric": metric, "value": estimate["mean"]}
-            )
-            for seed, value in zip(model["seeds"], estimate.get("values") or (), strict=False):
-                lines.append({"record": "seed", **of_model, "seed": seed, "metric": metric, "value": value})
+            of_metric, estimate = {**of_model, "metric": metric}, model["metrics"][metric]
+            lines.append({"record": "metric", **of_metric, **estimate, "value": estimate["mean"]})
+            for seed, value in zip(model["seeds"], estimate["values"], strict=True):
+                lines.append({"record": "seed", **of_metric, "seed": seed, "value": value})
         for key in COSTS:
-            if (value := (model.get("cost") or {}).get(key)) is not None:
+            if (value := model["cost"][key]) is not None:
                 lines.append({"record": "cost", **of_model, "metric": key, "value": value})
-        for name, groups in (model.get("groups") or {}).items():
-            for group in groups or ():
+        for name, groups in model["groups"].items():
+            for group in groups:
                 of_group = {**group, "group": f"{name}: {group['name']}", "metric": found["leading"]}
                 lines.append({"record": "group", **of_model, **of_group})
     lines += [{"record": "difference", "model": d["a"], "against": d["b"], **d} for d in found["differences"]]
-    lines += [
-        {"record": "failed", "model": f["name"], "seed": f["seed"], "reason": f["error"]}
-        for f in found["failed"]
-    ]
+    for f in found["failed"]:
+        lines.append({"record": "failed", "model": f["name"], "seed": f["seed"], "reason": f["error"]})
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, _CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for line in lines:
         line = {"dataset": found["dataset"], "task": found["task"], **line}
-        writer.writerow(
-            {key: _csv(value) if isinstance(value, str) else value for key, value in line.items()}
-        )
+        writer.writerow({key: _csv(v) if isinstance(v, str) else v for key, v in line.items()})
     return file.getvalue()
 
 
-def to_markdown(comparison: Mapping[str, Any]) -> str:
+def to_markdown(found: Mapping[str, Any]) -> str:
     """A page for GitHub; footnotes explain missing values and labels."""
-    found = checked(comparison)
     environment = _environment(_markdown)
     environment.filters["fenced"] = lambda text: Markup(_fence(clean(text, lines=True)))
     view = {**found, "failed": failure_lines(found), "facts": tables.facts(found), "title": _title(found)}
@@ -192,13 +173,11 @@ def to_markdown(comparison: Mapping[str, Any]) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
-def to_latex(comparison: Mapping[str, Any]) -> str:
+def to_latex(found: Mapping[str, Any]) -> str:
     """Tables with booktabs, to be read with \\input; the best value of a column is bold."""
-    found = checked(comparison)
-    rows = found["rows"]
-    users = "" if rows.get("users") is None else f" of {rows['users']:,} users"
+    samples = f"{found['rows']['test']:,} test samples of {found['rows']['users']:,} users"
     captions = {
-        "Metrics": f"{_title(found)}: {rows['test'] or 0:,} test samples{users}; mean ± standard deviation over seeds.",
+        "Metrics": f"{_title(found)}: {samples}; mean ± standard deviation over seeds.",
         "Differences": "Differences, paired by user; p adjusted by Holm's method.",
         "Cost": "Cost, means over seeds.",
     }
@@ -210,9 +189,8 @@ def to_latex(comparison: Mapping[str, Any]) -> str:
     return environment.get_template("report.tex").render(captioned=captioned, footnotes=Footnotes) + "\n"
 
 
-def to_html(comparison: Mapping[str, Any]) -> str:
+def to_html(found: Mapping[str, Any]) -> str:
     """The page. A content policy lets no script run but the page's own, which only sorts tables."""
-    found = checked(comparison)
     environment = _environment(lambda value: escape(clean(value)))
     environment.filters |= {
         "lines": lambda text: escape(clean(text, lines=True)),
@@ -236,8 +214,8 @@ def to_html(comparison: Mapping[str, Any]) -> str:
         "several_seeds": any(len(model["seeds"]) > 1 for model in models),
         "points": points,
         "unknown": unknown,
-        "curves": [model for model in models if (model.get("calibration") or {}).get("predicted")],
-        "groupings": list(dict.fromkeys(name for model in models for name in model.get("groups") or {})),
+        "curves": [model for model in models if model["calibration"]],
+        "groupings": list(dict.fromkeys(name for model in models for name in model["groups"])),
         "style": style,
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -270,8 +248,8 @@ def _against_cost(found: Mapping[str, Any]) -> tuple[list[tuple[float, float, st
     """(seconds, value, tip, style) of models, and those that lack the value or some of the seconds."""
     points, unknown = [], []
     for model in found["models"]:
-        cost, mean = model.get("cost") or {}, tables.estimate_of(model, found["leading"])["mean"]
-        parts = [cost.get("train_seconds"), cost.get("test_seconds")]
+        mean = model["metrics"][found["leading"]]["mean"]
+        parts = [model["cost"][key] for key in ("train_seconds", "test_seconds")]
         seconds = sum(part for part in parts if part is not None)
         if mean is None or None in parts:
             unknown.append(model["label"])
@@ -283,35 +261,17 @@ def _against_cost(found: Mapping[str, Any]) -> tuple[list[tuple[float, float, st
 
 def _gates(gates: Mapping[str, Any] | None) -> dict[str, Any]:
     """The order of users (those of one expert together, the most weight first), and the styles of profiles."""
-    if not gates or not gates["users"] or not gates["experts"]:
+    if not gates:
         return {"gates": None}
     values = gates["values"]
     strongest = [max(range(len(row)), key=row.__getitem__) for row in values]
-    order = sorted(range(len(values)), key=lambda i: (strongest[i], -max(values[i])))[:_MOST_USERS]
-    common = Counter(map(clean, gates.get("profile") or ())).most_common()
+    order = sorted(range(len(values)), key=lambda i: (strongest[i], -max(values[i])))
+    common = Counter(map(clean, gates["profile"] or ())).most_common()
     shown = common if len(common) <= charts.SERIES else common[: charts.SERIES - 1]
     rest = sum(count for _, count in common) - sum(count for _, count in shown)
-    gates = {"coordinates": None, "profile_field": None, "profile": None, **gates}
     profiles = [*shown, ("other", rest)] if rest else shown
     styles = {value: style for style, (value, _) in enumerate(shown)}
     return {"gates": gates, "user_order": order, "profiles": profiles, "profile_styles": styles}
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal: two for Chinese and the like, none for combining marks."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
-
-
-def _layout(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
 def _csv(text: str) -> str:

@@ -103,7 +103,6 @@ def draw_trials(space: Space, trials: int, seed: int, name: str) -> list[dict[st
     Args:
         space: the parameters.
         trials: how many, at most.
-        seed: of the draw.
         name: of the model, so that the draws of two models differ.
     """
     listed = all(isinstance(values, (list, tuple)) for values in space.values())

@@ -371,8 +371,8 @@ def check_lens_rows(v: Values) -> None:
 
 def lens_spec(lens: str | None) -> ModelSpec:
     """The properties of a lens by its name; no lens and an unknown name are models that cannot be a lens."""
-    known = lens in BUILT_IN_MODELS or lens in recbole_models()
-    return spec_of(get_model(lens)) if known else ModelSpec("recbole")
+    known = lens is not None and (lens in BUILT_IN_MODELS or lens in recbole_models())
+    return spec_of(get_model(str(lens))) if known else ModelSpec("recbole")
 
 
 def _state_sees_target(v: Values) -> bool:

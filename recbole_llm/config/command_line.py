@@ -27,7 +27,7 @@ def parse_value(text: str, key: str | None = None) -> Any:
     stripped = text.strip()
     if stripped in ("None", "~", "null"):
         return None
-    known = (KEYS | RECBOLE_KEYS).get(key)
+    known = (KEYS | RECBOLE_KEYS).get(key or "")
     if known is not None and known.is_text:
         if known.is_flag and stripped.lower() in ("true", "false"):
             return stripped.lower() == "true"

@@ -13,13 +13,11 @@ properties/ is used where RecBole has none. ``task: ctr`` puts such a model on t
 from __future__ import annotations
 
 import copy
-import enum
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType
 
@@ -48,6 +46,7 @@ from recbole_llm.config.sources import config_file, data_folder, load_preset
 from recbole_llm.evaluation.metrics import register_metrics
 from recbole_llm.registry import get_model
 from recbole_llm.utils import recbole_repairs
+from recbole_llm.utils.files import plain
 from recbole_llm.utils.names import nearest
 from recbole_llm.utils.yaml_files import PROPERTIES, RECBOLE_PROPERTIES, YamlLoader, load_yaml
 
@@ -389,7 +388,7 @@ class Config(RecBoleConfig):
 
     def as_dict(self) -> dict[str, Any]:
         """The final values as JSON holds them: enums by name, devices and paths as text, tuples as lists."""
-        return {str(key): _plain(value) for key, value in self.final_config_dict.items()}
+        return {str(key): plain(value) for key, value in self.final_config_dict.items()}
 
     def __setstate__(self, state: dict) -> None:
         """In another process RecBole has to be repaired, and to be told of the metrics, there, too."""
@@ -397,19 +396,3 @@ class Config(RecBoleConfig):
         recbole_repairs.model_class(state["model_class"])
         register_metrics()
         self.__dict__.update(state)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value), key=str)
-    return str(value)

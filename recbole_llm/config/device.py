@@ -11,7 +11,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SIZES = {
+SIZES: dict[str, dict[str, int | None]] = {
     "cpu": {"few_shot": 128, "eval_rows": 200},
     "cuda": {"few_shot": 8192, "eval_rows": None},
 }

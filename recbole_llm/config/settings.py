@@ -25,49 +25,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class SampleSettings(Settings):
-    """Which interactions become samples, what their histories are, and which samples are drawn."""
-
-    task: str | None
-    few_shot: int | float | None
-    train_rows: str
-    eval_rows: int | None
-    eval_seed: int
-    seed: int
-    min_history: int
-    history_ties: str
-    history_scope: str
-    id_history_length: int
-    id_retrieval: str
-    min_rating: float | None
-    user_split: list[float] | None
-
-
-@dataclass(frozen=True)
-class CandidateSettings(Settings):
-    """What the target of a next-item sample is ranked among."""
-
-    eval_mode: str
-    num_negatives: int
-    negatives: str
-    candidate_seed: int
-
-
-@dataclass(frozen=True)
-class PromptSettings(Settings):
-    """What the prompt shows. ``eval_seed`` is the seed of ``shuffle_history``."""
-
-    prompt: str
-    obfuscate_titles: bool | None
-    max_prompt_tokens: int
-    text_history_length: int
-    text_retrieval: str
-    shuffle_history: bool
-    semantic_vectors: str
-    eval_seed: int
-
-
-@dataclass(frozen=True)
 class ScoringSettings(Settings):
     """How titles are scored and written."""
 
@@ -75,46 +32,6 @@ class ScoringSettings(Settings):
     trie_nodes: int
     two_stage: int | None
     curriculum: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class TrainingSettings(Settings):
-    """How the trained parameters are optimised."""
-
-    epochs: int
-    train_batch_size: int
-    learner: str
-    learning_rate: float
-    weight_decay: float | None
-    clip_grad_norm: dict[str, Any] | None
-    gate_learning_rate: float | None
-    projector_learning_rate: float | None
-    residual_learning_rate: float | None
-    lens_learning_rate: float | None
-    autocast_dtype: str | None
-    lr_schedule: str
-    warmup_ratio: float
-    eval_step: int
-    stopping_step: int
-    checkpoint_seconds: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class LensSettings(Settings):
-    """Which lens, its own keys, and what it may see.
-
-    Attributes:
-        lens_config: keys of the lens itself, as the user gave them.
-    """
-
-    task: str
-    lens: str
-    lens_config: dict[str, Any] | None
-    lens_ratings: bool
-    gate_scope: str
-    id_retrieval: str
     seed: int
 
 
@@ -147,7 +64,6 @@ def adapter_config(config: Mapping[str, Any], instance_size: int | None) -> Adap
     """The adapter of a configuration.
 
     Args:
-        config: the run's configuration.
         instance_size: width of what the gate reads, without the lens's logit; ``None`` with ``mixer: identity``.
 
     Raises:
@@ -167,5 +83,5 @@ def adapter_config(config: Mapping[str, Any], instance_size: int | None) -> Adap
         temperature=config["temperature"],
         top_k=config["top_k"],
         share_gate=config["share_gate"],
-        instance_size=instance_size + model.gate_reads_logit if model.gated else 1,
+        instance_size=(instance_size or 0) + model.gate_reads_logit if model.gated else 1,
     )

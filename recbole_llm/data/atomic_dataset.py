@@ -123,16 +123,12 @@ class AtomicDataset(SequentialDataset):
         folder = Path(dataset_path)
         if not folder.is_dir():
             if self._get_download_url("url", allow_none=True) is None:
-                parent = folder.parent
-                found = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else None
-                there = (
-                    f"{parent} holds {found or 'no folders'}"
-                    if found is not None
-                    else f"{parent} does not exist"
-                )
+                parent, there = folder.parent, f"{folder.parent} does not exist"
+                if parent.is_dir():
+                    found = sorted(path.name for path in parent.iterdir() if path.is_dir())
+                    there = f"{parent} holds {found or 'no folders'}"
                 raise FileNotFoundError(
-                    f"the data folder {folder} does not exist ({there}), and RecBole knows no download "
-                    f"for {token!r}. "
+                    f"the data folder {folder} does not exist ({there}), and RecBole knows no download for {token!r}. "
                     f"Set data_path to the folder that holds {token}/{token}.inter"
                 )
             self._download()

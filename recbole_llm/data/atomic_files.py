@@ -80,7 +80,6 @@ class AtomicFile:
         """The column as float64 ``[n]``; NaN where the value is missing.
 
         Args:
-            column: its name.
             needed: whether there is no doing without it, which decides what the error advises.
 
         Raises:
@@ -308,10 +307,10 @@ def _records(lines: list[str], separator: str, width: int) -> Iterator[tuple[int
         number, cells, used = at + 2, lines[at].split(separator), 1
         if '"' in lines[at]:
             left_open = cells[-1].startswith('"') and not _QUOTED.fullmatch(cells[-1])
-            quoted: tuple[list[str] | None, int] = (None, 1)
+            quoted = None
             if len(cells) != width or left_open:
                 quoted = _quoted_record(lines[at : at + MAX_LINES_OF_A_CELL], separator, width)
-            if quoted[0] is not None:
+            if quoted is not None:
                 cells, used = quoted
             else:
                 cells = [_unquoted(cell) for cell in cells]
@@ -320,10 +319,10 @@ def _records(lines: list[str], separator: str, width: int) -> Iterator[tuple[int
         at += used
 
 
-def _quoted_record(lines: list[str], separator: str, width: int) -> tuple[list[str] | None, int]:
-    """The record that begins with the first of ``lines`` if read as csv, and how many lines it takes."""
+def _quoted_record(lines: list[str], separator: str, width: int) -> tuple[list[str], int] | None:
+    """The record that begins with the first of ``lines`` if read as csv, if there is one, and how many lines it takes."""
     if len(separator) > 1:  # unknown to the csv module
-        return None, 1
+        return None
     for count in range(1, len(lines) + 1):
         if count > 1 and lines[count - 1].count(separator) + 1 >= width:
             break  # this line is a record of its own
@@ -334,7 +333,7 @@ def _quoted_record(lines: list[str], separator: str, width: int) -> tuple[list[s
             continue
         if len(rows) == 1 and len(rows[0]) == width:
             return rows[0], count
-    return None, 1
+    return None
 
 
 def _unquoted(cell: str) -> str:

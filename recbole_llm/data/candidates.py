@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 KINDS = ("uniform", "popularity", "hard")
 # Part of the file's name: to be raised when the same arguments come to give other candidates.
 VERSION = 1
-# Rows x items looked at together; the largest arrays hold eight bytes for each.
+# Samples x items looked at together; the largest arrays hold eight bytes for each.
 CELLS = 4_000_000
 _DRAW, _RACE, _ORDER = 1, 2, 3  # the purposes that one sample needs random numbers for
 
@@ -165,7 +166,7 @@ def draw_candidates(
 
     Args:
         rows: a dataset of samples, for example one split.
-        num_negatives: how many to draw for each row.
+        num_negatives: how many to draw for each sample.
         kind: ``uniform``; ``popularity``: proportionally to ``item_counts``; ``hard``: the items with the highest
             ``item_scores``, the lower id first among equals.
         seed: the seed of the draw.
@@ -235,12 +236,12 @@ def draw_candidates(
     for first in range(0, len(row_ids), size):
         part = slice(first, first + size)
         taken = _taken(starts[part], stops[part], targets[part], rows.history.item_ids, n_items)
-        if weights is None:
+        if weights is None and item_scores is not None:
             scores = item_scores(rows[np.arange(len(row_ids))[part]])
             barred = taken if allowed is None else taken | ~allowed
             drawn, left = _best(_checked_scores(scores, taken.shape), barred, num_negatives)
         else:
-            drawn, left = _draw(keys[part], taken, weights, num_negatives)
+            drawn, left = _draw(keys[part], taken, cast(np.ndarray, weights), num_negatives)
         if drawn is None:
             row = first + int(left.argmin())
             user = rows.id2token(rows.uid_field, int(users[row]))
@@ -266,21 +267,20 @@ def draw_candidates(
 
 
 class CandidateDataLoader(AbstractDataLoader):
-    """Rows times their candidates, for the negative-sampling evaluation of RecBole's Trainer, with any model.
+    """Samples times their candidates, for the negative-sampling evaluation of RecBole's Trainer, with any model.
 
     A batch of ``B`` samples is ``(interaction, row_idx, positive_u, positive_i)``, as RecBole's NegSampleEvalDataLoader
-    gives it: the interaction has ``B * C`` rows, row by row in the stored order of the candidates, each with the
-    fields of its sample, the candidate in the item field, the candidate's features and label 1 for the target and 0
+    gives it: the interaction has ``B * C`` entries, sample by sample in the stored order of the candidates, each with
+    the fields of its sample, the candidate in the item field, the candidate's features and label 1 for the target and 0
     else; ``row_idx`` ``[B * C]`` numbers the samples of the batch, ``positive_u`` is ``0 ... B - 1`` and ``positive_i``
-    ``[B]`` the targets. ``row_id`` and ``history_end`` stay those of the row. Histories are joined *per candidate*:
+    ``[B]`` the targets. ``row_id`` and ``history_end`` stay those of the sample. Histories are joined *per candidate*:
     a retriever that looks at the item sees the candidate, so that no history gives the target away.
 
-    ``eval_batch_size`` counts candidates, as in RecBole; a batch has at least one row.
+    ``eval_batch_size`` counts candidates, as in RecBole; a batch has at least one sample.
 
     Args:
-        config: RecBole's Config.
         dataset: the samples to evaluate, in this order.
-        candidates: their candidates, of the same or of more rows.
+        candidates: their candidates, of the same or of more samples.
 
     Raises:
         ValueError: if a sample has no candidates, or has another target than the one they were drawn for.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from recbole.utils import FeatureSource, FeatureType
@@ -133,7 +134,8 @@ class CTRDataset(HistoryDataset):
         return rows
 
     def _counted(self, positions: np.ndarray) -> np.ndarray:
-        return self.history.labels[positions] == 1 if self.liked_only else np.ones(len(positions), dtype=bool)
+        labels = cast(np.ndarray, self.history.labels)
+        return labels[positions] == 1 if self.liked_only else np.ones(len(positions), dtype=bool)
 
     def label_balance(self) -> dict[str, float]:
         """``rows`` (the number of samples), ``positive`` (of those with label 1) and ``share`` (of the two)."""

@@ -16,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from recbole_llm.utils.fields import ROW_ID
 try:
     import resource
 except ImportError:  # Windows has no getrusage
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class HistoryDataset(AtomicDataset):
     """Whether items with equal titles are told apart where ``text.disambiguate`` does not say."""
 
     def __init__(self, config):
-        self.history: HistoryIndex | None = None
+        self.history = cast(HistoryIndex, None)  # until `build`
         self.preparation: dict[str, float] = {}
         # Seen by every split and subset, see `copy` of RecBole's Dataset.
         self._shared: dict[str, Any] = {}
@@ -224,15 +224,8 @@ class HistoryDataset(AtomicDataset):
         """Reduce ``inter_feat`` to the samples at ``rows``, which have ``earlier`` items before their ``position``."""
         self.inter_feat = take(self.inter_feat, rows)
         lengths = np.clip(earlier, 1, self.max_item_list_len)
-        self.inter_feat.update(
-            Interaction(
-                {
-                    self.item_list_length_field: torch.from_numpy(lengths.astype(np.int64)),
-                    ROW_ID: torch.from_numpy(rows.astype(np.int64)),
-                    HISTORY_END: torch.from_numpy(position),
-                }
-            )
-        )
+        columns = {self.item_list_length_field: lengths, ROW_ID: rows, HISTORY_END: position}
+        self.inter_feat.update(table({name: values.astype(np.int64) for name, values in columns.items()}))
         self.set_id_retriever(RecentRetriever(self.history, self.max_item_list_len))
 
     # ------------------------------------------------------------------ splits
@@ -319,10 +312,6 @@ class HistoryDataset(AtomicDataset):
         """Chooses the ID history that :meth:`join` adds; one for all splits."""
         return self._shared["id_retriever"]
 
-    @id_retriever.setter
-    def id_retriever(self, retriever: Retriever) -> None:
-        self.set_id_retriever(retriever)
-
     def set_id_retriever(self, retriever: Retriever) -> None:
         """Use another retriever for the ID history, in this dataset and in all splits and subsets of it.
 
@@ -393,10 +382,7 @@ class HistoryDataset(AtomicDataset):
         columns = {self.uid_field: owners[counted]}
         for field, name in fields.items():
             columns[field] = getattr(self.history, name)[positions]
-        table = Interaction(
-            {field: torch.from_numpy(np.ascontiguousarray(v)) for field, v in columns.items()}
-        )
-        return self._create_sparse_matrix(table, self.uid_field, self.iid_field, form, value_field)
+        return self._create_sparse_matrix(table(columns), self.uid_field, self.iid_field, form, value_field)
 
     def _counted(self, positions: np.ndarray) -> np.ndarray:
         """Which positions of the history :meth:`inter_matrix` counts, a mask."""
@@ -406,7 +392,7 @@ class HistoryDataset(AtomicDataset):
         """What results are grouped by, for each of these samples, int64 ``[n]``.
 
         Args:
-            train: the full training rows.
+            train: all training samples.
 
         Returns:
             ``history_length`` (all earlier interactions the sample may use), ``user_rows`` and ``item_rows`` (training
@@ -488,14 +474,8 @@ class HistoryDataset(AtomicDataset):
         """
         if "hash" not in self._shared:
             digest, index = hashlib.sha256(), self.history
-            for array in (
-                index.item_ids,
-                index.labels,
-                index.timestamps,
-                index.ratings,
-                index.user_start,
-                index.row_start,
-            ):
+            for name in ("item_ids", "labels", "timestamps", "ratings", "user_start", "row_start"):
+                array = getattr(index, name)
                 digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
             digest.update(index.ties.encode())
             for field in sorted(self.field2id_token):
@@ -506,6 +486,11 @@ class HistoryDataset(AtomicDataset):
             self._shared["hash"] = digest.digest()
         rows = np.ascontiguousarray(self.inter_feat[ROW_ID].numpy()).tobytes()
         return hashlib.sha256(self._shared["hash"] + rows).hexdigest()
+
+
+def table(columns: Mapping[str, np.ndarray]) -> Interaction:
+    """Arrays as RecBole's Interaction."""
+    return Interaction({name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in columns.items()})
 
 
 def take(feat: Interaction, rows: np.ndarray) -> Interaction:

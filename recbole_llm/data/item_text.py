@@ -343,7 +343,6 @@ class ItemText:
     """Titles, years and genres of the items.
 
     Args:
-        dataset: a built dataset.
         obfuscate: hide titles behind "Movie 123" (to measure what an LLM has memorised). Numbers are a fixed
             permutation, not the ids of the file, which may themselves be memorised.
 
@@ -499,9 +498,6 @@ def _equal(titles: list[str]) -> list[list[int]]:
 
 class UserText:
     """Profiles of the users, from ``text.user_fields`` of the dataset's yaml.
-
-    Args:
-        dataset: a built dataset.
 
     Raises:
         ValueError: if a named column is missing.

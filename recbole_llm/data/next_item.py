@@ -24,15 +24,14 @@ from __future__ import annotations
 import logging
 import zlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
-import torch
-from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
 
 from recbole_llm.data.atomic_dataset import SPLITS, setting
-from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, take
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, table, take
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.utils.fields import ROW_ID
 
@@ -276,10 +275,6 @@ class NextItemDataset(HistoryDataset):
 
     # ------------------------------------------------------------------ splits
 
-    def build(self) -> list[NextItemDataset]:
-        """The samples of ``[train, valid, test]``."""
-        return super().build()
-
     def _split(self) -> list[NextItemDataset]:
         if self._user_shares is None:
             return super()._split()  # given lists: RecBole cuts the samples by the sizes of the files
@@ -315,17 +310,12 @@ class NextItemDataset(HistoryDataset):
         if value_field is not None:
             raise ValueError(f"value_field: {value_field!r} is not known for samples of benchmark_filename")
         ends = self.inter_feat[HISTORY_END].numpy()
-        starts = self.history.row_start[ends]
+        starts = cast(np.ndarray, self.history.row_start)[ends]  # given lists have one
         steps = np.zeros(len(self.history) + 1, dtype=np.int64)
         steps[starts] += 1
         steps[ends + 1] -= 1
         inside = np.flatnonzero(np.cumsum(steps[:-1]))
         owners = np.searchsorted(self.history.user_start, inside, side="right") - 1
         pairs = np.unique(np.stack([owners, self.history.item_ids[inside]]), axis=1)
-        table = Interaction(
-            {
-                field: torch.from_numpy(np.ascontiguousarray(column))
-                for field, column in zip((self.uid_field, self.iid_field), pairs, strict=True)
-            }
-        )
-        return self._create_sparse_matrix(table, self.uid_field, self.iid_field, form)
+        columns = dict(zip((self.uid_field, self.iid_field), pairs, strict=True))
+        return self._create_sparse_matrix(table(columns), self.uid_field, self.iid_field, form)

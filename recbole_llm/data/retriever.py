@@ -15,7 +15,7 @@ import numpy as np
 
 from recbole_llm.data.history import HistoryIndex
 
-# Up to this many items all cosines are computed once (268 MB at most); beyond it, per row.
+# Up to this many items all cosines are computed once (268 MB at most); beyond it, per sample.
 MAX_ITEMS_FOR_A_TABLE = 8192
 # Cosines that agree in so many decimals are ties: float32 products differ in the last bits with the order of
 # summation.
@@ -46,7 +46,7 @@ class Retriever:
 
 
 class RecentRetriever(Retriever):
-    """The last ``k`` interactions before the row."""
+    """The last ``k`` interactions before the sample."""
 
     def positions(self, user_ids: np.ndarray, item_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
         start, end = self.history.bounds(user_ids, ends)
@@ -58,10 +58,6 @@ class ShuffledRetriever(Retriever):
     """What another retriever chooses, in a random order that a sample keeps: a control for what the order is worth.
 
     A model that is no worse with it does not read histories as sequences (Kim et al., "Lost in Sequence", KDD 2025).
-
-    Args:
-        retriever: chooses the interactions.
-        seed: of the orders.
     """
 
     def __init__(self, retriever: Retriever, seed: int):
@@ -83,8 +79,6 @@ class SemanticRetriever(Retriever):
     Similarity is the cosine of item vectors; among equals the more recent interaction wins.
 
     Args:
-        history: the interactions.
-        k: how many to return.
         item_vectors: ``[n_items, d]``, row 0 is the padding item; a row of zeros is equally far from
             everything.
 
@@ -133,7 +127,6 @@ class MixedRetriever(Retriever):
     """The latest interactions, and of those before them the most similar to the target, all in time order.
 
     Args:
-        history: the interactions.
         k: how many to return: ``k - k // 2`` by time, ``k // 2`` by similarity.
         item_vectors: as of :class:`SemanticRetriever`.
     """
@@ -163,8 +156,6 @@ class CategoryRetriever(Retriever):
     category per item. Here items may have several, and one in common is enough.
 
     Args:
-        history: the interactions.
-        k: how many to return.
         categories: the categories of every item, by internal id; an item without any shares none.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, table
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.streams import Chunk, StreamCutter, optimizer_steps
 
@@ -106,5 +106,4 @@ class VectorStreamLoader:
         for row, chunk in enumerate(chunks):
             targets[row, chunk.target_places] = True
         users = np.array([chunk.user for chunk in chunks])
-        fields = {self.user_field: users, LOW: low, HIGH: low + sizes, TARGETS: targets}
-        return Interaction({name: torch.from_numpy(values) for name, values in fields.items()})
+        return table({self.user_field: users, LOW: low, HIGH: low + sizes, TARGETS: targets})

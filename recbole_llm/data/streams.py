@@ -30,11 +30,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
-from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
+from recbole_llm.data.dataset import HISTORY_END, HistoryDataset, table
 from recbole_llm.data.history import HistoryIndex
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,6 @@ class StreamCutter:
     """Cuts users' interactions into chunks.
 
     Args:
-        history: the interactions of all users.
         budget: what a chunk may cost.
         costs: what each interaction costs, int ``[n]``, at least 1; ``None``: 1 each.
         prefix_costs: what precedes the interactions of a user's chunk costs, int ``[n_users]``; ``None``: nothing.
@@ -249,19 +247,12 @@ def interactions_at(dataset: HistoryDataset, positions: np.ndarray) -> Interacti
     part of its history.
 
     Args:
-        dataset: a built dataset.
         positions: positions in its history, ``[n]``.
     """
     history = dataset.history
     users = np.searchsorted(history.user_start, positions, side="right") - 1
-    columns = {
-        dataset.uid_field: users,
-        dataset.iid_field: history.item_ids[positions],
-        HISTORY_END: positions,
-    }
-    return dataset.join(
-        Interaction({name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in columns.items()})
-    )
+    items = history.item_ids[positions]
+    return dataset.join(table({dataset.uid_field: users, dataset.iid_field: items, HISTORY_END: positions}))
 
 
 def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:

@@ -96,26 +96,24 @@ class Bootstrap:
         """The metric of `name` minus that of `reference`, paired by draw; `method` as in `interval`."""
         return self._contrast([name, reference], metric, method)
 
-    def to_dict(self, reference: str | None = None, method: str = "percentile") -> dict:
+    def to_dict(self, reference: str | None = None) -> dict:
         """For the json: how it was drawn, every model's intervals, and every difference to `reference`.
 
         Returns:
             {unit, users, rows, samples, seed, level, models: {name: {metric: interval}},
-            differences: {'name - reference': {metric: interval}}}, and {method} first unless 'percentile'.
+            differences: {'name - reference': {metric: interval}}}.
         """
         names = list(self.values)
-        return ({"method": method} if method != "percentile" else {}) | {
+        return {
             "unit": "user",
             "users": self.users,
             "rows": self.rows,
             "samples": self.samples,
             "seed": self.seed,
             "level": self.level,
-            "models": {n: {m: self.interval(n, m, method).to_dict() for m in self.metrics} for n in names},
+            "models": {n: {m: self.interval(n, m).to_dict() for m in self.metrics} for n in names},
             "differences": {
-                f"{n} - {reference}": {
-                    m: self.difference(n, reference, m, method).to_dict() for m in self.metrics
-                }
+                f"{n} - {reference}": {m: self.difference(n, reference, m).to_dict() for m in self.metrics}
                 for n in names
                 if reference in self.values and n != reference
             },
@@ -138,13 +136,9 @@ class Bootstrap:
             result.values[group] = dict.fromkeys(result.reasons[group]) | {
                 m: float(np.mean([self.values[name][m] for name in members])) for m in defined
             }
-            result.replicates[group] = {
-                m: np.mean([self.replicates[name][m] for name in members], axis=0) for m in defined
-            }
-            if self.jackknife:
-                result.jackknife[group] = {
-                    m: np.mean([self.jackknife[name][m] for name in members], axis=0) for m in defined
-                }
+            for single, mean in ((self.replicates, result.replicates), (self.jackknife, result.jackknife)):
+                if single:
+                    mean[group] = {m: np.mean([single[name][m] for name in members], axis=0) for m in defined}
         return result
 
     def _contrast(self, names: Sequence[str], metric: str, method: str) -> Interval:
@@ -168,33 +162,29 @@ class Bootstrap:
         self, value: float, replicates: np.ndarray, metric: str, jackknife: np.ndarray | None = None
     ) -> Interval:
         """A BCa interval where there are jackknife values, else a percentile interval."""
-        tail = (1 - self.level) / 2
-        usable = self.usable_users[metric]
+        try:
+            return Interval(value, *self._bounds(value, replicates, metric, jackknife))
+        except UndefinedMetric as error:
+            return Interval(value, reason=str(error))
+
+    def _bounds(
+        self, value: float, replicates: np.ndarray, metric: str, jackknife: np.ndarray | None
+    ) -> tuple[float, float]:
+        tail, usable, undefined = (1 - self.level) / 2, self.usable_users[metric], np.isnan(replicates)
         if usable < MIN_USERS:
             which = f"{usable} users{_USABLE.get(metric, '')}"
-            return Interval(value, reason=f"no interval: only {which}, fewer than {MIN_USERS}")
+            raise UndefinedMetric(f"no interval: only {which}, fewer than {MIN_USERS}")
         if self.samples * tail < 1:
-            return Interval(
-                value, reason=f"no interval: {self.samples} samples are too few for {self.level:.0%}"
-            )
-        undefined = np.isnan(replicates)
+            raise UndefinedMetric(f"no interval: {self.samples} samples are too few for {self.level:.0%}")
         if undefined.mean() > MAX_UNDEFINED:
-            return Interval(
-                value,
-                reason=f"no interval: undefined in {undefined.sum()} of {undefined.size} bootstrap samples",
-            )
-        if jackknife is not None:
-            without = np.isnan(jackknife).sum()
-            if without:
-                return Interval(
-                    value, reason=f"no BCa interval: undefined without any one of {without} users"
-                )
-            try:
-                return Interval(value, *bca_interval(value, replicates[~undefined], jackknife, self.level))
-            except UndefinedMetric as error:
-                return Interval(value, reason=str(error))
-        low, high = np.quantile(replicates[~undefined], [tail, 1 - tail])
-        return Interval(value, float(low), float(high))
+            drawn = f"{undefined.sum()} of {undefined.size} bootstrap samples"
+            raise UndefinedMetric(f"no interval: undefined in {drawn}")
+        if jackknife is None:
+            low, high = np.quantile(replicates[~undefined], [tail, 1 - tail])
+            return float(low), float(high)
+        if without := np.isnan(jackknife).sum():
+            raise UndefinedMetric(f"no BCa interval: undefined without any one of {without} users")
+        return bca_interval(value, replicates[~undefined], jackknife, self.level)
 
 
 class Statistic:
@@ -319,7 +309,6 @@ def bootstrap(
         metrics: out of 'auc', 'logloss', 'acc', 'gauc'.
         n: number of replicates; 0 gives the values without intervals.
         seed: of the draws.
-        level: of the intervals.
         jackknife: whether to keep the metrics without each user, which BCa intervals need.
 
     Raises:
@@ -359,13 +348,9 @@ def bootstrap_ranks(
     Raises:
         ValueError: on an unknown metric, unequal lengths, no samples, or ranks that are no whole numbers from 1 on.
     """
-    gains = {
-        name: {metric.lower(): row_rank_metric(metric, rank) for metric in metrics}
-        for name, rank in ranks.items()
-    }
     ratios = {
-        name: {metric: (gain, np.ones(gain.size)) for metric, gain in of_model.items()}
-        for name, of_model in gains.items()
+        name: {m.lower(): (row_rank_metric(m, rank), np.ones(len(rank))) for m in metrics}
+        for name, rank in ranks.items()
     }
     return bootstrap_ratios(users, ratios, n, seed, level, jackknife)
 
@@ -437,14 +422,9 @@ def _draw(
     generator = np.random.default_rng(seed)
     chunk = max(1, _CHUNK_WEIGHTS // max(1, names.size))
     for begin in range(0, n, chunk):
-        weights = np.stack(  # [replicates, users]: how often each user was drawn
-            [
-                np.bincount(generator.integers(0, names.size, names.size), minlength=names.size).astype(
-                    np.float64
-                )
-                for _ in range(min(chunk, n - begin))
-            ]
-        )
+        drawn = (generator.integers(0, names.size, names.size) for _ in range(min(chunk, n - begin)))
+        # [replicates, users]: how often each user was drawn
+        weights = np.stack([np.bincount(draw, minlength=names.size).astype(np.float64) for draw in drawn])
         for name, of_model in statistics.items():
             for metric, statistic in of_model.items():
                 result.replicates[name][metric][begin : begin + len(weights)] = statistic(weights)

@@ -84,7 +84,6 @@ def generation_report(
     *,
     n: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, Any]:
     """How many generated answers name a candidate, and how many the right one.
 
@@ -96,7 +95,7 @@ def generation_report(
         matches: [n] the item (or position) that each answer names, -1 for an invalid answer.
         targets: [n] the right one, in the same numbering.
         users: [n] the user of each sample, for the bootstrap.
-        n: bootstrap samples, 0 for no intervals; seed, level: of the bootstrap.
+        n: bootstrap samples, 0 for no intervals; seed: of the bootstrap.
 
     Returns:
         {n, users, valid, hits, valid_ratio, hit_ratio_all, hit_ratio_valid,
@@ -116,7 +115,7 @@ def generation_report(
     hits = (matches == targets).astype(np.float64)
     rows = np.ones(matches.size)
     ratios = dict(zip(GENERATION_METRICS, ((valid, rows), (hits, rows), (hits, valid)), strict=True))
-    estimate = bootstrap_ratios(users, {"model": ratios}, n=n, seed=seed, level=level)
+    estimate = bootstrap_ratios(users, {"model": ratios}, n=n, seed=seed)
     found = estimate.to_dict()
     return {
         "n": estimate.rows,

@@ -81,10 +81,7 @@ def delong(
     auc, covariance, variance = _auc_covariance(labels, {"score_a": score_a, "score_b": score_b}, users)
     difference = float(auc[0] - auc[1])
     error = float(np.sqrt(max(variance, 0.0)))
-    if difference == 0:
-        p_value = 1.0
-    else:
-        p_value = float(2 * norm.sf(abs(difference) / error)) if error > 0 else None
+    p_value = 1.0 if difference == 0 else float(2 * norm.sf(abs(difference) / error)) if error > 0 else None
     return DeLong(float(auc[0]), float(auc[1]), difference, covariance, error, p_value)
 
 
@@ -173,7 +170,6 @@ def paired_permutation(users: np.ndarray, differences: np.ndarray, n: int = 9999
         users: [samples] the user of each.
         differences: [samples] gain of one model minus gain of the other (means over seeds, for instance).
         n: number of random assignments.
-        seed: of these.
 
     Raises:
         UndefinedMetric: if there are no samples.
@@ -215,16 +211,14 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     >>> holm({"lens": 0.01, "prompt": None, "gate": 0.02})
     {'lens': 0.02, 'prompt': None, 'gate': 0.02}
     """
-    for name, p in p_values.items():
-        if p is not None and not 0 <= p <= 1:
+    known = {name: p for name, p in p_values.items() if p is not None}
+    for name, p in known.items():
+        if not 0 <= p <= 1:
             raise ValueError(f"holm: the p-value of {name!r} is {p}, which is not within [0, 1]")
     adjusted: dict[str, float | None] = dict.fromkeys(p_values)
-    ascending = sorted(
-        (name for name, p in p_values.items() if p is not None), key=lambda name: p_values[name]
-    )
     running = 0.0
-    for i, name in enumerate(ascending):
-        running = max(running, min(1.0, (len(ascending) - i) * p_values[name]))
+    for i, name in enumerate(sorted(known, key=known.__getitem__)):
+        running = max(running, min(1.0, (len(known) - i) * known[name]))
         adjusted[name] = float(running)
     return adjusted
 
@@ -245,7 +239,6 @@ def bca_interval(
         replicates: [samples] the statistic on bootstrap samples.
         jackknife: [observations] the statistic without each observation, the unit being that of the
             bootstrap: `Bootstrap.jackknife` leaves out one user at a time.
-        level: of the interval.
 
     Raises:
         UndefinedMetric: if all replicates lie on one side of the value, or an end lies beyond the extreme

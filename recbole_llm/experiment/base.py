@@ -58,7 +58,6 @@ class Experiment(ABC):
         """Build everything but the trainer.
 
         Args:
-            config: the run's configuration.
             fit: ``False`` for dry runs: a lens has random weights instead of being trained.
             saved: the folder of a run that is loaded, which has its own copies of lens and LoRA.
         """

@@ -122,21 +122,22 @@ class ConventionalExperiment(Experiment):
     def assemble(cls, config: Config, *, fit: bool = True, saved: Path | None = None) -> Assembly:
         """As of every experiment; ``fit`` and ``saved`` change nothing here."""
         seconds: dict[str, float] = {}
-        candidates, available = None, {}
+        candidates = None
+        sizes: dict[str, int | None] = {}
         with stage(seconds, "data"):
             dataset = create_dataset(config)
             logger.info(dataset)
             if isinstance(dataset, HistoryDataset):
                 splits = split(config, dataset)
                 full_train = splits.full_train
-                available = {"valid_available": splits.sizes["valid"], "test_available": splits.sizes["test"]}
+                sizes = {f"{part}_available": splits.sizes[part] for part in ("valid", "test")}
                 candidates = stored_candidates(config, splits)
                 loaders = our_loaders(config, splits, candidates)
             else:
                 loaders = data_preparation(config, dataset)
                 full_train = loaders[0]._dataset
         train, valid, test = (loader._dataset for loader in loaders)
-        sizes = {"train": len(train), "valid": len(valid), "test": len(test)} | available
+        sizes = {"train": len(train), "valid": len(valid), "test": len(test)} | sizes
         sizes["few_shot"] = len(train) if config["train_rows"] == "few_shot" else None
         with stage(seconds, "item_vectors"):
             arguments, backbone = llm_arguments(config, dataset)

@@ -14,9 +14,10 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole_llm.backbone.loader import Backbone
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.candidates import CandidateSet
-from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
-from recbole_llm.data.prompts.next_item import TitlePromptBuilder, load_title_prompt_config
-from recbole_llm.data.prompts.stream import StreamPrompts, load_stream_config
+from recbole_llm.data.prompts.ctr import CTR_TEMPLATE, PromptBuilder
+from recbole_llm.data.prompts.lines import TemplateKind
+from recbole_llm.data.prompts.next_item import TITLE_TEMPLATE, TitlePromptBuilder
+from recbole_llm.data.prompts.stream import STREAM_TEMPLATE, StreamPrompts
 from recbole_llm.data.retriever import (
     MixedRetriever,
     RecentRetriever,
@@ -71,7 +72,6 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
     """Build everything of an LLM recommender's run but the trainer.
 
     Args:
-        config: the run's configuration.
         fit: ``False`` for dry runs: the lens has random weights instead of being trained.
         saved: the folder of a run that is loaded, which has its own copies of lens and LoRA.
 
@@ -177,9 +177,9 @@ def lens_facts(lens: Lens | None) -> dict[str, Any] | None:
     return {"name": lens.name, "identity": lens.identity, "gate_scope": lens.gate_scope, **lens.info}
 
 
-def template(config: Config, load: Callable[[str], dict]) -> dict:
+def template(config: Config, kind: TemplateKind) -> dict:
     """The prompt's template, with what the configuration changes of it."""
-    settings = load(config["prompt"])
+    settings = kind.load(config["prompt"])
     hidden = config["obfuscate_titles"]
     return settings if hidden is None else {**settings, "obfuscate_titles": hidden}
 
@@ -199,7 +199,7 @@ def _ctr_prompts(
             prompts = StreamPrompts(
                 dataset,
                 backbone.tokenizer,
-                template(config, load_stream_config),
+                template(config, STREAM_TEMPLATE),
                 max_prompt_tokens=config["max_prompt_tokens"],
                 lead=config["stream_lead"],
                 context=config["stream_context"],
@@ -209,7 +209,7 @@ def _ctr_prompts(
             prompts = PromptBuilder(
                 dataset,
                 backbone.tokenizer,
-                template(config, load_prompt_config),
+                template(config, CTR_TEMPLATE),
                 max_prompt_tokens=config["max_prompt_tokens"],
                 retriever=RecentRetriever(dataset.history, length),
             )
@@ -221,7 +221,7 @@ def _ctr_prompts(
     set_id_retrieval(config, dataset, lambda: vectors)
     lens = train_lens()
     if config["text_retrieval"] != "recent":
-        source = vectors if vectors is not None else lens.item_vectors().cpu().numpy()
+        source = vectors if vectors is not None else cast(Lens, lens).item_vectors().cpu().numpy()
         kind = {"semantic": SemanticRetriever, "mixed": MixedRetriever}[config["text_retrieval"]]
         cast(PromptBuilder, prompts).retriever = kind(dataset.history, length, source)
     if config["shuffle_history"]:
@@ -261,7 +261,7 @@ def _title_prompts(
     return TitlePromptBuilder(
         splits.dataset,
         backbone.tokenizer,
-        template(config, load_title_prompt_config),
+        template(config, TITLE_TEMPLATE),
         max_prompt_tokens=config["max_prompt_tokens"],
         retriever=retriever,
         candidates=listed,

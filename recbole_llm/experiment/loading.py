@@ -80,18 +80,14 @@ def answer_pairs(parts: Assembly) -> None:
     @torch.no_grad()
     def predict_all(interaction: Interaction, **options: Any) -> Tensor:
         """The scores of all items for every user, ``[B, n_items]``; the padding item has ``-inf``."""
-        if is_complete(parts, interaction):
-            if ranks_items or HISTORY_END not in interaction:
-                return full_sort_predict(interaction, **options)
+        whole = is_complete(parts, interaction)
+        if whole and (ranks_items or HISTORY_END not in interaction):
+            return full_sort_predict(interaction, **options)
+        if not ranks_items:
             return torch.stack([of_catalogue(interaction[i : i + 1].cpu()) for i in range(len(interaction))])
-        if ranks_items:
-            with no_candidates_listed(parts):
-                scores = full_sort_predict(complete(parts, interaction), **options)
-            scores = scores.view(len(interaction), -1).clone()
-        else:
-            scores = torch.stack(
-                [of_catalogue(interaction[i : i + 1].cpu()) for i in range(len(interaction))]
-            )
+        with no_candidates_listed(parts):
+            scores = full_sort_predict(complete(parts, interaction), **options)
+        scores = scores.view(len(interaction), -1).clone()
         scores[:, 0] = -torch.inf
         return scores
 

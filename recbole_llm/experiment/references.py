@@ -27,6 +27,7 @@ from recbole_llm.evaluation.generation import generation_report, match_title
 from recbole_llm.evaluation.ranking import target_ranks
 from recbole_llm.experiment.assembly import cache_folder
 from recbole_llm.experiment.llm_assembly import LLMAssembly
+from recbole_llm.lens.lens import Lens
 from recbole_llm.trainer.score_cache import KeptScores
 from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import locked, write_atomically
@@ -69,10 +70,8 @@ def reference_columns(parts: LLMAssembly) -> dict[str, np.ndarray]:
 
 def lens_scores(parts: LLMAssembly, split: str = "test") -> np.ndarray:
     """Probability of "yes" by the lens alone for every sample of a split, ``[n]``."""
-    scores = []
-    for interaction, *_ in {"valid": parts.valid_data, "test": parts.test_data}[split]:
-        scores.append(parts.lens.probability(interaction).cpu())
-    return torch.cat(scores).numpy()
+    lens, loader = cast(Lens, parts.lens), {"valid": parts.valid_data, "test": parts.test_data}[split]
+    return torch.cat([lens.probability(interaction).cpu() for interaction, *_ in loader]).numpy()
 
 
 def untrained_scores(parts: LLMAssembly) -> np.ndarray:
@@ -101,7 +100,8 @@ def popularity_ranks(parts: LLMAssembly) -> np.ndarray:
 @torch.no_grad()
 def lens_ranks(parts: LLMAssembly) -> np.ndarray:
     """Rank of every test sample's target by the lens alone, int64 ``[n]``."""
-    return _ranks(parts, lambda interaction: parts.lens.score_items(interaction).double().cpu())
+    lens = cast(Lens, parts.lens)
+    return _ranks(parts, lambda interaction: lens.score_items(interaction).double().cpu())
 
 
 def untrained_ranks(parts: LLMAssembly) -> np.ndarray:

@@ -28,13 +28,11 @@ def experiment_class(config: Config) -> type[Experiment]:
     return LLMExperiment if config.spec.is_llm else ConventionalExperiment
 
 
-def run_one(config: Config, folder: Path, *, resume: bool | None = None) -> dict:
+def run_one(config: Config, folder: Path) -> dict:
     """Train and evaluate the one model of a configuration.
 
     Args:
-        config: the run's configuration.
         folder: an existing folder, which gets ``config.json``, checkpoints, ``test_rows.npz`` and ``result.json``.
-        resume: whether to continue the run that the folder has; by default what the key ``resume`` says.
 
     Returns:
         The content of ``result.json`` with the key ``path``; for a dry run, its text under the key ``dry_run``.
@@ -52,7 +50,7 @@ def run_one(config: Config, folder: Path, *, resume: bool | None = None) -> dict
     # Every kind is made of a configuration; only their common base is made of parts.
     experiment = cast(Callable[[Config, Path], Experiment], kind)(config, folder)
     write_configuration(folder, experiment.parts)
-    if config["resume"] if resume is None else resume:
+    if config["resume"]:
         experiment.resume()
     experiment.fit()
     experiment.evaluate()

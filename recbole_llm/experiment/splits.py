@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from recbole.data.dataloader import AbstractDataLoader, NegSampleEvalDataLoader
@@ -47,7 +48,7 @@ class Splits:
     train: HistoryDataset
     valid: HistoryDataset
     test: HistoryDataset
-    sizes: dict[str, int]
+    sizes: dict[str, int | None]
 
 
 def prepare_splits(config: Config) -> Splits:
@@ -66,7 +67,7 @@ def split(config: Config, dataset: HistoryDataset) -> Splits:
         valid, test = (
             samples.subset(np.argsort(samples.inter_feat[HISTORY_END].numpy())) for samples in (valid, test)
         )
-    sizes = {
+    sizes: dict[str, int | None] = {
         "all": len(full_train) + len(full_valid) + len(full_test),
         "train": len(full_train),
         "valid": len(full_valid),
@@ -132,7 +133,7 @@ def set_id_retrieval(
     """Let ``id_retrieval`` choose the ID histories; ``vectors`` gives item vectors if they are needed."""
     how, k = config["id_retrieval"], config["id_history_length"]
     if how == "semantic":
-        dataset.set_id_retriever(SemanticRetriever(dataset.history, k, vectors()))
+        dataset.set_id_retriever(SemanticRetriever(dataset.history, k, cast(np.ndarray, vectors())))
     elif how == "category":
         dataset.set_id_retriever(CategoryRetriever(dataset.history, k, dataset.item_text().genre_lists))
 

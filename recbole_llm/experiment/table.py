@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
     if results[0]["intervals"] is None:
         columns = list(dict.fromkeys(key for r in results for key in r["metrics"]["test"]))
         body = [[r["name"], *(_number(r["metrics"]["test"].get(key)) for key in columns)] for r in results]
-        return _layout([["model", *columns], *body])
+        return layout([["model", *columns], *body])
 
     main, columns = "auc", ["logloss", "acc", "gauc"]
     if "candidates" in results[0]["rows"]:
@@ -42,41 +43,28 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
     notes: list[str] = []
     lines: list[list[str]] = []
     own: list[list[str]] = []
+    title, order = metric_title(main), {"zero_shot": 0, "lens": 1, "llm": 2}
     for result in results:
         found = result["intervals"]
-        order = ("zero_shot", "lens", "llm")
-        for key in sorted(found["models"], key=lambda k: order.index(k) if k in order else len(order)):
+        for key in sorted(found["models"], key=lambda key: order.get(key, len(order))):
             label, values = result["names"][key], found["models"][key]
             difference = found["differences"].get(f"{key} - lens", {}).get(main)
-            line = [
-                label,
-                _cell(values[main], f"{label}, {metric_title(main)}", notes),
-                *(_number(values[metric]["value"]) for metric in columns),
-                _cell(difference, f"{label}, {metric_title(main)} - lens", notes, sign="+")
-                if difference
-                else "",
-            ]
-            notes += [
-                f"{label}, {metric_title(m)}: {values[m]['reason']}"
-                for m in columns
-                if values[m]["value"] is None
-            ]
+            line = [label, _cell(values[main], f"{label}, {title}", notes)]
+            line += [_number(values[metric]["value"]) for metric in columns]
+            line += [_cell(difference, f"{label}, {title} - lens", notes, sign="+") if difference else ""]
+            for metric in columns:
+                if values[metric]["value"] is None:
+                    notes.append(f"{label}, {metric_title(metric)}: {values[metric]['reason']}")
             if key in ("model", "llm"):
                 own.append(line)
             elif line not in lines:
                 lines.append(line)
-    first = results[0]["intervals"]
-    level = f"[{first['level']:.0%} interval]"
-    head = [
-        "model",
-        f"{metric_title(main)} {level}",
-        *map(metric_title, columns),
-        f"{metric_title(main)} - lens {level}",
-    ]
+    level = f"[{results[0]['intervals']['level']:.0%} interval]"
+    head = ["model", f"{title} {level}", *map(metric_title, columns), f"{title} - lens {level}"]
     table = [head, *lines, *own]
     if not any(line[-1] for line in table[1:]):
         table = [line[:-1] for line in table]
-    return "\n".join([_layout(table), _footer(results[0]), *dict.fromkeys(notes)])
+    return "\n".join([layout(table), _footer(results[0]), *dict.fromkeys(notes)])
 
 
 def _basis(result: Mapping[str, Any]) -> Any:
@@ -115,19 +103,25 @@ def _among(candidates: Mapping[str, Any]) -> str:
     ties = "; ties count against the model"
     if candidates["min"] is None:
         return ties
-    number = _span(candidates["min"], candidates["max"])
+    low, high = candidates["min"], candidates["max"]
+    number = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     what = f"all {number} items" if candidates["all_items"] else f"{number} candidates"
     return f", each target ranked among {what}{ties}"
 
 
-def _layout(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def _width(text: str) -> int:
+    """Columns on a terminal: two for Chinese and the like, none for combining marks."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def layout(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as columns of equal width, with a rule below the first line."""
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        "  ".join(
+            cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
         for line in lines
     ]
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
-
-
-def _span(low: int, high: int) -> str:
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

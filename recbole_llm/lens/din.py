@@ -17,7 +17,7 @@ from recbole.model.sequential_recommender.din import DIN
 from torch import Tensor, nn
 
 from recbole_llm.config.model_spec import ModelSpec
-from recbole_llm.lens.embedding import FieldEmbedding, RatingLevels, choose_fields, rating_list_field
+from recbole_llm.lens.embedding import FieldEmbedding, choose_fields, past_ratings
 
 
 class TargetAttention(SequenceAttLayer):
@@ -95,7 +95,6 @@ class LensDIN(DIN):
 
     Args:
         config: the lens's own configuration (see ``properties/lens/DIN.yaml``).
-        dataset: the training samples.
         titles: a further field of items, by id: a module with ``embedding_dim``.
         without: fields of items that are left out.
     """
@@ -117,10 +116,8 @@ class LensDIN(DIN):
         self.titles = titles
         items, users = self.fields.width("item"), self.fields.width("user")
         items += 0 if titles is None else titles.embedding_dim
-        rated = config["lens_ratings"] and dataset.history.ratings is not None
-        self.ratings = RatingLevels(dataset.history.ratings) if rated else None
+        self.ratings, self.RATING_SEQ = past_ratings(config, dataset)
         if self.ratings is not None:
-            self.RATING_SEQ = rating_list_field(config, dataset)
             self.rating_embedding = nn.Embedding(self.ratings.count, d)
         self.history_projection = nn.Linear(items + (d if self.ratings is not None else 0), d)
         self.target_projection = nn.Linear(items, d)
@@ -170,9 +167,9 @@ class LensDIN(DIN):
 
     def forward(self, interaction: Interaction) -> Tensor:
         """The logit of every sample, ``[B]``."""
-        return self.dnn_predict_layers(self.states(interaction)[0]).squeeze(1)
+        return self.represent(interaction)[1]
 
-    def represent(self, interaction: Interaction, gate_scope: str) -> tuple[Tensor, Tensor]:
+    def represent(self, interaction: Interaction, gate_scope: str = "user_item") -> tuple[Tensor, Tensor]:
         """``final`` (``user_item``) or ``user`` (``user``), and the logit of every sample."""
         final, user = self.states(interaction)
         logit = self.dnn_predict_layers(final).squeeze(1)

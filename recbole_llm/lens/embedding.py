@@ -38,7 +38,6 @@ class FieldEmbedding(ContextSeqEmbAbstractLayer):
     dataset) outside the module, on the device of the configuration; only that part differs here.
 
     Args:
-        dataset: a built RecBole dataset.
         fields: the field names by side, ``{"user": [...], "item": [...]}``; a side may be empty.
         embedding_size: ``d``, the width of one field.
         pooling_mode: how the words of a ``token_seq`` field become one vector: ``mean``, ``max`` or ``sum``.
@@ -89,7 +88,6 @@ def choose_fields(dataset, side: str, wanted: str | Sequence[str]) -> list[str]:
     """The fields of users or items that a lens embeds.
 
     Args:
-        dataset: a built RecBole dataset.
         side: ``user`` or ``item``.
         wanted: ``all``, ``none`` or a list of field names.
 
@@ -122,15 +120,20 @@ def choose_fields(dataset, side: str, wanted: str | Sequence[str]) -> list[str]:
     return [field for field in possible if field in wanted]
 
 
-def rating_list_field(config, dataset) -> str:
-    """The batch field of past ratings: of ``RATING_FIELD``, or of the column that makes the labels.
+def past_ratings(config, dataset) -> tuple[RatingLevels | None, str | None]:
+    """The levels of past ratings, and their field: of ``RATING_FIELD``, or of the column that makes the labels.
+
+    Nothing without ``lens_ratings``, and where the data has no ratings.
 
     Raises:
         ValueError: if the batches have no such field.
     """
+    ratings = dataset.history.ratings
+    if not config["lens_ratings"] or ratings is None:
+        return None, None
     for field in (config["RATING_FIELD"], *(config["threshold"] or ())):
         if field + config["LIST_SUFFIX"] in dataset.field2type:
-            return field + config["LIST_SUFFIX"]
+            return RatingLevels(ratings), field + config["LIST_SUFFIX"]
     raise ValueError(
         f"lens_ratings: the histories of {dataset.dataset_name} have no ratings; set it to False"
     )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +138,6 @@ def resolve_scope(name: str, model: nn.Module, wanted: str, id_retrieval: str) -
     be ranked: the history of the sample's own item would give that item away.
 
     Args:
-        name: the lens's name.
-        model: its model.
         wanted: the configuration's ``gate_scope``: ``auto``, ``user_item`` or ``user``.
         id_retrieval: how the lens's history is chosen.
 
@@ -232,18 +231,17 @@ def _train(settings, model: nn.Module, train, valid, file: Path, identity: str) 
     An interrupted training resumes after the last validated epoch, which is in ``file``.
     """
     name = settings["lens"]
+    shuffled = partial(TrainDataLoader, sampler=None, shuffle=True)
     logger.info("lens %s: training on %d samples, validating on %d", name, len(train), len(valid))
     task, metric = lens_task(settings), settings["valid_metric"].lower()
     eval_loader = NegSampleEvalDataLoader if task == "ctr" else FullSortEvalDataLoader
-    make_loader = spec_of(type(model)).training_loader
+    make_loader = spec_of(type(model)).training_loader or shuffled
     # The folder stays empty: nothing is pickled with the configuration.
     with tempfile.TemporaryDirectory() as scratch, recbole_repairs.no_tensorboard():
         settings = settings.override(checkpoint_dir=scratch)
         training = EpochTraining(
             Trainer(settings, model),
-            make_loader(settings, train)
-            if make_loader
-            else TrainDataLoader(settings, train, None, shuffle=True),
+            make_loader(settings, train),
             file,
             {"lens": identity},
             keep_best=True,

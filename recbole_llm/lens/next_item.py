@@ -31,10 +31,6 @@ NEXT_ITEM_WORKING = ("SASRec", "GRU4Rec", "Caser", "NARM", "STAMP", "LightSANs")
 class NextItemSequence(HistoryEncoder):
     """A sequential model as RecBole has it, with its state readable; to be inherited before the model's own class.
 
-    Args:
-        config: the lens's own configuration.
-        dataset: the training samples.
-
     Raises:
         ValueError: if the model does not make one vector of a history; the message names models that do.
     """

@@ -25,7 +25,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 
 from recbole_llm.config.model_spec import ModelSpec
-from recbole_llm.lens.embedding import RatingLevels, rating_list_field
+from recbole_llm.lens.embedding import past_ratings
 
 WORKING = ("SASRec", "GRU4Rec", "NARM", "STAMP", "Caser", "LightSANs")
 """Models of RecBole that are tested in this role."""
@@ -42,10 +42,6 @@ _INPUTS = {
 
 class HistoryEncoder(SequentialRecommender):
     """A sequential model read as an encoder of histories; to be inherited before the model's own class.
-
-    Args:
-        config: the lens's own configuration.
-        dataset: the training samples.
 
     Raises:
         ValueError: if the model does not make one vector of a history; the message names models that do.
@@ -99,10 +95,6 @@ class LabelledSequence(HistoryEncoder):
     With ``lens_ratings`` the embedding of the rating is added to the embedding of every earlier item, where
     the model looks its history up (a hook on ``item_embedding``: the model's ``forward`` stays RecBole's).
 
-    Args:
-        config: the lens's own configuration.
-        dataset: the training samples.
-
     Raises:
         ValueError: if the model cannot give a state as above; the message names models that can.
     """
@@ -118,10 +110,8 @@ class LabelledSequence(HistoryEncoder):
         self.item_bias = nn.Embedding(self.n_items, 1, padding_idx=0)
         self.bias = nn.Parameter(torch.zeros(()))
         nn.init.zeros_(self.item_bias.weight)
-        rated = config["lens_ratings"] and dataset.history.ratings is not None
-        self.ratings = RatingLevels(dataset.history.ratings) if rated else None
+        self.ratings, self.RATING_SEQ = past_ratings(config, dataset)
         if self.ratings is not None:
-            self.RATING_SEQ = rating_list_field(config, dataset)
             self.rating_embedding = nn.Embedding(self.ratings.count, width, padding_idx=0)
             # From zero: the model starts as its authors' initialisation leaves it.
             nn.init.zeros_(self.rating_embedding.weight)

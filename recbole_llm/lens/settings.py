@@ -11,7 +11,6 @@ from torch import nn
 
 from recbole_llm.config.keys import check_values
 from recbole_llm.config.model_spec import spec_of
-from recbole_llm.config.settings import LensSettings
 from recbole_llm.lens.din import LensDIN
 from recbole_llm.lens.next_item import NEXT_ITEM_WORKING, next_item_lens_class
 from recbole_llm.lens.sequence import WORKING, LensSASRec, labelled_lens_class
@@ -32,9 +31,7 @@ _FIXED = {
     "MODEL_TYPE": ModelType.SEQUENTIAL,
     "MODEL_INPUT_TYPE": InputType.POINTWISE,
     "loss_type": "CE",  # a labelled lens has a loss of its own, and RecBole's constructor reads this key
-    "train_neg_sample_args": _NO_SAMPLING,
-    "valid_neg_sample_args": _NO_SAMPLING,
-    "test_neg_sample_args": _NO_SAMPLING,
+    **dict.fromkeys(("train_neg_sample_args", "valid_neg_sample_args", "test_neg_sample_args"), _NO_SAMPLING),
     "transform": None,
     "valid_metric_bigger": True,
     "metric_decimal_place": 6,
@@ -88,18 +85,13 @@ def lens_keys(name: str, task: str = "ctr") -> dict:
 def lens_settings(config, dataset):
     """The configuration a lens is built and trained with: a copy of the run's with the lens's own keys.
 
-    Args:
-        config: the run's configuration.
-        dataset: the training samples.
-
     Returns:
         A RecBole configuration. ``settings["lens_keys"]`` holds the lens's own keys and their values.
 
     Raises:
         ValueError: for a key in ``lens_config`` that the lens does not have, or a value that it cannot have.
     """
-    wanted = LensSettings.from_config(config)
-    name, task, given = wanted.lens, lens_task(config), wanted.lens_config or {}
+    name, task, given = config["lens"], lens_task(config), config["lens_config"] or {}
     keys = lens_keys(name, task)
     for key in given:
         if key not in keys:
@@ -114,7 +106,7 @@ def lens_settings(config, dataset):
     device = torch.device(config["device"])
     fixed = _FIXED | _FIXED_BY_TASK[task]
     # In the next-item task the model is RecBole's own, which knows no ratings.
-    ratings = task == "ctr" and bool(wanted.lens_ratings) and dataset.history.ratings is not None
+    ratings = task == "ctr" and bool(config["lens_ratings"]) and dataset.history.ratings is not None
     values = {
         **keys,
         **fixed,
@@ -130,7 +122,6 @@ def build_model(settings, dataset) -> nn.Module:
 
     Args:
         settings: from :func:`lens_settings`.
-        dataset: the training samples.
 
     Raises:
         ValueError: if there is no such model, or it cannot serve as a lens.

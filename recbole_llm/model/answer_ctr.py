@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,6 @@ class AnswerCTR(LLMRecommender):
     """A RecBole model that answers "will this user like this item?" with a language model.
 
     Args:
-        config: the run's configuration.
         dataset: the training samples (:class:`recbole_llm.data.dataset.CTRDataset`).
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
         prompts: turns samples into token ids.
@@ -84,6 +83,7 @@ class AnswerCTR(LLMRecommender):
                 f"model {config['model']}: mixer={config['mixer']}, lens_residual={residual} and slots in "
                 f"prompt={config['prompt']} ({slots}) need a lens, but the configuration has none; set e.g. lens: DIN"
             )
+        lens = cast("Lens", lens)  # where something reads it
         embedding = backbone.model.get_input_embeddings()
         super().__init__(
             config, dataset, backbone=backbone, lens=lens, instance_size=lens.width if gated else None
@@ -255,9 +255,11 @@ class AnswerCTR(LLMRecommender):
     def predict_untrained(self, interaction: Interaction) -> Tensor:
         """Probability of "yes" of the language model without adapter and slots (zero-shot), ``[B]``."""
         encoded = self.prompts.encode(interaction)
-        return torch.sigmoid(
-            self._score(interaction, encoded, lambda batch: self.margin(batch, adapted=False))
-        )
+        return torch.sigmoid(self._score(interaction, encoded, self.untrained_margin))
+
+    def untrained_margin(self, batch: MicroBatch) -> Tensor:
+        """The margin without the adapter, ``[b]``."""
+        return self.margin(batch, adapted=False)
 
     def _score(self, interaction: Interaction, encoded: EncodedPrompts, logit_of) -> Tensor:
         # float64, because a float32 sigmoid is exactly 1 from a logit of 17 on

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -55,8 +55,6 @@ class LLMRecommender(SequentialRecommender):
     """A RecBole model around an adapted language model.
 
     Args:
-        config: the run's configuration.
-        dataset: the training samples.
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
         lens: the frozen conventional recommender whose state is the gate's ``z``; ``None`` if nothing reads it. With
             ``tune_lens`` the model trains a copy.
@@ -81,7 +79,8 @@ class LLMRecommender(SequentialRecommender):
         self.gate_balance, self.gate_entropy = settings.gate_balance, settings.gate_entropy
         self.micro_batch_size, self.bucket_by_length = settings.micro_batch_size, settings.bucket_by_length
         self.lora_given = settings.lora_from is not None
-        self.lens = lens.tunable() if settings.tune_lens else lens
+        # None where nothing reads it; models ask for one where something does.
+        self.lens: Any = lens.tunable() if settings.tune_lens and lens is not None else lens
         self.backbone_dtype = backbone.dtype
         pad_id = backbone.tokenizer.pad_token_id
         self.pad_id = 0 if pad_id is None else pad_id  # never read: right padding under a causal mask

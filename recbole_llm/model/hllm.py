@@ -7,7 +7,7 @@ and User Modeling", arXiv 2409.12740.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -44,7 +44,7 @@ class HierarchicalStream(StreamRecommender):
             target_modules=list(config["target_modules"]),
         )
         model = LLMUserModel(
-            backbone.model,
+            cast(Backbone, backbone).model,
             layers=config["backbone_layers"],
             pretrained=pretrained,
             lora=lora if config["tune"] == "lora" else None,

@@ -49,8 +49,6 @@ class MoRec(SASRec):
     Network, loss and ranking are RecBole's. In the ctr task it is the labelled form, :class:`LabelledMoRec`.
 
     Args:
-        config: the run's configuration.
-        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item.
     """
 

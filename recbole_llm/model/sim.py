@@ -36,7 +36,6 @@ class SIM(LensDIN):
 
     Args:
         config: the run's configuration, or the lens's own.
-        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item; ``None`` where the key is not set.
     """
 

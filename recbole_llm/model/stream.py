@@ -7,6 +7,7 @@ form of the next-item task (:class:`NextItemStream`) is a SASRec with a sampled 
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -82,7 +83,6 @@ class StreamRecommender(SequentialRecommender):
 
     Args:
         config: the run's configuration, or the lens's own.
-        dataset: the training samples.
         item_vectors: text vectors of the items, ``[n_items, d]``, row 0 is the padding item; ``None``: not used.
         backbone: the language model, for a user model that is made of it.
 
@@ -94,11 +94,7 @@ class StreamRecommender(SequentialRecommender):
     input_type = InputType.POINTWISE
 
     def __init__(
-        self,
-        config,
-        dataset,
-        item_vectors: np.ndarray | None = None,
-        backbone: Backbone | None = None,
+        self, config, dataset, *, item_vectors: np.ndarray | None = None, backbone: Backbone | None = None
     ) -> None:
         super().__init__(config, dataset)
         name = type(self).__name__
@@ -124,13 +120,12 @@ class StreamRecommender(SequentialRecommender):
         user_model = self.build_user_model(config, backbone)
         width = user_model.width
         fields = {side: choose_fields(dataset, side, config[f"{side}_fields"]) for side in ("user", "item")}
-        fields["item"] = [field for field in fields["item"] if field != dataset.iid_field]
-        fields["user"] = [field for field in fields["user"] if field != dataset.uid_field]
         size = max(1, min(32, width))
 
         def embedding(side: str) -> FieldEmbedding | None:
-            chosen = {"user": [], "item": [], side: fields[side]}
-            return FieldEmbedding(dataset, chosen, size, config["pooling_mode"]) if fields[side] else None
+            own = [field for field in fields[side] if field not in (dataset.uid_field, dataset.iid_field)]
+            chosen = {"user": [], "item": [], side: own}
+            return FieldEmbedding(dataset, chosen, size, config["pooling_mode"]) if own else None
 
         items = ItemEmbedding(
             self.n_items,
@@ -148,9 +143,9 @@ class StreamRecommender(SequentialRecommender):
         )
         self.before = nn.Parameter(torch.randn(width) * width**-0.5)
         self.user_fields = embedding("user")
-        self.of_user = (
-            None if self.user_fields is None else nn.Linear(self.user_fields.width("user"), width, bias=False)
-        )
+        self.of_user: nn.Module = None
+        if self.user_fields is not None:
+            self.of_user = nn.Linear(self.user_fields.width("user"), width, bias=False)
         self.user_model = user_model
 
     # ------------------------------------------------------------------ what the network is made of
@@ -217,7 +212,7 @@ class StreamRecommender(SequentialRecommender):
             self.stream_gaps[known].long() * follows,
         )
         first = self.before.expand(len(users), -1)
-        if self.of_user is not None:
+        if self.user_fields is not None:
             first = first + self.of_user(self.user_fields("user", users))
         return self.user_model(torch.cat([first.unsqueeze(1).to(x.dtype), x], dim=1)), items
 
@@ -293,14 +288,8 @@ class NextItemStream(StreamRecommender):
     A sample is scored from the last ``stream_length - 1`` interactions before it; all items by one matrix product.
     """
 
-    def __init__(
-        self,
-        config,
-        dataset,
-        item_vectors: np.ndarray | None = None,
-        backbone: Backbone | None = None,
-    ) -> None:
-        super().__init__(config, dataset, item_vectors, backbone)
+    def __init__(self, config, dataset, **parts) -> None:
+        super().__init__(config, dataset, **parts)
         if self.n_items < 3:
             raise ValueError(f"{dataset.dataset_name} has {self.n_items - 1} items: there are no negatives")
         self.negatives, self.num_negatives = config["train_negatives"], config["num_train_negatives"]
@@ -395,16 +384,10 @@ class Stream(StreamRecommender):
         task_classes={"next_item": NextItemStream},
     )
 
-    def __init__(
-        self,
-        config,
-        dataset,
-        item_vectors: np.ndarray | None = None,
-        backbone: Backbone | None = None,
-    ) -> None:
-        super().__init__(config, dataset, item_vectors, backbone)
+    def __init__(self, config, dataset, **parts) -> None:
+        super().__init__(config, dataset, **parts)
         self.LABEL_FIELD = config["LABEL_FIELD"]
-        labels = self.history.labels
+        labels = cast(np.ndarray, self.history.labels)
         levels = self.stream_levels.numpy()
         count = int(levels.max())
         share = np.bincount(levels, labels, minlength=count + 1) / np.maximum(np.bincount(levels), 1)

@@ -95,9 +95,8 @@ def attention_inputs(history: HistoryIndex, streams: Sequence[EncodedStream]) ->
         earlier = of[None, :] < last_seen[:, None]  # the header, -1, is before all
         own = (of[None, :] == of[:, None]) & np.tri(n, dtype=bool)
         mask[row, 0, :n, :n] = np.where((of < 0)[:, None], own, earlier | own)
-        mask[row, 0, np.arange(n, width), np.arange(n, width)] = (
-            True  # padding sees itself: no row without a key
-        )
+        padding = np.arange(n, width)
+        mask[row, 0, padding, padding] = True  # it sees itself: no row without a key
         position[row, :n] = mask[row, 0, :n, :n].sum(axis=1) - 1
     return {"attention_mask": torch.from_numpy(mask), "position_ids": torch.from_numpy(position)}
 
@@ -250,28 +249,16 @@ class StreamCTR(AnswerCTR):
 
     # ------------------------------------------------------------------ scoring
 
-    @torch.no_grad()
-    def score_rows(self, interaction: Interaction) -> Tensor:
-        """Probability of label 1, ``[B]`` float64; does not depend on what else is in the batch."""
-        return torch.sigmoid(self._score(interaction, self.encode(interaction), self.logits))
-
-    @torch.no_grad()
-    def predict_untrained(self, interaction: Interaction) -> Tensor:
-        """Probability of label 1 by the language model without adapter and slots (zero-shot), ``[B]``."""
-        encoded = self.prompts.encode(interaction)
-        return torch.sigmoid(
-            self._score(
-                interaction, encoded, lambda batch: self.like_margin(self.answer_logits(batch, adapted=False))
-            )
-        )
+    def untrained_margin(self, batch: StreamMicroBatch) -> Tensor:  # type: ignore[override]  # as micro_batches makes them
+        """The margin without the adapter, ``[k]``."""
+        return self.like_margin(self.answer_logits(batch, adapted=False))
 
     def _score(  # type: ignore[override]  # of chunks, as encode gives them
         self, interaction: Interaction, encoded: EncodedStreams, logit_of
     ) -> Tensor:
         positions = interaction[HISTORY_END].cpu().numpy()
-        _, first, place = np.unique(
-            positions, return_index=True, return_inverse=True
-        )  # a sample may occur twice
+        # a sample may occur twice
+        _, first, place = np.unique(positions, return_index=True, return_inverse=True)
         scores = torch.empty(len(first), dtype=torch.float64, device=self.device)
         once = interaction[torch.from_numpy(first)]
         for batch in self._pad(once, encoded, np.arange(len(first))):

@@ -60,7 +60,9 @@ class ItemEmbedding(nn.Module):
         self.register_buffer("vectors", vectors, persistent=False)
         self.project = None if vectors is None else nn.Linear(vectors.shape[1], width)
         self.fields = fields
-        self.of_fields = None if fields is None else nn.Linear(fields.width("item"), width, bias=False)
+        self.of_fields: nn.Module = (
+            None if fields is None else nn.Linear(fields.width("item"), width, bias=False)
+        )
         if self.ids is not None:
             nn.init.normal_(self.ids.weight, std=id_size**-0.5)
             with torch.no_grad():
@@ -108,7 +110,7 @@ class StreamInput(nn.Module):
         super().__init__()
         width = items.width
         self.items = items
-        self.stars = nn.Embedding(levels, width, padding_idx=0) if levels else None
+        self.stars: nn.Module = nn.Embedding(levels, width, padding_idx=0) if levels else None
         self.event = nn.Linear(2 * width, width) if levels and previous_item else None
         self.gaps = nn.Embedding(gaps, width) if gaps else None
         self.norm = nn.LayerNorm(width)

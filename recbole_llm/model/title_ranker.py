@@ -17,8 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from recbole_llm.backbone.answers import pad_right
 from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
 from recbole_llm.config.model_spec import ModelSpec
+from recbole_llm.config.settings import ScoringSettings
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.curriculum import is_hybrid
 from recbole_llm.model.slots import build_projector, fill_slots, mean_embedding
@@ -45,38 +45,15 @@ BELOW_ALL = -1e6
 """Where the scores of items begin that two-stage ranking leaves to the lens: below any mean log-likelihood."""
 
 
-@dataclass
-class Work:
-    """The cost of scoring.
-
-    Attributes:
-        rows: prompts that were scored.
-        prompt_tokens: tokens of these prompts.
-        edges: edges of their title trees, the least that any exact scoring has to look at.
-        tokens: tokens that went through the LLM, prompts included.
-    """
-
-    rows: int = 0
-    prompt_tokens: int = 0
-    edges: int = 0
-    tokens: int = 0
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """What is counted."""
-        return [field.name for field in fields(cls)]
-
-    def as_dict(self) -> dict[str, float]:
-        """For the result; ``ratio`` is ``tokens / (prompt_tokens + edges)``."""
-        least = self.prompt_tokens + self.edges
-        return {**vars(self), "ratio": self.tokens / least if least else 0.0}
+WORK = ("rows", "prompt_tokens", "edges", "tokens")
+"""What scoring costs: prompts that were scored, their tokens, the edges of their title trees (the least that any exact
+scoring has to look at), and the tokens that went through the LLM, prompts included. Counted as ``scored_rows``, ..."""
 
 
 class TitleRanker(LLMRecommender):
     """A RecBole model that ranks items by the likelihood of their titles.
 
     Args:
-        config: the run's configuration.
         dataset: the training samples (:class:`recbole_llm.data.next_item.NextItemDataset`).
         backbone: the frozen causal LM and its tokenizer; the adapter is attached to it in place.
         prompts: turns samples into token ids with slots, and items into answers.
@@ -91,12 +68,14 @@ class TitleRanker(LLMRecommender):
     def __init__(
         self, config, dataset, *, backbone: Backbone, prompts: TitlePromptBuilder, lens: Lens | None = None
     ) -> None:
+        scoring = ScoringSettings.from_config(config)
         gated, hybrid = config["mixer"] != "identity", prompts.item_slots
-        if lens is None and (gated or hybrid or config["two_stage"]):
+        if lens is None and (gated or hybrid or scoring.two_stage):
             raise ValueError(
                 f"model {config['model']}: mixer={config['mixer']}, item_slots={hybrid} and "
-                f"two_stage={config['two_stage']} need a lens, but the configuration has none; set e.g. lens: SASRec"
+                f"two_stage={scoring.two_stage} need a lens, but the configuration has none; set e.g. lens: SASRec"
             )
+        lens = cast("Lens", lens)  # where something reads it
         if gated and lens.gate_scope != "user":
             raise ValueError(
                 f"gate_scope: the state of the lens {lens.name} depends on the target item, so candidates cannot "
@@ -107,11 +86,8 @@ class TitleRanker(LLMRecommender):
         width = embedding.embedding_dim if self._gate_reads_tokens else lens.width if gated else None
         super().__init__(config, dataset, backbone=backbone, lens=lens, instance_size=width)
         self.prompts = prompts
-        self.curriculum = config["curriculum"]
-        self.scoring_batch_size = config["scoring_batch_size"]
-        self.trie_nodes = config["trie_nodes"]
-        self.two_stage = config["two_stage"]
-        self.seed = config["seed"]
+        self.scoring = scoring
+        self.curriculum = scoring.curriculum
         self.hybrid = hybrid and self.curriculum != "text_only"
         """Whether slots hold item vectors now; in evaluation always, unless the curriculum never shows them."""
         self._hybrid_step = self.hybrid
@@ -140,7 +116,7 @@ class TitleRanker(LLMRecommender):
     def begin_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         """Draw whether this optimizer step shows item vectors (see :mod:`recbole_llm.model.curriculum`)."""
         self._hybrid_step = self.slots and is_hybrid(
-            self.curriculum, step, steps_per_epoch, epochs, self.seed
+            self.curriculum, step, steps_per_epoch, epochs, self.scoring.seed
         )
 
     # ------------------------------------------------------------------ inputs
@@ -197,25 +173,23 @@ class TitleRanker(LLMRecommender):
         """Mean over samples of the mean negative log-likelihood of the target's title, scalar."""
         self._set_instance(batch.interaction, batch.input_ids, batch.lengths)
         embedded = self.embed(batch.input_ids, hybrid=self._hybrid_step)
-        total = answer_log_likelihood(self.adapter.peft_model, embedded, batch.lengths, batch.answers)
-        sizes = torch.tensor([len(answer) for answer in batch.answers], device=total.device)
+        answers = batch.answers or []
+        total = answer_log_likelihood(self.adapter.peft_model, embedded, batch.lengths, answers)
+        sizes = torch.tensor([len(answer) for answer in answers], device=total.device)
         return self.with_gate_penalty(-(total / sizes).mean())
 
     # ------------------------------------------------------------------ scoring
 
     def reset_work(self) -> None:
         """Count the cost of scoring from zero."""
-        for name in Work.names():
+        for name in WORK:
             self.counts[f"scored_{name}"] = 0
 
-    @property
-    def work(self) -> Work:
-        """The cost of scoring since :meth:`reset_work`."""
-        return Work(**{name: self.counts[f"scored_{name}"] for name in Work.names()})
-
     def extra_results(self) -> dict:
-        """The cost of scoring under ``scoring``."""
-        return {"scoring": self.work.as_dict()}
+        """The cost of scoring since :meth:`reset_work`, and the ratio of tokens to the least, under ``scoring``."""
+        work = {name: self.counts[f"scored_{name}"] for name in WORK}
+        least = work["prompt_tokens"] + work["edges"]
+        return {"scoring": {**work, "ratio": work["tokens"] / least if least else 0.0}}
 
     @torch.no_grad()
     def score_items(
@@ -237,7 +211,7 @@ class TitleRanker(LLMRecommender):
         scores: list[Tensor | None] = [None] * len(lengths)
         tries: TitleTrie | list[TitleTrie]
         # One sample of the catalogue is many tokens already; more only need more memory, which was slower on a CPU.
-        for rows in self.pieces(lengths, 1 if items is None else self.scoring_batch_size):
+        for rows in self.pieces(lengths, 1 if items is None else self.scoring.scoring_batch_size):
             input_ids, row_lengths = pad_right([encoded.input_ids[i] for i in rows], self.pad_id)
             input_ids, row_lengths = input_ids.to(self.device), row_lengths.to(self.device)
             if items is None:
@@ -255,7 +229,7 @@ class TitleRanker(LLMRecommender):
                     self.embed(input_ids, hybrid=self.hybrid),
                     row_lengths,
                     tries,
-                    max_nodes=self.trie_nodes,
+                    max_nodes=self.scoring.trie_nodes,
                 )
             self.counts["tokens"] += found.tokens
             self.counts["scored_rows"] += len(rows)
@@ -303,12 +277,12 @@ class TitleRanker(LLMRecommender):
         scores = torch.full(
             (len(interaction), self.n_items), -torch.inf, dtype=torch.float64, device=self.device
         )
-        if not self.two_stage:
+        if not self.scoring.two_stage:
             for row, found in enumerate(self.score_items(interaction, None, adapted=adapted)):
                 scores[row, 1:] = found
             return scores
         first_stage = self.lens.score_items(interaction).double()
-        best = first_stage.topk(min(self.two_stage, self.n_items - 1), dim=-1).indices
+        best = first_stage.topk(min(self.scoring.two_stage, self.n_items - 1), dim=-1).indices
         scores[:, 1:] = BELOW_ALL + first_stage[:, 1:].to(self.device)
         for row, found in enumerate(self.score_items(interaction, best.tolist(), adapted=adapted)):
             scores[row, best[row].to(self.device)] = found

@@ -29,8 +29,6 @@ class TitleKNN(SequentialRecommender):
     has ``s = 0``.
 
     Args:
-        config: the run's configuration.
-        dataset: the training samples.
         item_vectors: ``[n_items, d]``, row 0 is the padding item.
     """
 

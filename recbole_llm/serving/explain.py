@@ -16,7 +16,6 @@ def explain(run: ServedRun, table: pd.DataFrame) -> pd.DataFrame:
     """What the model read of each pair.
 
     Args:
-        run: the run.
         table: with the columns ``user`` and ``item``, ids of the data.
 
     Returns:

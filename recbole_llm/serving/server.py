@@ -81,7 +81,6 @@ class Batcher:
     """Scores pairs of several requests in one call, and runs everything that touches the model in one thread.
 
     Args:
-        run: the run.
         limits: ``batch`` and ``queue``.
         observe: told the number of pairs of every call.
     """

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -57,6 +59,20 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
             f"it was written by recbole_llm {meta.get('version', '?')}"
         )
     return tensors, meta
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of several parts as one dict with names ``part/name``."""
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def parted(tensors: Mapping[str, Tensor]) -> defaultdict[str, dict[str, Tensor]]:
+    """Inverse of :func:`joined`; a part that is not there is empty."""
+    parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for full_name, tensor in tensors.items():
+        part, name = full_name.split("/", 1)
+        parts[part][name] = tensor
+    return parts
 
 
 def check_identity(saved: dict[str, str], current: dict[str, str], path: Path) -> None:

@@ -23,9 +23,11 @@ from torch import Tensor
 import recbole_llm
 from recbole_llm.trainer.checkpoint import (
     check_identity,
+    joined,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    parted,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -111,17 +113,7 @@ class EpochTraining:
         """
         tensors, meta = load_checkpoint(self.file)
         check_identity(meta["identities"], dict(self.identities), self.file)
-        parts: dict[str, dict[str, Tensor]] = {
-            "model": {},
-            "optimizer": {},
-            "rng": {},
-            "best": {},
-            "rows": {},
-        }
-        for name, tensor in tensors.items():
-            part, rest = name.split("/", 1)
-            parts[part][rest] = tensor
-        trainer = self.trainer
+        parts, trainer = parted(tensors), self.trainer
         trainer.model.load_state_dict(parts["model"])
         load_optimizer_tensors(trainer.optimizer, parts["optimizer"], self._names())
         set_rng_state(parts["rng"])
@@ -147,21 +139,18 @@ class EpochTraining:
         best = load_recbole_checkpoint(self.trainer.saved_model_file, map_location=self.trainer.device)
         model.load_state_dict(best["state_dict"])
         model.load_other_parameter(best["other_parameter"])
-        tensors = {f"model/{name}": tensor.clone() for name, tensor in model.state_dict().items()}
-        tensors |= {
-            f"other/{name}": value
-            for name, value in model.other_parameter().items()
-            if isinstance(value, Tensor)
+        parts = {
+            "model": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+            "other": {n: value for n, value in model.other_parameter().items() if isinstance(value, Tensor)},
         }
-        save_checkpoint(file, tensors, {"version": recbole_llm.__version__, "identities": dict(identities)})
+        save_checkpoint(
+            file, joined(parts), {"version": recbole_llm.__version__, "identities": dict(identities)}
+        )
 
     @staticmethod
     def load_best(model: AbstractRecommender, tensors: Mapping[str, Tensor]) -> None:
         """Put what :meth:`save_best` saved into a model of the same configuration."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "other": {}}
-        for name, tensor in tensors.items():
-            part, rest = name.split("/", 1)
-            parts[part][rest] = tensor.to(model.device)
+        parts = parted({name: tensor.to(model.device) for name, tensor in tensors.items()})
         model.load_state_dict(parts["model"])
         model.load_other_parameter(parts["other"])
 
@@ -197,5 +186,4 @@ class EpochTraining:
             "best_epoch": self.best_epoch,
             "seconds": time.monotonic() - self._started,
         }
-        tensors = {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
-        save_checkpoint(self.file, tensors, meta)
+        save_checkpoint(self.file, joined(parts), meta)

@@ -23,7 +23,6 @@ from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import set_color
-from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
@@ -32,9 +31,11 @@ from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.trainer.checkpoint import (
     CheckpointError,
     check_identity,
+    joined,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    parted,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -81,8 +82,6 @@ class LLMTrainer(Trainer):
     """Trains an :class:`~recbole_llm.model.base.LLMRecommender`.
 
     Args:
-        config: the run's configuration.
-        model: the model.
         run_folder: an existing, writable folder; ``best.safetensors`` and ``last.safetensors`` are kept in it.
         identities: what a checkpoint of this run belongs to (backbone, lens, data, configuration), by name.
         residual_samples: validation samples on which ``lens_residual`` is fitted (``residual_rows``), if any are.
@@ -130,13 +129,9 @@ class LLMTrainer(Trainer):
     # ------------------------------------------------------------------ optimizer
 
     def _build_optimizer(self, **kwargs) -> torch.optim.Optimizer:
-        rates = {
-            group: self.config[f"{group}_learning_rate"]
-            for group in ("gate", "residual", "projector", "lens")
-        }
         groups = []
         for name, parameters in self.model.parameter_groups().items():
-            rate = rates.get(name) or self.learning_rate
+            rate = self.config[f"{name}_learning_rate"] or self.learning_rate  # none for lora
             groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate, "name": name})
         if not groups:
             raise ValueError("the model has nothing to train")
@@ -310,11 +305,10 @@ class LLMTrainer(Trainer):
 
     def _save_last(self) -> None:
         """Everything needed to resume after the last finished optimizer step."""
-        tensors: dict[str, Tensor] = {f"model/{n}": t for n, t in self.model.trained_state().items()}
-        tensors |= {f"rng/{n}": t for n, t in self._rng.items()}
-        tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors(self.optimizer, self._names).items()}
+        optimizer = optimizer_tensors(self.optimizer, self._names)
+        parts = {"model": self.model.trained_state(), "rng": self._rng, "optimizer": optimizer}
         meta = self._meta(self._epoch) | {"scaler": self.scaler.state_dict()}
-        save_checkpoint(self.last_file, tensors, meta)
+        save_checkpoint(self.last_file, joined(parts), meta)
         self._saved_at = time.monotonic()
 
     def resume_checkpoint(self, resume_file: str | Path) -> None:
@@ -327,10 +321,7 @@ class LLMTrainer(Trainer):
         path = path / self.last_file.name if path.is_dir() else path
         tensors, meta = load_checkpoint(path)
         check_identity(meta["identities"], self.identities, path)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "rng": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, rest = name.split("/", 1)
-            parts[part][rest] = tensor
+        parts = parted(tensors)
         self.model.load_trained_state(parts["model"])
         load_optimizer_tensors(self.optimizer, parts["optimizer"], self._names)
         self.scaler.load_state_dict(meta["scaler"])

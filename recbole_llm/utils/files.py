@@ -71,15 +71,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to `path` atomically; what JSON cannot hold becomes plain, numbers that are not finite null."""
     dropped: list[str] = []
-    plain = _plain(content, "", dropped)
+    held = plain(content, "", dropped)
     if dropped:
         logger.warning("%s: not a finite number, written as null: %s", path.name, ", ".join(dropped))
-    text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(held, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _plain(value: Any, where: str, dropped: list[str]) -> Any:
-    """`value` as JSON; what has no JSON form becomes its `str`, as no setting may cost the result."""
+def plain(value: Any, where: str = "", dropped: list[str] | None = None) -> Any:
+    """`value` as JSON holds it: enums by name, tuples as lists, what has no JSON form as its `str`.
+
+    Args:
+        where: the keys that lead to it.
+        dropped: takes the place of every number that is not finite, which becomes None; by default they stay.
+    """
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     elif isinstance(value, torch.Tensor):
@@ -89,16 +94,16 @@ def _plain(value: Any, where: str, dropped: list[str]) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
-        if math.isfinite(value):
+        if math.isfinite(value) or dropped is None:
             return value
         dropped.append(where)
         return None
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}".lstrip("."), dropped) for key, item in value.items()}
+        return {str(key): plain(item, f"{where}.{key}".lstrip("."), dropped) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=str)
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]", dropped) for i, item in enumerate(value)]
+        return [plain(item, f"{where}[{i}]", dropped) for i, item in enumerate(value)]
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)

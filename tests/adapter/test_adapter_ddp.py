@@ -56,7 +56,9 @@ def test_two_processes_equal_one(adapted, tmp_path):
     ids = torch.randint(40, (4, 5), generator=generator)
     z = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     torch.save((ids, z), tmp_path / "batch.pt")
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    # One process imports everything and is forked into the two.
+    mp.set_forkserver_preload(["torch", "recbole_llm.adapter.personalized"])
+    mp.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="forkserver")
     results = torch.load(tmp_path / "grads.pt")
     assert len(results) == 2 * len(CASES)
     for i, case in enumerate(CASES):

@@ -138,7 +138,7 @@ def test_no_hook_is_left_behind(tiny):
         answer_logits(tiny.model, *pad_right([np.array([10**6])], 0), [0])
     with torch.no_grad():
         answer_logits(tiny.model, *pad_right([np.array([1])], 0), [0])
-    mean_pooled_vectors(tiny.model, [np.array([1])], progress=False)
+    mean_pooled_vectors(tiny.model, [np.array([1])])
     assert not head._forward_hooks and not head._forward_pre_hooks
 
 
@@ -228,7 +228,7 @@ def test_empty_answer_words_are_refused(tiny, word):
 )
 def test_mean_pooled_vectors_are_the_mean_of_the_last_states(tiny, lengths, batch_tokens):
     texts = draw_prompts(len(tiny.tokenizer), lengths)
-    got = mean_pooled_vectors(tiny.model, texts, pad_id=3, batch_tokens=batch_tokens, progress=False)
+    got = mean_pooled_vectors(tiny.model, texts, batch_tokens=batch_tokens)
     assert got.shape == (len(texts), 32) and got.dtype == np.float32
     with torch.no_grad():
         for vector, text in zip(got, texts, strict=True):
@@ -238,4 +238,4 @@ def test_mean_pooled_vectors_are_the_mean_of_the_last_states(tiny, lengths, batc
 
 def test_mean_pooled_vectors_refuse_empty_texts(tiny):
     with pytest.raises(ValueError, match="text 1 is empty"):
-        mean_pooled_vectors(tiny.model, [np.array([1]), np.array([], dtype=np.int64)], progress=False)
+        mean_pooled_vectors(tiny.model, [np.array([1]), np.array([], dtype=np.int64)])

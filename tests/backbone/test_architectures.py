@@ -227,8 +227,8 @@ def test_answers_do_not_depend_on_the_batch(model):
 
 def test_text_vectors_do_not_depend_on_the_batch(model):
     prompts = prompts_of([3, 11])
-    together = mean_pooled_vectors(model, prompts, progress=False)
-    alone = [mean_pooled_vectors(model, [prompt], progress=False)[0] for prompt in prompts]
+    together = mean_pooled_vectors(model, prompts)
+    alone = [mean_pooled_vectors(model, [prompt])[0] for prompt in prompts]
     np.testing.assert_allclose(together, np.stack(alone), atol=1e-4)
 
 

@@ -36,7 +36,7 @@ def test_tiny_is_frozen_and_in_eval_mode():
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert backbone.model.config._attn_implementation == "sdpa"
     assert backbone.name == "tiny" and backbone.dtype == torch.float32 and len(backbone.sha256) == 64
-    assert backbone.pad_token_id is not None and backbone.device == torch.device("cpu")
+    assert backbone.tokenizer.pad_token_id is not None
 
 
 def test_local_folder_is_the_same_model(folder):
@@ -65,7 +65,7 @@ def test_a_tokenizer_without_padding_token_gets_one(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     backbone = load_backbone(str(tmp_path))
-    assert backbone.pad_token_id == backbone.tokenizer.eos_token_id
+    assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):

@@ -235,10 +235,8 @@ def test_scores_are_those_of_titles_written_out(architecture):
         scores = score_titles(architecture, batch, lengths, TitleTrie(TITLES), max_nodes=max_nodes)
         assert all(total.dtype == torch.float32 for total in scores.log_likelihood)
         assert_scores(scores.log_likelihood, expected, 1e-4)
-        for total, count, mean in zip(scores.log_likelihood, scores.lengths, scores.means(), strict=True):
-            assert count.tolist() == [len(title) for title in TITLES]
-            assert torch.equal(mean, total / count)
-    assert torch.stack(scores.means()).std(dim=0).min() > 1e-3  # the prompt matters
+        assert all(count.tolist() == [len(title) for title in TITLES] for count in scores.lengths)
+    assert torch.stack(scores.log_likelihood).std(dim=0).min() > 1e-3  # the prompt matters
 
 
 @settings(max_examples=8, deadline=None)

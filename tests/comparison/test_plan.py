@@ -243,7 +243,7 @@ def test_a_comparison_writes_its_report_and_is_continued_where_it_was_killed(set
 
 
 def test_side_by_side_gives_what_one_after_another_gives(settings, tmp_path):
-    models = ["Pop", "DIN epochs=1", "RecLoRA", "GRU4Rec loss_type=XX"]
+    models = ["Pop", "RecLoRA", "GRU4Rec loss_type=XX"]
     found = {}
     for nproc in (1, 2):  # each with a cache of its own
         there = {"output_dir": str(tmp_path / f"by {nproc}"), "cache_dir": str(tmp_path / f"cache {nproc}")}

@@ -190,7 +190,7 @@ def test_subsets_share_history_and_retriever(toy):
     dataset.set_id_retriever(SemanticRetriever(dataset.history, 5, vectors))
     assert few.id_retriever is valid.id_retriever is dataset.id_retriever
     with pytest.raises(ValueError, match="MAX_ITEM_LIST_LENGTH"):
-        train.id_retriever = RecentRetriever(dataset.history, 4)
+        train.set_id_retriever(RecentRetriever(dataset.history, 4))
     assert few.label_balance()["rows"] == 2
     assert len({d.content_hash() for d in (dataset, train, valid, few)}) == 4
 

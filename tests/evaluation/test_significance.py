@@ -335,16 +335,12 @@ def test_bootstrap_gives_bca_intervals_when_asked_and_else_what_it_gave():
     plain = bootstrap(users, labels, {"a": a, "b": b}, n=1000)
     drawn = bootstrap(users, labels, {"a": a, "b": b}, n=1000, jackknife=True)
     assert plain.to_dict("a") == drawn.to_dict("a") and not plain.jackknife
-    assert "method" not in drawn.to_dict("a")
-    as_bca = drawn.to_dict("a", method="bca")
-    assert as_bca["method"] == "bca"
     for metric in ("auc", "logloss", "acc", "gauc"):
         found, by_percentile = drawn.interval("a", metric, method="bca"), drawn.interval("a", metric)
         truth = bca_interval(
             found.value, drawn.replicates["a"][metric], drawn.jackknife["a"][metric], level=0.95
         )
         assert (found.low, found.high) == truth != (by_percentile.low, by_percentile.high)
-        assert as_bca["models"]["a"][metric] == found.to_dict()
         difference = drawn.difference("b", "a", metric, method="bca")
         truth = bca_interval(
             drawn.values["b"][metric] - drawn.values["a"][metric],
@@ -352,7 +348,6 @@ def test_bootstrap_gives_bca_intervals_when_asked_and_else_what_it_gave():
             drawn.jackknife["b"][metric] - drawn.jackknife["a"][metric],
         )
         assert (difference.low, difference.high) == truth
-        assert as_bca["differences"]["b - a"][metric] == difference.to_dict()
         same = drawn.difference("a", "a", metric, method="bca")
         assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="jackknife=True"):

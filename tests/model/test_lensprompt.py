@@ -10,7 +10,7 @@ import pytest
 import torch
 from synthetic import write_dataset
 
-from recbole_llm.data.prompts.ctr import check_prompt_config
+from recbole_llm.data.prompts.ctr import CTR_TEMPLATE
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 from recbole_llm.utils.yaml_files import load_yaml, properties_dir
 
@@ -131,7 +131,7 @@ def test_a_prompt_without_the_score_would_be_another_model(ctr):
 def test_a_line_of_the_lens_without_its_number_is_refused():
     template = load_yaml(properties_dir() / "prompt" / "ctr_lens.yaml")
     with pytest.raises(ValueError, match="mine: lens_score must hold {lens_score}"):
-        check_prompt_config({**template, "lens_score": "It is likely."}, "mine")
+        CTR_TEMPLATE.check({**template, "lens_score": "It is likely."}, "mine")
 
 
 def test_the_placeholder_belongs_to_its_line(ctr, tmp_path):

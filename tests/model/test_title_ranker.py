@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_scores_do_not_depend_on_how_the_loader_cuts_its_rows(settings):
     disturb(parts.model)
     batch, *_ = next(iter(parts.test_data))
     together = parts.model.predict(batch)
-    parts.model.scoring_batch_size = 1
+    parts.model.scoring = replace(parts.model.scoring, scoring_batch_size=1)
     pieces = torch.cat([parts.model.predict(batch[i : i + 7]) for i in range(0, len(batch), 7)])
     torch.testing.assert_close(pieces, together, atol=1e-4, rtol=0)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
@@ -125,7 +126,7 @@ def test_the_catalogue_is_ranked_as_by_brute_force_and_the_work_is_counted(setti
     for item in range(1, parts.dataset.item_num, 6):
         for row in range(3):
             assert scores[row, item].item() == pytest.approx(brute_force(parts, rows, row, item), abs=1e-4)
-    work = parts.model.work.as_dict()
+    work = parts.model.extra_results()["scoring"]
     lengths = [len(ids) for ids in parts.model.encode(rows).input_ids]
     assert work["rows"] == 3 and work["prompt_tokens"] == sum(lengths)
     assert work["edges"] == 3 * parts.model.catalogue().n_edges

@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from recbole.data.interaction import Interaction
@@ -33,6 +32,8 @@ from transformers import PreTrainedTokenizerBase
 from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HISTORY_END, RECENT_TEXT
 from recbole_llm.data.prompts.lines import (
+    FORMAT_PLACEHOLDERS,
+    ITEM_FORMATS,
     ITEM_PLACEHOLDERS,
     EncodedPrompts,
     Line,
@@ -45,9 +46,23 @@ from recbole_llm.data.retriever import RecentRetriever, Retriever
 
 logger = logging.getLogger(__name__)
 
-_BOOL = (True, False)
 _SHOW = (True, False, "history", "target")
-_KIND = TemplateKind(
+
+
+def _check_answers(template: dict[str, Any], where: str) -> None:
+    if template["lens_score"] and "{lens_score}" not in template["lens_score"]:
+        raise ValueError(f"{where}: lens_score must hold {{lens_score}}, or be empty")
+    answers = template["answers"]
+    pair = (
+        isinstance(answers, (list, tuple)) and len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    )
+    if not pair or not all(a.strip() for a in answers) or answers[0] == answers[1]:
+        raise ValueError(
+            f"{where}: answers must be two different words, yes first, e.g. [' Yes', ' No'], not {answers!r}"
+        )
+
+
+CTR_TEMPLATE = TemplateKind(
     task="ctr",
     defaults={
         "history": "timeline",
@@ -60,9 +75,7 @@ _KIND = TemplateKind(
         "lens_score": "",
         "instruction": "",
         "instruction_labels": "",
-        "stars_format": "{stars} ",
-        "year_format": " ({year})",
-        "genre_format": " [{genre}]",
+        **ITEM_FORMATS,
         "show_profile": True,
         "show_stars": True,
         "show_year": False,
@@ -74,63 +87,22 @@ _KIND = TemplateKind(
     required=("history_item", "target", "question", "answers"),
     placeholders={
         "instruction": {"threshold", "max_rating", "of_max"},
-        "instruction_labels": set(),
         "profile": {"profile"},
-        "history_header": set(),
-        "liked_header": set(),
-        "disliked_header": set(),
-        "history_empty": set(),
         "history_item": ITEM_PLACEHOLDERS,
         "target": ITEM_PLACEHOLDERS - {"stars"},
-        "user_slot": set(),
         "lens_score": {"lens_score"},
         "question": set(),
-        "stars_format": {"stars"},
-        "year_format": {"year"},
-        "genre_format": {"genre"},
+        **FORMAT_PLACEHOLDERS,
     },
     titled=("history_item", "target"),
     choices={
         "show_year": _SHOW,
         "show_genre": _SHOW,
-        "show_profile": _BOOL,
-        "show_stars": _BOOL,
-        "item_slots": (*_BOOL, "target"),
-        "obfuscate_titles": _BOOL,
-        "chat_template": _BOOL,
+        "item_slots": (True, False, "target"),
         "history": ("timeline", "by_label"),
     },
+    further=_check_answers,
 )
-
-
-def load_prompt_config(name: str | Path) -> dict[str, Any]:
-    """The template of that name in ``properties/prompt``, or in a yaml file.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if a key is unknown, missing, or holds something else than it may.
-    """
-    return check_prompt_config(*_KIND.load(name))
-
-
-def check_prompt_config(config: Mapping[str, Any], where: str = "prompt") -> dict[str, Any]:
-    """A complete template: defaults filled in, everything checked.
-
-    Raises:
-        ValueError: naming the key and ``where`` it stands.
-    """
-    full = _KIND.check(config, where)
-    if full["lens_score"] and "{lens_score}" not in full["lens_score"]:
-        raise ValueError(f"{where}: lens_score must hold {{lens_score}}, or be empty")
-    answers = full["answers"]
-    pair = (
-        isinstance(answers, (list, tuple)) and len(answers) == 2 and all(isinstance(a, str) for a in answers)
-    )
-    if not pair or not all(a.strip() for a in answers) or answers[0] == answers[1]:
-        raise ValueError(
-            f"{where}: answers must be two different words, yes first, e.g. [' Yes', ' No'], not {answers!r}"
-        )
-    return full
 
 
 class PromptBuilder(LinePrompts):
@@ -138,8 +110,7 @@ class PromptBuilder(LinePrompts):
 
     Args:
         dataset: a built dataset; samples of any of its splits can be encoded.
-        tokenizer: the LLM's.
-        prompt_config: a template, see :func:`load_prompt_config`.
+        prompt_config: a template of :data:`CTR_TEMPLATE`.
         max_prompt_tokens: longer prompts lose their oldest history.
         retriever: which earlier interactions are shown. May be replaced later.
         lens_scores: ``lens_scores(samples) -> probabilities [B]``, what the line ``lens_score`` says of samples of the
@@ -168,8 +139,8 @@ class PromptBuilder(LinePrompts):
         super().__init__(
             dataset,
             tokenizer,
-            _KIND,
-            check_prompt_config(prompt_config),
+            CTR_TEMPLATE,
+            CTR_TEMPLATE.check(prompt_config),
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )
@@ -275,7 +246,7 @@ class PromptBuilder(LinePrompts):
         elif self.config["history"] == "timeline":
             lines += self._block("history_header", positions, behind_history)
         else:
-            liked = self._history.labels[positions] > 0
+            liked = cast(np.ndarray, self._history.labels)[positions] > 0
             lines += self._block("liked_header", positions[liked], behind_history)
             lines += self._block("disliked_header", positions[~liked], behind_history)
         lens = [] if score is None else [("lens_score", score)]
@@ -299,7 +270,7 @@ class PromptBuilder(LinePrompts):
         if kind == "instruction":
             text = self._instruction
         elif kind == "profile":
-            text = template.format(profile=self._profiles[about[0]])
+            text = template.format(profile=cast(list, self._profiles)[about[0]])
         elif kind == "lens_score":
             text = template.format(lens_score=about[0])
         elif kind in ("history_item", "target"):
@@ -333,7 +304,7 @@ class PromptBuilder(LinePrompts):
         return self._full_text(lines)
 
     def answer_to(self, interaction: Interaction, i: int) -> str:
-        """The right answer of row ``i``."""
+        """The right answer of sample ``i``."""
         return self.answer_words[1 - int(interaction[self._dataset.label_field][i])]
 
     def _rows(self, interaction: Interaction) -> list[tuple[int, int, np.ndarray, str | None]]:

@@ -41,6 +41,9 @@ SLOT_TEXT, USER_SLOT_TEXT = "[item vector]", "[user vector]"
 """How the text of a prompt shows a slot."""
 
 ITEM_PLACEHOLDERS = frozenset({"title", "stars", "year", "genre"})
+ITEM_FORMATS = {"stars_format": "{stars} ", "year_format": " ({year})", "genre_format": " [{genre}]"}
+"""Defaults of the keys that say how the parts of an item's line read."""
+FORMAT_PLACEHOLDERS = {"stars_format": {"stars"}, "year_format": {"year"}, "genre_format": {"genre"}}
 STABILITY_SAMPLE = 512
 
 PROMPT_VERSION = 1
@@ -52,16 +55,17 @@ PROMPT_VERSION = 1
 
 @dataclass(frozen=True)
 class TemplateKind:
-    """Which keys the templates of one task have.
+    """Which keys the templates of one task have. Defaults of text and of true or false are checked as such.
 
     Attributes:
         task: the task's name.
         defaults: keys that may be left out, and their values.
         required: keys that must be given.
-        placeholders: for each key that holds text, the placeholders it may hold beside the words of the ``text``
-            section (:meth:`~recbole_llm.data.item_text.TextSettings.words`).
+        placeholders: which placeholders a text may hold beside the words of the ``text`` section
+            (:meth:`~recbole_llm.data.item_text.TextSettings.words`); required texts are listed even if none.
         titled: keys that must hold ``{title}``.
-        choices: for each key that is not text, what it may be.
+        choices: what a key may be that is neither any text nor true or false.
+        further: checks what these attributes cannot say; called with a complete template and where it stands.
     """
 
     task: str
@@ -70,12 +74,22 @@ class TemplateKind:
     placeholders: Mapping[str, frozenset[str] | set[str]]
     titled: tuple[str, ...]
     choices: Mapping[str, tuple[bool | str, ...]]
+    further: Callable[[dict[str, Any], str], None] = lambda template, where: None
 
-    def load(self, name: str | Path) -> tuple[dict[str, Any], str]:
-        """The template of that name in ``properties/prompt``, or in a yaml file: unchecked, and where it is.
+    @property
+    def texts(self) -> dict[str, frozenset[str] | set[str]]:
+        """The keys that hold any text, and the placeholders of each."""
+        plain = [
+            key for key, value in self.defaults.items() if isinstance(value, str) and key not in self.choices
+        ]
+        return {**dict.fromkeys(plain, frozenset()), **self.placeholders}
+
+    def load(self, name: str | Path) -> dict[str, Any]:
+        """The template of that name in ``properties/prompt``, or in a yaml file.
 
         Raises:
             FileNotFoundError: if there is neither, naming the packaged templates of this kind.
+            ValueError: if a key is unknown, missing, or holds something else than it may.
         """
         folder = properties_dir() / "prompt"
         path = Path(name)
@@ -84,9 +98,9 @@ class TemplateKind:
         if not path.is_file():
             known = [p.stem for p in sorted(folder.glob("*.yaml")) if set(self.required) <= set(load_yaml(p))]
             raise FileNotFoundError(f"prompt: {name!r} is neither a yaml file nor one of {known}")
-        return load_yaml(path), str(path)
+        return self.check(load_yaml(path), str(path))
 
-    def check(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def check(self, config: Mapping[str, Any], where: str = "prompt") -> dict[str, Any]:
         """A complete template: defaults filled in, everything checked.
 
         Raises:
@@ -105,7 +119,7 @@ class TemplateKind:
         if missing:
             raise ValueError(f"{where}: {missing} must be given and not be empty")
         full = {**self.defaults, **config}
-        for key, allowed in self.placeholders.items():
+        for key, allowed in self.texts.items():
             if not isinstance(full[key], str):
                 raise ValueError(f"{where}: {key} must be text, not {full[key]!r}")
             try:
@@ -121,15 +135,17 @@ class TemplateKind:
         for key in self.titled:
             if "{title}" not in full[key]:
                 raise ValueError(f"{where}: {key} must hold {{title}}")
-        for key, choices in self.choices.items():
+        flags = {key: (True, False) for key, default in self.defaults.items() if isinstance(default, bool)}
+        for key, choices in {**flags, **self.choices}.items():
             if not any(type(full[key]) is type(choice) and full[key] == choice for choice in choices):
                 *others, last = (str(c).lower() if isinstance(c, bool) else c for c in choices)
                 raise ValueError(f"{where}: {key} must be {', '.join(others)} or {last}, not {full[key]!r}")
+        self.further(full, where)
         return full
 
     def in_words(self, config: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
         """A checked template with the words of a domain in place; other placeholders stay."""
-        return {**config, **{key: _with_words(config[key], words) for key in self.placeholders}}
+        return {**config, **{key: _with_words(config[key], words) for key in self.texts}}
 
 
 def _with_words(template: str, words: Mapping[str, str]) -> str:
@@ -140,7 +156,7 @@ def _with_words(template: str, words: Mapping[str, str]) -> str:
     text = ""
     for literal, name, spec, conversion in Formatter().parse(template):
         text += literal.replace("{", "{{").replace("}", "}}")
-        if name in words:
+        if name is not None and name in words:
             text += words[name].replace("{", "{{").replace("}", "}}")
         elif name is not None:
             text += "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
@@ -201,7 +217,6 @@ class LinePrompts:
 
     Args:
         dataset: a built dataset; samples of any of its splits can be encoded.
-        tokenizer: the LLM's.
         kind: which keys its templates have.
         config: a checked template.
         max_prompt_tokens: longer prompts lose their oldest history.
@@ -245,9 +260,10 @@ class LinePrompts:
         """Number the rating values, so that a history line is identified by (item, number)."""
         ratings = self._history.ratings
         self._shows_stars = self.config["show_stars"] and ratings is not None
-        if self.config["show_stars"] and ratings is None:
-            logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
-        if self._shows_stars:
+        if ratings is None:
+            if self.config["show_stars"]:
+                logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
+        elif self._shows_stars:
             values, self._star = np.unique(ratings, return_inverse=True)
             self._star_texts = [rating_text(value) for value in values]
 

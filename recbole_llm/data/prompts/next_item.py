@@ -24,8 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from recbole.data.interaction import Interaction
@@ -33,6 +32,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.prompts.lines import (
+    FORMAT_PLACEHOLDERS,
+    ITEM_FORMATS,
     ITEM_PLACEHOLDERS,
     EncodedPrompts,
     Line,
@@ -43,8 +44,7 @@ from recbole_llm.data.prompts.lines import (
 from recbole_llm.data.retriever import Retriever, SemanticRetriever
 from recbole_llm.utils.fields import ROW_ID
 
-_BOOL = (True, False)
-_KIND = TemplateKind(
+TITLE_TEMPLATE = TemplateKind(
     task="next_item",
     defaults={
         "instruction": "",
@@ -52,9 +52,7 @@ _KIND = TemplateKind(
         "history_empty": "",
         "candidates_header": "",
         "candidate_item": "{title}{year}{genre}",
-        "stars_format": "{stars} ",
-        "year_format": " ({year})",
-        "genre_format": " [{genre}]",
+        **ITEM_FORMATS,
         "show_stars": False,
         "show_year": True,
         "show_genre": False,
@@ -65,48 +63,15 @@ _KIND = TemplateKind(
     },
     required=("history_item", "question", "answer"),
     placeholders={
-        "instruction": set(),
-        "history_header": set(),
         "history_item": ITEM_PLACEHOLDERS,
-        "history_empty": set(),
-        "candidates_header": set(),
         "candidate_item": ITEM_PLACEHOLDERS - {"stars"},
         "question": set(),
         "answer": {"title", "year"},
-        "stars_format": {"stars"},
-        "year_format": {"year"},
-        "genre_format": {"genre"},
+        **FORMAT_PLACEHOLDERS,
     },
     titled=("history_item", "candidate_item", "answer"),
-    choices={
-        "show_stars": _BOOL,
-        "show_year": _BOOL,
-        "show_genre": _BOOL,
-        "list_candidates": (*_BOOL, "auto"),
-        "item_slots": _BOOL,
-        "obfuscate_titles": _BOOL,
-        "chat_template": _BOOL,
-    },
+    choices={"list_candidates": (True, False, "auto")},
 )
-
-
-def load_title_prompt_config(name: str | Path) -> dict[str, Any]:
-    """The template of that name in ``properties/prompt``, or in a yaml file.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if a key is unknown, missing, or holds something else than it may.
-    """
-    return check_title_prompt_config(*_KIND.load(name))
-
-
-def check_title_prompt_config(config: Mapping[str, Any], where: str = "prompt") -> dict[str, Any]:
-    """A complete template: defaults filled in, everything checked.
-
-    Raises:
-        ValueError: naming the key and ``where`` it stands.
-    """
-    return _KIND.check(config, where)
 
 
 class TitlePromptBuilder(LinePrompts):
@@ -114,8 +79,7 @@ class TitlePromptBuilder(LinePrompts):
 
     Args:
         dataset: a built dataset; samples of any of its splits can be encoded.
-        tokenizer: the LLM's.
-        prompt_config: a template, see :func:`load_title_prompt_config`.
+        prompt_config: a template of :data:`TITLE_TEMPLATE`.
         max_prompt_tokens: longer prompts lose their oldest history. A slot counts as a token.
         retriever: which earlier interactions are shown. May be replaced later.
         candidates: ``candidates(row_ids [B]) -> items [B, C]``, the candidates of samples in the order to show them;
@@ -146,8 +110,8 @@ class TitlePromptBuilder(LinePrompts):
         super().__init__(
             dataset,
             tokenizer,
-            _KIND,
-            check_title_prompt_config(prompt_config),
+            TITLE_TEMPLATE,
+            TITLE_TEMPLATE.check(prompt_config),
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )
@@ -302,7 +266,7 @@ class TitlePromptBuilder(LinePrompts):
 
     def _candidates(self, interaction: Interaction) -> list[list[int]]:
         row_ids = interaction[ROW_ID].cpu().numpy()
-        items = np.asarray(self.candidates(row_ids))
+        items = np.asarray(cast(Callable, self.candidates)(row_ids))  # where they are listed, there are some
         if items.ndim != 2 or len(items) != len(row_ids):
             raise ValueError(
                 f"candidates of shape {items.shape} for {len(row_ids)} samples; [samples, candidates] expected"

@@ -19,7 +19,6 @@ import logging
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,8 +42,26 @@ logger = logging.getLogger(__name__)
 
 STREAM_VERSION = 1
 """To be raised whenever this code writes other streams from the same template and data."""
-_BOOL = (True, False)
-_KIND = TemplateKind(
+
+
+def _check_stream(template: dict[str, Any], where: str) -> None:
+    limit, words = template["max_title_tokens"], template["words"]
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"{where}: max_title_tokens must be an int >= 1, not {limit!r}")
+    if (
+        not isinstance(words, (list, tuple))
+        or len(words) != 2
+        or not all(isinstance(word, str) and word.strip() for word in words)
+    ):
+        raise ValueError(f"{where}: words must be two words, that for label 1 first, not {words!r}")
+    if (
+        "{lens_score}" in template["item"].partition("{title}")[0]
+        or template["item"].count("{lens_score}") > 1
+    ):
+        raise ValueError(f"{where}: item may hold {{lens_score}} once, behind {{title}}")
+
+
+STREAM_TEMPLATE = TemplateKind(
     task="ctr with layout: stream",
     defaults={
         "words_header": "",
@@ -66,45 +83,10 @@ _KIND = TemplateKind(
         "item": {"title", "lens_score"},
     },
     titled=("item",),
-    choices={
-        "answer": ("auto", "stars", "words"),
-        "show_profile": _BOOL,
-        "item_slots": _BOOL,
-        "obfuscate_titles": _BOOL,
-    },
+    choices={"answer": ("auto", "stars", "words")},
+    further=_check_stream,
 )
 _SCORES = [f"{cent / 100:.2f}" for cent in range(101)]
-
-
-def load_stream_config(name: str | Path) -> dict[str, Any]:
-    """The template of that name in ``properties/prompt``, or in a yaml file.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if a key is unknown, missing, or holds something else than it may.
-    """
-    return check_stream_config(*_KIND.load(name))
-
-
-def check_stream_config(config: Mapping[str, Any], where: str = "prompt") -> dict[str, Any]:
-    """A complete template: defaults filled in, everything checked.
-
-    Raises:
-        ValueError: naming the key and ``where`` it stands.
-    """
-    full = _KIND.check(config, where)
-    limit, words = full["max_title_tokens"], full["words"]
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ValueError(f"{where}: max_title_tokens must be an int >= 1, not {limit!r}")
-    if (
-        not isinstance(words, (list, tuple))
-        or len(words) != 2
-        or not all(isinstance(word, str) and word.strip() for word in words)
-    ):
-        raise ValueError(f"{where}: words must be two words, that for label 1 first, not {words!r}")
-    if "{lens_score}" in full["item"].partition("{title}")[0] or full["item"].count("{lens_score}") > 1:
-        raise ValueError(f"{where}: item may hold {{lens_score}} once, behind {{title}}")
-    return full
 
 
 @dataclass
@@ -147,8 +129,7 @@ class StreamPrompts:
 
     Args:
         dataset: a built dataset; samples of any of its splits can be encoded.
-        tokenizer: the LLM's.
-        prompt_config: a template, see :func:`load_stream_config`.
+        prompt_config: a template of :data:`STREAM_TEMPLATE`.
         max_prompt_tokens: longest chunk, in tokens.
         lead, context: earlier interactions that a chunk shows, see :class:`~recbole_llm.data.streams.StreamCutter`.
         rating_scale: all values that a rating may have; ``None``: those that occur.
@@ -169,6 +150,9 @@ class StreamPrompts:
 
     user_slot = False
     """Streams have no slot of the user: what it would hold changes with every interaction."""
+    _history: Any  # with labels, and where the answers are stars, with ratings
+    values: Any
+    """Of the rating scale, float64 ``[K]``, ascending; ``None`` where the answers are words."""
 
     def __init__(
         self,
@@ -184,7 +168,7 @@ class StreamPrompts:
     ) -> None:
         if dataset.history is None:
             raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        self.config = check_stream_config(prompt_config)
+        self.config = STREAM_TEMPLATE.check(prompt_config)
         self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
         self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
         self.lens_scores = lens_scores
@@ -396,7 +380,7 @@ class StreamPrompts:
             raise ValueError("the prompt states the score of a lens, and there is none: set lens: DIN")
         found = self.lens_scores(np.concatenate([chunk.positions for chunk in chunks]))
         cents = np.rint(100 * np.asarray(found)).astype(np.int64)
-        return np.split(cents, np.cumsum([len(chunk) for chunk in chunks])[:-1])
+        return [*np.split(cents, np.cumsum([len(chunk) for chunk in chunks])[:-1])]
 
     def _encode(self, chunk: Chunk, cents: np.ndarray | None, slots: bool) -> EncodedStream:
         positions = chunk.positions

@@ -15,7 +15,7 @@ from toy_tokenizers import PRE_TOKENIZERS, train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from recbole_llm.data.item_text import TextSettings
-from recbole_llm.data.prompts.ctr import _KIND, PromptBuilder, check_prompt_config, load_prompt_config
+from recbole_llm.data.prompts.ctr import CTR_TEMPLATE, PromptBuilder
 from recbole_llm.data.prompts.lines import _with_words, tokenize_inert
 from recbole_llm.data.retriever import RecentRetriever, SemanticRetriever
 
@@ -33,7 +33,7 @@ def tokenizers(ml100k, ml100k_splits) -> dict[str, PreTrainedTokenizerFast]:
 def builder(
     dataset, tokenizer, prompt="movie_ctr", *, k=10, max_prompt_tokens=512, **changes
 ) -> PromptBuilder:
-    config = load_prompt_config(prompt) if isinstance(prompt, str) else prompt
+    config = CTR_TEMPLATE.load(prompt) if isinstance(prompt, str) else prompt
     retriever = RecentRetriever(dataset.history, k)
     return PromptBuilder(
         dataset, tokenizer, {**config, **changes}, max_prompt_tokens=max_prompt_tokens, retriever=retriever
@@ -323,10 +323,10 @@ def test_an_over_long_prompt_loses_its_oldest_history_only(story, tokenizers, ki
 def test_packaged_templates_are_complete_and_documented(name):
     from recbole_llm.utils.yaml_files import properties_dir
 
-    config = load_prompt_config(name)
-    assert config == check_prompt_config(config)
+    config = CTR_TEMPLATE.load(name)
+    assert config == CTR_TEMPLATE.check(config)
     path = properties_dir() / "prompt" / f"{name}.yaml"
-    assert load_prompt_config(path) == config
+    assert CTR_TEMPLATE.load(path) == config
     lines = [
         line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")
     ]
@@ -370,13 +370,13 @@ def test_packaged_text_sections_are_valid_and_documented(name):
 )
 def test_templates_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
-        check_prompt_config({**TEMPLATE, **changes})
+        CTR_TEMPLATE.check({**TEMPLATE, **changes})
 
 
 def test_a_template_that_does_not_exist_is_named():
     known = "'ctr', 'ctr_lens', 'ctr_vectors', 'movie_ctr', 'tallrec', 'tallrec_vectors'"
     with pytest.raises(FileNotFoundError, match=rf"'nothing' is neither a yaml file nor one of \[{known}"):
-        load_prompt_config("nothing")
+        CTR_TEMPLATE.load("nothing")
 
 
 def test_answers_are_given_yes_first(story, tokenizers):
@@ -501,17 +501,19 @@ def test_no_word_breaks_a_template(word):
 
 
 @given(
-    content=st.dictionaries(st.sampled_from([*_KIND.defaults, *_KIND.required, "x"]), st.text(max_size=12))
+    content=st.dictionaries(
+        st.sampled_from([*CTR_TEMPLATE.defaults, *CTR_TEMPLATE.required, "x"]), st.text(max_size=12)
+    )
 )
 def test_any_template_is_checked_or_refused(content):
     base = {"history_item": "{title}", "target": "{title}", "question": "?", "answers": ["a", "b"]}
     try:
-        full = check_prompt_config({**base, **content}, "here")
+        full = CTR_TEMPLATE.check({**base, **content}, "here")
     except ValueError as error:
         assert str(error).startswith("here: ")
     else:
-        assert set(full) == {*_KIND.defaults, *_KIND.required}
-        _KIND.in_words(full, TextSettings().words())
+        assert set(full) == {*CTR_TEMPLATE.defaults, *CTR_TEMPLATE.required}
+        CTR_TEMPLATE.in_words(full, TextSettings().words())
 
 
 # ---------------------------------------- identity, and titles that mean harm

@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.next_item import NextItemDataset
-from recbole_llm.data.prompts.ctr import load_prompt_config
+from recbole_llm.data.prompts.ctr import CTR_TEMPLATE
 from recbole_llm.data.prompts.lines import SLOT_TEXT
 from recbole_llm.data.prompts.next_item import (
+    TITLE_TEMPLATE,
     TitlePromptBuilder,
-    check_title_prompt_config,
-    load_title_prompt_config,
 )
 from recbole_llm.data.retriever import RecentRetriever, SemanticRetriever
 from recbole_llm.utils.yaml_files import properties_dir
@@ -98,7 +97,7 @@ def some_candidates(row_ids: np.ndarray) -> np.ndarray:
 def builder(
     dataset, tokenizer, prompt="next_item_hybrid", *, k=10, max_prompt_tokens=1024, candidates=None, **changes
 ) -> TitlePromptBuilder:
-    config = {**load_title_prompt_config(prompt), "show_year": True} if isinstance(prompt, str) else prompt
+    config = {**TITLE_TEMPLATE.load(prompt), "show_year": True} if isinstance(prompt, str) else prompt
     return TitlePromptBuilder(
         dataset,
         tokenizer,
@@ -559,10 +558,10 @@ def test_an_over_long_prompt_loses_its_oldest_history_only(shelf, tokenizers, ki
 
 @pytest.mark.parametrize("name", ["next_item_hybrid", "next_item_text"])
 def test_packaged_templates_are_complete_and_documented(name):
-    config = load_title_prompt_config(name)
-    assert config == check_title_prompt_config(config)
+    config = TITLE_TEMPLATE.load(name)
+    assert config == TITLE_TEMPLATE.check(config)
     path = properties_dir() / "prompt" / f"{name}.yaml"
-    assert load_title_prompt_config(path) == config
+    assert TITLE_TEMPLATE.load(path) == config
     lines = [
         line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")
     ]
@@ -597,7 +596,7 @@ def test_packaged_templates_are_complete_and_documented(name):
 )
 def test_templates_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
-        check_title_prompt_config({**TEMPLATE, **changes})
+        TITLE_TEMPLATE.check({**TEMPLATE, **changes})
 
 
 def test_candidates_that_must_be_listed_have_to_exist(shelf, tokenizers):
@@ -607,8 +606,8 @@ def test_candidates_that_must_be_listed_have_to_exist(shelf, tokenizers):
 
 def test_templates_of_the_other_task_are_told_apart():
     with pytest.raises(FileNotFoundError, match=r"one of \['next_item_hybrid', 'next_item_text'\]"):
-        load_title_prompt_config("nothing")
+        TITLE_TEMPLATE.load("nothing")
     with pytest.raises(ValueError, match=r"movie_ctr\.yaml: .*\(read as a template of the next_item task\)"):
-        load_title_prompt_config("movie_ctr")
+        TITLE_TEMPLATE.load("movie_ctr")
     with pytest.raises(ValueError, match=r"next_item_text\.yaml: .*\(read as a template of the ctr task\)"):
-        load_prompt_config("next_item_text")
+        CTR_TEMPLATE.load("next_item_text")

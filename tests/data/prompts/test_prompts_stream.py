@@ -12,7 +12,7 @@ from toy_tokenizers import PRE_TOKENIZERS, train_tokenizer
 from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.prompts.lines import bos_ids
-from recbole_llm.data.prompts.stream import StreamPrompts, check_stream_config, load_stream_config
+from recbole_llm.data.prompts.stream import STREAM_TEMPLATE, StreamPrompts
 
 ITEMS = ["Fargo (1996)", "Matrix, The (1999)", "Heat", "Oh! Calcutta!", "Seven"]
 ITEM_ROWS = [(i + 1, title) for i, title in enumerate(ITEMS)]
@@ -51,7 +51,7 @@ def small(toy, tmp_path):
 
 
 def prompts_of(dataset, tokenizer, *, name="stream_ctr", tokens=200, scale=None, **changes) -> StreamPrompts:
-    config = {**load_stream_config(name), **changes}
+    config = {**STREAM_TEMPLATE.load(name), **changes}
     return StreamPrompts(
         dataset, tokenizer, config, max_prompt_tokens=tokens, lead=1, context=10, rating_scale=scale
     )
@@ -259,9 +259,9 @@ def test_the_lens_s_score_is_stated(small, tokenizer):
 )
 def test_impossible_templates(change, message):
     with pytest.raises(ValueError, match=message):
-        check_stream_config({**load_stream_config("stream_ctr"), **change})
+        STREAM_TEMPLATE.check({**STREAM_TEMPLATE.load("stream_ctr"), **change})
 
 
 def test_a_prompt_template_is_no_stream():
     with pytest.raises(ValueError, match="read as a template of the ctr with layout: stream task"):
-        load_stream_config("movie_ctr")
+        STREAM_TEMPLATE.load("movie_ctr")
