@@ -12,10 +12,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.utils.files import read_json, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "personalized_adapter.safetensors"
@@ -61,7 +62,7 @@ def read_personalized(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tens
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a saved personalised adapter: {name} is missing")
     path = folder / CONFIG_FILE
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if content.get("peft_type") != PEFT_TYPE:
         raise ValueError(
             f"{path}: peft_type is {content.get('peft_type')!r}, not that of a personalised adapter; "
@@ -75,7 +76,7 @@ def read_personalized(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tens
     known = {f.name for f in fields(AdapterConfig)}
     if unknown := set(content["adapter"]) - known:
         raise ValueError(f"{path}: unknown adapter settings {sorted(unknown)}; known are {sorted(known)}")
-    return AdapterConfig(**content["adapter"]), load_file(folder / TENSOR_FILE)
+    return AdapterConfig(**content["adapter"]), read_tensors(folder / TENSOR_FILE)
 
 
 def write_plain_lora(

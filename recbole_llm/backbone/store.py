@@ -12,7 +12,6 @@ No file is there before it is complete: files are made in a scratch folder and m
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -31,7 +30,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from recbole_llm.utils.files import locked
+from recbole_llm.utils.files import locked, read_json
 from recbole_llm.utils.hashing import hash_file
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def weight_files(folder: Path) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [folder / name for name in names]
         else:
             files = [folder / stem]

@@ -11,7 +11,6 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -27,7 +26,7 @@ from recbole_llm.comparison import charts, tables
 from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_run
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
 from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, checked, clean, failure_lines
-from recbole_llm.utils.files import write_atomically, write_json
+from recbole_llm.utils.files import read_json, write_atomically, write_json
 from recbole_llm.utils.run_files import RESULT_FILE
 
 NAME = "compare"
@@ -85,7 +84,7 @@ def report(folder: Path, failed: Sequence[Mapping[str, Any]] = ()) -> dict[str, 
 
 def _planned(folder: Path) -> tuple[list[FinishedRun], list[Mapping[str, Any]], dict[str, Any]]:
     """Finished runs, failed ones, and options, of the folder of a comparison."""
-    plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    plan = read_json(folder / PLAN_FILE)
     reasons = {(entry["name"], entry["seed"]): entry for entry in plan["failed"]}
     runs, failed = [], []
     for entry in plan["runs"]:

@@ -15,7 +15,6 @@ read.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import zlib
@@ -29,7 +28,7 @@ from sklearn.model_selection import ParameterGrid, ParameterSampler
 from recbole_llm.comparison.plan import Plan, PlannedRun, plan_run
 from recbole_llm.comparison.running import run_all
 from recbole_llm.config.command_line import parse_model, parse_value, slug
-from recbole_llm.utils.files import write_json
+from recbole_llm.utils.files import read_json, write_json
 from recbole_llm.utils.names import nearest
 from recbole_llm.utils.run_files import RESULT_FILE
 
@@ -174,8 +173,9 @@ def search(plan: Plan) -> dict[str, dict[str, Any]]:
         for values, run in zip(settings, runs, strict=True):
             entry: dict[str, Any] = {"values": values, "folder": str(run.folder.relative_to(plan.folder))}
             if run.finished:
-                result = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
-                entry["valid"] = result["metrics"]["valid"][first["valid_metric"].lower()]
+                result = read_json(run.folder / RESULT_FILE)
+                metric = result.get("topk", first)["valid_metric"]  # where the catalogue is smaller than topk
+                entry["valid"] = result["metrics"]["valid"][metric.lower()]
             else:
                 entry["error"] = failed.get(run.text, "has no result")
             tried.append(entry)

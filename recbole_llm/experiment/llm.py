@@ -33,7 +33,9 @@ class LLMExperiment(Experiment):
 
     def __init__(self, config: Config, folder: Path) -> None:
         parts = self.assemble(config)
-        trainer = LLMTrainer(config, parts.model, run_folder=folder, identities=parts.identities)
+        trainer = LLMTrainer(
+            parts.trainer_config, parts.model, run_folder=folder, identities=parts.identities
+        )
         super().__init__(parts, trainer, folder)
         if parts.lens is not None:
             parts.lens.save(lens_folder(folder, parts.lens.name, parts.lens.identity))

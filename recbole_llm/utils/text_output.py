@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,5 +26,18 @@ def write_any_text(streams: Iterable[Any]) -> None:
 def start_log(config: Any) -> None:
     """RecBole's ``init_logger``, with handlers that can write any text."""
     init_logger(config)
-    handlers = logging.getLogger().handlers
-    write_any_text(handler.stream for handler in handlers if isinstance(handler, logging.StreamHandler))
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
+    write_any_text(handler.stream for handler in handlers)
+    for handler in handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = functools.partial(_stop_log, handler)
+
+
+def _stop_log(handler: logging.FileHandler, record: logging.LogRecord) -> None:
+    """Say once that the log file cannot be written; logging itself prints a traceback for every line."""
+    handler.handleError = lambda record: None
+    why = sys.exc_info()[1]
+    print(
+        f"the log file {handler.baseFilename} cannot be written ({why}): no more is logged there",
+        file=sys.stderr,
+    )
