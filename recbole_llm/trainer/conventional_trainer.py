@@ -68,7 +68,7 @@ class EpochTraining:
 
     @property
     def pickles(self) -> bool:
-        """Whether the best epoch is kept by RecBole's own ``torch.save``: trainers and models with a state of their own."""
+        """Whether RecBole's own ``torch.save`` keeps the best epoch: of trainers and models with more state."""
         return type(self.trainer) is not Trainer or bool(self.trainer.model.other_parameter())
 
     def _save_best_epoch(self, epoch: int, verbose: bool = True, **_: object) -> None:

@@ -1,8 +1,8 @@
 """``kill -9`` at random moments of every stage; the resumed run must equal the unbroken one:  make faults
 
-Of each command one run is left alone. Then runs are killed: in each stage in turn, at a moment drawn evenly from the time
-that the stage takes. The same command (with ``--resume`` where there is a checkpoint) finishes what was killed. The scores
-of every sample must be the unbroken run's bit for bit. Every run starts with an empty cache.
+Of each command one run is left alone. Then runs are killed: in each stage in turn, at a moment drawn evenly from the
+time that the stage takes. The same command (with ``--resume`` where there is a checkpoint) finishes what was killed.
+The scores of every sample must be the unbroken run's bit for bit. Every run starts with an empty cache.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,13 +101,14 @@ class Run:
     data: Path
     wheels: Path
     extra: dict[str, Any] = field(default_factory=dict)
+    cache: Path | None = None
 
     def arguments(self) -> list[str]:
         """The command's arguments; ``--resume`` where there is a checkpoint."""
         values = {
             **self.scenario.values,
             "data_path": str(self.data),
-            "cache_dir": str(self.folder / "cache"),
+            "cache_dir": str(self.cache or self.folder / "cache"),
             "output_dir": str(self.folder / "out"),
             "backbone": "smollm2-135m-instruct-q4_1",
             **self.extra,
@@ -120,15 +123,27 @@ class Run:
             *(f"--{key}={value}" for key, value in values.items()),
         ]
 
-    def start(self, prepare: Callable[[], None] | None = None) -> multiprocessing.process.BaseProcess:
-        """The command in a process of its own; ``prepare`` is called in it first."""
+    def start(self, fault: tuple[str, str] | None = None) -> multiprocessing.process.BaseProcess:
+        """The command in a process of its own; ``fault``: what happens to it, and in which stage."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "stages").write_text("")
+        if fault is not None and os.geteuid() == 0:  # root may write everywhere
+            _give_to_nobody(self.folder)
+        reader, writer = context().Pipe(duplex=False)
         process = context().Process(
-            target=_child, args=(self.arguments(), str(self.folder), str(self.wheels), prepare)
+            target=_child, args=(self.arguments(), str(self.folder), str(self.wheels), writer, fault)
         )
         process.start()
+        writer.close()
+        threading.Thread(target=self._read_output, args=(reader,), daemon=True).start()
         return process
+
+    def _read_output(self, reader: Any) -> None:
+        with open(self.folder / "output", "ab") as file:
+            while block := os.read(reader.fileno(), 1 << 16):
+                file.write(block)
+                file.flush()
+        reader.close()
 
     def stages(self) -> list[tuple[str, float]]:
         """The stages begun so far, and when."""
@@ -161,7 +176,9 @@ def context() -> Any:
     return found
 
 
-def _child(arguments: list[str], folder: str, wheels: str, prepare: Callable[[], None] | None) -> None:
+def _child(
+    arguments: list[str], folder: str, wheels: str, writer: Any, fault: tuple[str, str] | None
+) -> None:
     import hashlib
 
     import torch
@@ -170,25 +187,60 @@ def _child(arguments: list[str], folder: str, wheels: str, prepare: Callable[[],
     from recbole_llm.cli import main
 
     torch.set_num_threads(1)
-    output = os.open(os.path.join(folder, "output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(writer.fileno(), 1)
+    os.dup2(writer.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.chdir(folder)
     os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels, "PIP_CONFIG_FILE": os.devnull}
     store.hub_constants.HF_HUB_OFFLINE = True
     store.GGUF_SHA256 = hashlib.sha256((Path(wheels) / store.GGUF_NAME).read_bytes()).hexdigest()
     marks = os.open(os.path.join(folder, "stages"), os.O_WRONLY | os.O_APPEND)
+    what, when = fault or ("", "")
+    if fault is not None and os.geteuid() == 0:
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
     for stage, (module, name) in STAGES.items():
-        _announce(stage, module, name, marks)
-    if prepare is not None:
-        prepare()
+        begins = functools.partial(FAULTS[what], folder) if stage == when else None
+        _announce(stage, module, name, marks, begins)
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)
 
 
-def _announce(stage: str, module: str, name: str, marks: int) -> None:
-    """Let a function write a line before it is run."""
+NOBODY = 65534
+
+
+def _give_to_nobody(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+
+
+def full_disk(folder: str) -> None:
+    """No file can grow beyond a page from now on: writing fails as on a full disk, with EFBIG for ENOSPC."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def read_only(folder: str) -> None:
+    """No file can be made in the folders of the run, its cache and its log any more."""
+    for path in (Path(folder), *Path(folder).rglob("*")):
+        if path.is_dir():
+            path.chmod(0o555)
+
+
+def writable(folder: Path) -> None:
+    """The end of :func:`read_only`."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+FAULTS = {"full disk": full_disk, "read-only folders": read_only}
+
+
+def _announce(
+    stage: str, module: str, name: str, marks: int, begins: Callable[[], None] | None = None
+) -> None:
+    """Let a function write a line before it is run, and ``begins`` happen."""
     owner: Any = importlib.import_module(module)
     *outer, last = name.split(".")
     for part in outer:
@@ -198,6 +250,8 @@ def _announce(stage: str, module: str, name: str, marks: int) -> None:
     @functools.wraps(original)
     def announced(*arguments, **keywords):
         os.write(marks, f"{stage} {time.monotonic()}\n".encode())
+        if begins is not None:
+            begins()
         return original(*arguments, **keywords)
 
     setattr(owner, last, announced)
