@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.utils.files import read_json, read_tensors
+from recbole_llm.utils.hashing import hash_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "personalized_adapter.safetensors"
@@ -39,8 +40,13 @@ def write_personalized(config: AdapterConfig, tensors: dict[str, Tensor], folder
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION, "adapter": asdict(config)}
     _write_tensors(tensors, folder / TENSOR_FILE)
+    content = {
+        "peft_type": PEFT_TYPE,
+        "format_version": FORMAT_VERSION,
+        "adapter": asdict(config),
+        "sha256": hash_file(folder / TENSOR_FILE),
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -76,7 +82,10 @@ def read_personalized(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tens
     known = {f.name for f in fields(AdapterConfig)}
     if unknown := set(content["adapter"]) - known:
         raise ValueError(f"{path}: unknown adapter settings {sorted(unknown)}; known are {sorted(known)}")
-    return AdapterConfig(**content["adapter"]), read_tensors(folder / TENSOR_FILE)
+    tensors = folder / TENSOR_FILE
+    if content.get("sha256", "not kept") not in ("not kept", hash_file(tensors)):
+        raise ValueError(f"{tensors} is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
+    return AdapterConfig(**content["adapter"]), read_tensors(tensors)
 
 
 def write_plain_lora(

@@ -28,6 +28,7 @@ from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
 from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, checked, clean, failure_lines
 from recbole_llm.utils.files import read_json, write_atomically, write_json
 from recbole_llm.utils.run_files import RESULT_FILE
+from recbole_llm.utils.text_output import spreadsheet_text
 
 NAME = "compare"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -314,15 +315,8 @@ def _layout(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _csv(text: str) -> str:
-    """Spreadsheets run cells that begin like a formula; an apostrophe makes them text, numbers stay."""
-    text = clean(text, lines=True)  # csv leaves a lone \r unquoted and then cannot read it; nothing reads NUL
-    if not text.lstrip().startswith(("=", "+", "-", "@")):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text
+    # csv leaves a lone \r unquoted and then cannot read it; nothing reads NUL
+    return spreadsheet_text(clean(text, lines=True))
 
 
 def _markdown(text: Any) -> str:

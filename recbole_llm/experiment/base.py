@@ -157,6 +157,12 @@ class Experiment(ABC):
     def clean_up(self) -> None:  # noqa: B027 - most runs have nothing to remove
         """Remove what only an unfinished run needs."""
 
+    def close(self) -> None:
+        """Close what RecBole's trainer leaves open for each run: a file and a thread of TensorBoard."""
+        writer = getattr(self.trainer, "tensorboard", None)
+        if writer is not None:
+            writer.close()
+
     @abstractmethod
     def counts(self) -> dict[str, int | None]:
         """Numbers of samples for the result's ``rows``."""

@@ -51,14 +51,17 @@ def run_one(config: Config, folder: Path, *, resume: bool | None = None) -> dict
         return {"dry_run": kind.describe(kind.assemble(config, fit=False))}
     # Every kind is made of a configuration; only their common base is made of parts.
     experiment = cast(Callable[[Config, Path], Experiment], kind)(config, folder)
-    write_configuration(folder, experiment.parts)
-    if config["resume"] if resume is None else resume:
-        experiment.resume()
-    experiment.fit()
-    experiment.evaluate()
-    result = experiment.result()
-    path = write_result(folder, result, experiment.rows)
-    experiment.clean_up()
+    try:
+        write_configuration(folder, experiment.parts)
+        if config["resume"] if resume is None else resume:
+            experiment.resume()
+        experiment.fit()
+        experiment.evaluate()
+        result = experiment.result()
+        path = write_result(folder, result, experiment.rows)
+        experiment.clean_up()
+    finally:
+        experiment.close()
     return {**result, "path": str(path)}
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from recbole.utils import init_logger
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a formula begins with in a spreadsheet; the last four are the same signs in full width."""
+
 
 def write_any_text(streams: Iterable[Any]) -> None:
     """Let streams write characters that their encoding lacks as escapes, such as ``\\u2192`` for an arrow.
@@ -21,6 +24,21 @@ def write_any_text(streams: Iterable[Any]) -> None:
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def spreadsheet_text(text: str) -> str:
+    """A text for a cell of a csv file: spreadsheets run what begins like a formula, an apostrophe makes it text.
+
+    >>> spreadsheet_text("=1+1"), spreadsheet_text("-1.5"), spreadsheet_text("Alien")
+    ("'=1+1", '-1.5', 'Alien')
+    """
+    if not text.lstrip().startswith(FORMULA_STARTS):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def start_log(config: Any) -> None:
