@@ -251,9 +251,11 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
         if quantizer is not None:
             arguments["device_map"] = {"": device}
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, **arguments)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except (
         Exception
-    ) as error:  # transformers, tokenizers and safetensors raise of every kind for damaged files
+    ) as error:  # of every kind, where transformers, tokenizers and safetensors read damaged files
         raise ValueError(
             f"backbone {name!r} ({folder}) cannot be loaded as a causal language model: {error}"
         ) from error
@@ -303,7 +305,9 @@ def _dequantise(gguf: Path, folder: Path, cache_dir: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=plain)
-    except Exception as error:  # as above
+    except MemoryError:
+        raise
+    except Exception as error:  # as in _load_folder
         raise ValueError(f"{gguf} cannot be read as a causal language model: {error}") from error
     with scratch_folder(cache_dir) as scratch:
         # One file whatever its size, so that there is one thing to look for and to check.

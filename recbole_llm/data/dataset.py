@@ -441,7 +441,7 @@ class HistoryDataset(AtomicDataset):
 
     def facts(self) -> dict[str, dict]:
         """What a result says of the data: interactions by fate, the items that were ranked, and missing negatives."""
-        drawn_by_recbole = setting(self.config, "eval_mode", "candidates")[:3] in ("uni", "pop")
+        drawn_by_recbole = str(setting(self.config, "eval_mode", "candidates"))[:3] in ("uni", "pop")
         return {
             "data": {"interactions": self.n_read, "dropped": self.dropped, "unmatched": self.unmatched},
             "candidate_items": {

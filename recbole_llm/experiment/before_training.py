@@ -41,10 +41,8 @@ def check_prompts(
         _ = prompts.answer_ids
     behind = 0
     if isinstance(prompts, TitlePromptBuilder):
-        behind = (
-            max(len(ids) for ids in prompts.answers) - 1
-        )  # the last token of an answer is only ever predicted
-        behind = max(behind, config["max_new_tokens"] if config["generate"] else 0)
+        longest = max(len(ids) for ids in prompts.answers)  # its last token is only ever predicted
+        behind = max(longest - 1, config["max_new_tokens"] if config["generate"] else 0)
     limit = position_limit(backbone.model)
     if limit is not None and config["max_prompt_tokens"] + behind > limit:
         raise ValueError(

@@ -98,6 +98,8 @@ class EpochTraining:
         self._started = time.monotonic() - self.seconds
         if not self.pickles:
             self.trainer._save_checkpoint = self._save_best_epoch
+            file = Path(self.trainer.saved_model_file).with_suffix(".safetensors")
+            self.trainer.saved_model_file = str(file)
         callback = {"callback_fn": self._after_validation} if self.keep_best or self.can_be_kept else {}
         try:
             _, valid = self.trainer.fit(
