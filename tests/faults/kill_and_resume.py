@@ -45,8 +45,9 @@ def kill(run: Run, stage: str, visit: int, delay: float, rng: random.Random) -> 
             break
         time.sleep(0.002)
     reached = run.stages()
-    os.kill(rng.choice([process.pid, *workers(process.pid)]), signal.SIGKILL)
-    process.join(PATIENCE if "," in run.scenario.model else 10)
+    victims = [process.pid, *(workers(process.pid) if "," in run.scenario.model else ())]
+    os.kill(rng.choice(victims), signal.SIGKILL)
+    process.join(PATIENCE)  # the command of a comparison outlives one of its workers
     if process.exitcode == 0:
         return "end"
     return reached[-1][0] if reached else "start"
