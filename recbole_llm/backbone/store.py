@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 HUB_PROBE_SECONDS = 5.0
 PIP_SECONDS = 1800.0
+ABANDONED_SECONDS = 86400.0
 
 # The hub's client raises the errors of its HTTP library, which differs between its versions (requests, httpx,
 # ...) and is not always an OSError; the base of its own error class names it.
@@ -93,9 +95,15 @@ def weights_sha256(path: Path) -> str:
 
 @contextmanager
 def scratch_folder(cache_dir: Path) -> Iterator[Path]:
-    """A temporary folder inside the cache, hence on the same disk: what is moved out of it arrives whole."""
+    """A temporary folder inside the cache, hence on the same disk: what is moved out of it arrives whole.
+
+    Those that killed processes left are removed when they are a day old.
+    """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        for left in cache_dir.glob(".tmp-*"):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         scratch = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-")
     except OSError as error:
         raise ValueError(
