@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +66,7 @@ def test_one_title_that_alone_is_too_long_is_found_among_all_samples(settings, t
     item.write_text(item.read_text().replace("River Stone", "zq " * 190))
     given = {**settings, "data_path": str(data), "text": {**settings["text"], "max_title_length": None}}
     with pytest.raises(
-        ValueError, match=r"max_prompt_tokens: 250 is too small: the prompt for user \d+ and item"
+        ValueError, match=r"max_prompt_tokens: 250 is too small: the prompt for user \d+ and item 21"
     ):
         run_recbole_llm("RecLoRA", "toy", config_dict={**given, "max_prompt_tokens": 250, "eval_rows": None})
 
@@ -93,12 +95,7 @@ def test_search_files(content, settings, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_an_output_that_cannot_show_a_title_is_no_reason_to_stop(
-    encoding, settings, tmp_path, monkeypatch, capfd
-):
-    import io
-    import sys
-
+def test_an_output_that_cannot_show_a_title_is_no_reason_to_stop(encoding, settings, tmp_path, monkeypatch):
     data = write_dataset(tmp_path / "kana")
     item = data / "toy" / "toy.item"
     item.write_text(item.read_text().replace("River", "千と千尋"), encoding="utf-8")
@@ -112,8 +109,7 @@ def test_an_output_that_cannot_show_a_title_is_no_reason_to_stop(
     assert "dry run" in out.buffer.getvalue().decode(encoding)
 
 
-def test_warnings_about_projections_come_once(settings, tmp_path, caplog, monkeypatch):
-    monkeypatch.undo()
+def test_warnings_about_projections_come_once(settings, tmp_path, caplog):
     tokenizer = tiny_tokenizer(None, (" Yes", " No"), 1024)
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 512}
     hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "gpt2")
