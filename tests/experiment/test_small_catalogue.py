@@ -86,7 +86,7 @@ def test_topk_is_capped_at_the_catalogue_and_says_so(model, settings, caplog):
         in caplog.text
     )
     assert result["topk"] == {"asked": [5, 10, 50], "used": [5, 10, 14], "valid_metric": "NDCG@14"}
-    assert result["metrics"]["valid"]["hit@14"] == 1 and "hit@50" not in result["metrics"]["valid"]
+    assert result["metrics"]["test"]["hit@14"] == 1 and "hit@50" not in result["metrics"]["test"]
     assert result["config"]["topk"] == [5, 10, 50]  # the same command resumes it
 
 
