@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 SEARCH_FILE = "search.json"
 FOLDER = "search"
+LARGEST_LOG = 700.0
+"""Of a loguniform bound: its exponential is still a number."""
+MOST_STEPS = 100_000
+"""Of a quniform parameter."""
 KINDS = {"choice": None, "uniform": 2, "loguniform": 2, "quniform": 3}
 """Kinds of a line, and how many numbers each needs."""
 Space = dict[str, Any]
@@ -75,6 +79,12 @@ def read_space(file: Path) -> Space:
         if len(numbers) != KINDS[kind] or numbers[0] > numbers[1] or (kind == "quniform" and numbers[2] <= 0):
             form = "low,high,step" if kind == "quniform" else "low,high"
             raise ValueError(f"{where}: {kind} needs numbers {form}")
+        if not all(map(math.isfinite, numbers)) or (
+            kind == "loguniform" and max(map(abs, numbers)) > LARGEST_LOG
+        ):
+            raise ValueError(f"{where}: these numbers are too large (loguniform takes natural logarithms)")
+        if kind == "quniform" and (numbers[1] - numbers[0]) / numbers[2] > MOST_STEPS:
+            raise ValueError(f"{where}: there are more than {MOST_STEPS:,} steps between low and high")
         space[key] = _distribution(kind, *numbers)
         if isinstance(space[key], list) and not space[key]:
             raise ValueError(f"{where}: there is no multiple of the step between low and high")

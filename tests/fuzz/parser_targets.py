@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+from recbole_llm.comparison.search import read_space
 from recbole_llm.config.command_line import parse_command_line, parse_model, parse_value, split_models
 from recbole_llm.data.atomic_files import AtomicFiles
 from recbole_llm.data.item_text import TextSettings, clean, natural_order, shorten
@@ -93,6 +94,15 @@ def models(data: bytes) -> None:
     assert arguments is None or all(key.isidentifier() for key in arguments)
 
 
+def search_space(data: bytes) -> None:
+    """A .hyper file of parameters to search."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "mine.hyper"
+        path.write_bytes(data)
+        space = refused(read_space, path)
+        assert space is None or len(space) > 0
+
+
 def titles(data: bytes) -> None:
     """A title's way from a cell to a prompt: one line, nothing invisible, nothing longer than asked for."""
     title = clean(data.decode("utf-8", "replace"))
@@ -105,6 +115,9 @@ def titles(data: bytes) -> None:
 
 
 TARGETS = types.MappingProxyType(
-    {target.__name__: target for target in (atomic, header, template, text_section, models, titles)}
+    {
+        target.__name__: target
+        for target in (atomic, header, template, text_section, models, search_space, titles)
+    }
 )
 logging.getLogger("recbole_llm").setLevel(logging.ERROR)  # repairs are logged, thousands of them

@@ -80,6 +80,7 @@ SEEDS = {
         "DIN, RecLoRA target_modules=[q_proj, v_proj] gate=uniform,Pop",
         "--model=RecLoRA\n--few_shot=3\n--seed=1",
     ],
+    "search_space": ["learning_rate loguniform -8,-4\nk quniform 1,9,2\ngate choice ['a', 'b']\n"],
     "titles": ["City of Lost Children, The (Cité des enfants perdus, La) (1995)", "a &amp;amp; b\u202e"],
 }
 

@@ -35,9 +35,20 @@ PIECES = [
     "RecLoRA",
     "--model=",
     "rating_scale: [1, 5]",
+    "learning_rate loguniform ",
+    "k quniform 1,9,2",
+    "gate choice [a, b]",
 ]
 LINES = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_size=30).map("".join)
-FOUND: dict[str, list[bytes]] = {}
+FOUND: dict[str, list[bytes]] = {
+    "search_space": [
+        b"k quniform 0,inf,1",
+        b"k quniform 0,1e9,1e-9",
+        b"k uniform nan,nan",
+        b"k loguniform 0,999",
+    ],
+    "template": [b"a: 2011-13-99", b"[" * 3000, b"a: !!int x"],
+}
 """Inputs that fuzzing broke a parser with, each now a result or one sentence."""
 
 
