@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ class Experiment(ABC):
         """Close what RecBole's trainer leaves open for each run: a file and a thread of TensorBoard."""
         writer = getattr(self.trainer, "tensorboard", None)
         if writer is not None:
-            writer.close()
+            with suppress(OSError):  # a full disk: the error that ended the run is the one to show
+                writer.close()
 
     @abstractmethod
     def counts(self) -> dict[str, int | None]:
