@@ -361,7 +361,10 @@ class RankedItemsDataLoader(FullSortEvalDataLoader):
 
     def __init__(self, config, dataset: HistoryDataset) -> None:
         self._excluded = torch.from_numpy(np.flatnonzero(~dataset.ranked_items))
-        super().__init__(config, dataset, None, shuffle=False)
+        self.uid_field, self.iid_field = dataset.uid_field, dataset.iid_field
+        self.is_sequential, self.sample_size = True, len(dataset)
+        # Past RecBole's class, which ranks once per user where the model is not sequential.
+        super(FullSortEvalDataLoader, self).__init__(config, dataset, None, shuffle=False)
 
     def collate_fn(self, index: list[int]) -> tuple[Interaction, tuple[Tensor, Tensor], Tensor, Tensor]:
         """The batch of the samples at ``index``."""
