@@ -48,7 +48,6 @@ def main() -> int:
     failed = count = 0
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve()
-        root.chmod(0o755)
         data, wheels = prepared_data(root)
         for name, scenario in SCENARIOS.items():
             if "," in scenario.model:

@@ -6,6 +6,7 @@ pip, trained, read and written is what a user's command would.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import json
@@ -127,8 +128,6 @@ class Run:
         """The command in a process of its own; ``fault``: what happens to it, and in which stage."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "stages").write_text("")
-        if fault is not None and os.geteuid() == 0:  # root may write everywhere
-            _give_to_nobody(self.folder)
         reader, writer = context().Pipe(duplex=False)
         process = context().Process(
             target=_child, args=(self.arguments(), str(self.folder), str(self.wheels), writer, fault)
@@ -196,9 +195,6 @@ def _child(
     store.GGUF_SHA256 = hashlib.sha256((Path(wheels) / store.GGUF_NAME).read_bytes()).hexdigest()
     marks = os.open(os.path.join(folder, "stages"), os.O_WRONLY | os.O_APPEND)
     what, when = fault or ("", "")
-    if fault is not None and os.geteuid() == 0:
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
     for stage, (module, name) in STAGES.items():
         begins = functools.partial(FAULTS[what], folder) if stage == when else None
         _announce(stage, module, name, marks, begins)
@@ -207,12 +203,21 @@ def _child(
     os._exit(code)
 
 
-NOBODY = 65534
+DAC_OVERRIDE = 1
+"""Linux's capability to write what the permissions of a file forbid; root has it."""
 
 
-def _give_to_nobody(folder: Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, NOBODY, NOBODY)
+def _obey_permissions() -> None:
+    """Give that capability up, here and in programs started from here."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    drop_from_bounding_set = 24
+    if libc.prctl(drop_from_bounding_set, DAC_OVERRIDE, 0, 0, 0) or libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+    for number in range(3):  # effective, permitted, inheritable
+        sets[number] &= ~(1 << DAC_OVERRIDE)
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
 
 
 def full_disk(folder: str) -> None:
@@ -225,6 +230,8 @@ def read_only(folder: str) -> None:
     for path in (Path(folder), *Path(folder).rglob("*")):
         if path.is_dir():
             path.chmod(0o555)
+    if os.geteuid() == 0:
+        _obey_permissions()
 
 
 def writable(folder: Path) -> None:

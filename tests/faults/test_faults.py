@@ -12,11 +12,8 @@ from runs import SCENARIOS, Run, prepared_data
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """The dataset and the wheels, where a process without rights can read them."""
-    folder = tmp_path_factory.mktemp("faults")
-    for path in (folder, *folder.parents[:2]):  # pytest makes them for their owner alone
-        path.chmod(0o755)
-    return prepared_data(folder)
+    """The dataset and the wheels."""
+    return prepared_data(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +47,6 @@ def test_a_killed_run_is_resumed_to_the_same_scores(name, stage, places, unbroke
     ],
 )
 def test_a_disk_that_cannot_be_written_is_one_error(name, fault, stage, places, unbroken, tmp_path):
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
     run = Run(SCENARIOS[name], tmp_path / "run", *places)
     said, wrong = break_and_repeat(run, fault, stage, unbroken[name])
     assert not wrong, run.output()
