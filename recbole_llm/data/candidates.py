@@ -359,11 +359,13 @@ class RankedItemsDataLoader(FullSortEvalDataLoader):
     The Trainer sets scores at ``excluded``, a pair of indices into ``[B, n_items]``, to -inf.
     """
 
+    # RecBole's class ranks once per user where the model is not sequential, and sets this by the model.
+    is_sequential = property(lambda self: True, lambda self, value: None)
+
     def __init__(self, config, dataset: HistoryDataset) -> None:
         self._excluded = torch.from_numpy(np.flatnonzero(~dataset.ranked_items))
         self.uid_field, self.iid_field = dataset.uid_field, dataset.iid_field
-        self.is_sequential, self.sample_size = True, len(dataset)
-        # Past RecBole's class, which ranks once per user where the model is not sequential.
+        self.sample_size = len(dataset)
         super(FullSortEvalDataLoader, self).__init__(config, dataset, None, shuffle=False)
 
     def collate_fn(self, index: list[int]) -> tuple[Interaction, tuple[Tensor, Tensor], Tensor, Tensor]:

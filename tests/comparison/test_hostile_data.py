@@ -107,8 +107,8 @@ def test_recommendations_are_no_formulas(compared, tmp_cwd):
     assert any(title.startswith("'=HYPERLINK") for title in titles)
     assert any(title.startswith("'\uff1d1") for title in titles)
     assert not any(title.startswith(("=", "@", "+", "-", "\uff1d")) for title in titles)
-    plain = [json.loads(line) for line in rendered(table, "json").splitlines()]
-    assert {row["title"] for row in plain} >= {'=HYPERLINK("http://x","y")'}
+    plain = [json.loads(line)["title"] for line in rendered(table, "json").splitlines()]
+    assert any(title.startswith('=HYPERLINK("http://x","y")') for title in plain)
 
 
 @pytest.mark.parametrize(
