@@ -2,6 +2,8 @@
 # make test    run all tests and docstring examples, two at a time  (make test ARGS="tests/test_install.py -x" runs some)
 # make lint    check style, format and types
 # make recbole-tests RECBOLE=path    run RecBole's own tests under the repairs, from a checkout of its tag v1.2.1
+# make faults  kill runs at random moments, fill the disk, close folders: every resumed run must equal the unbroken one
+# make soak    fifty runs in one process, without growing memory, files or threads
 # make clean   remove what the commands above wrote, except .venv;  make distclean removes .venv too
 #
 # The first command creates .venv and installs into it; later ones start at once.
@@ -14,7 +16,7 @@ TORCH ?= torch==2.13.0
 # Without its dependencies, because RecBole requires an old ray that Python 3.12 cannot install and that is not used
 # here; setup.cfg lists what RecBole really needs.
 RECBOLE_PACKAGE ?= --no-deps recbole==1.2.1
-# Added to the command of `make demo`, `make test` or `make recbole-tests`.
+# Added to the command of `make demo`, `make test`, `make recbole-tests`, `make faults` or `make soak`.
 ARGS ?=
 
 VENV := .venv
@@ -26,10 +28,10 @@ quoted = $(foreach word,$(1),'$(word)')
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint recbole-tests install clean distclean
+.PHONY: help demo test lint recbole-tests faults soak install clean distclean
 
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)
 	$(RUN) -m recbole_llm.demo $(ARGS)
@@ -45,6 +47,13 @@ lint: $(STAMP)
 recbole-tests: $(STAMP)
 	@test -n "$(RECBOLE)" || { echo "Name a checkout of RecBole 1.2.1: make recbole-tests RECBOLE=path" >&2; exit 1; }
 	$(RUN) tests/recbole_tests.py "$(RECBOLE)" $(ARGS)
+
+faults: $(STAMP)
+	$(RUN) tests/faults/kill_and_resume.py $(ARGS)
+	$(RUN) tests/faults/break_and_repeat.py
+
+soak: $(STAMP)
+	$(RUN) tests/faults/soak.py $(ARGS)
 
 install: $(STAMP)
 

@@ -331,7 +331,10 @@ def test_the_untrained_model_is_not_scored_twice(settings, tmp_path, monkeypatch
             run_recbole_llm("RecLoRA", "toy", config_dict=config)
         result = run_recbole_llm("RecLoRA", "toy", config_dict=config)
     assert len(scored) == 6 and scored[3] == scored[4]
-    assert {path.suffix for path in (Path(settings["cache_dir"]) / "zero_shot").glob("[!.]*")} == {".npy"}
+    assert {path.suffix for path in (Path(settings["cache_dir"]) / "zero_shot").glob("[!.]*")} == {
+        ".npy",
+        ".sha256",
+    }
     whole = run_recbole_llm(
         "RecLoRA", "toy", config_dict={**config, "cache_dir": settings["cache_dir"] + "2"}
     )

@@ -12,10 +12,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recbole_llm.adapter.config import AdapterConfig
+from recbole_llm.utils.files import read_json, read_tensors
+from recbole_llm.utils.hashing import hash_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "personalized_adapter.safetensors"
@@ -37,8 +39,13 @@ def write_personalized(config: AdapterConfig, tensors: dict[str, Tensor], folder
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION, "adapter": asdict(config)}
     _write_tensors(tensors, folder / TENSOR_FILE)
+    content = {
+        "peft_type": PEFT_TYPE,
+        "format_version": FORMAT_VERSION,
+        "adapter": asdict(config),
+        "sha256": hash_file(folder / TENSOR_FILE),
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -60,7 +67,7 @@ def read_personalized(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tens
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a saved personalised adapter: {name} is missing")
     path = folder / CONFIG_FILE
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if content.get("peft_type") != PEFT_TYPE:
         raise ValueError(
             f"{path}: peft_type is {content.get('peft_type')!r}, not that of a personalised adapter; "
@@ -74,7 +81,10 @@ def read_personalized(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tens
     known = {f.name for f in fields(AdapterConfig)}
     if unknown := set(content["adapter"]) - known:
         raise ValueError(f"{path}: unknown adapter settings {sorted(unknown)}; known are {sorted(known)}")
-    return AdapterConfig(**content["adapter"]), load_file(folder / TENSOR_FILE)
+    tensors = folder / TENSOR_FILE
+    if content.get("sha256", "not kept") not in ("not kept", hash_file(tensors)):
+        raise ValueError(f"{tensors} is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
+    return AdapterConfig(**content["adapter"]), read_tensors(tensors)
 
 
 def write_plain_lora(

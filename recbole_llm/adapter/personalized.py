@@ -375,7 +375,7 @@ def attach_adapter(
         fan_in_fan_out=stores_transposed(model, config.target_modules),
     )
     if config.layers is not None:
-        settings["layers_to_transform"] = _checked_layers(model, config.layers)
+        settings["layers_to_transform"] = checked_layers(model, config.layers)
     router = None
     if config.mixer == "identity":
         peft_config = LoraConfig(**settings)
@@ -391,8 +391,12 @@ def attach_adapter(
     return PersonalizedAdapter(peft_model, config, router)
 
 
-def _checked_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
-    """Numbers of the layers from the first to the last; PEFT itself leaves out in silence what is not there."""
+def checked_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Numbers of the layers from the first to the last; PEFT itself leaves out in silence what is not there.
+
+    Raises:
+        ValueError: if the model has fewer.
+    """
     first, last, there = *layers, len(decoder_layers(model))
     if last >= there:
         raise ValueError(

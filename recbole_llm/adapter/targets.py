@@ -35,9 +35,25 @@ def resolve_targets(model: PreTrainedModel, targets: Sequence[str], *, strict: b
     Raises:
         ValueError: if a name matches no layer, or one that is not linear, and nothing may or can stand in for it.
     """
+    found, why = stand_in(model, targets, strict=strict)
+    if why:
+        logger.warning(
+            "target_modules: %s has no %s; adapting %s, %s",
+            type(model).__name__,
+            ", ".join(name for name in targets if _problem(model, [name])),
+            ", ".join(found),
+            why,
+        )
+    return found
+
+
+def stand_in(
+    model: PreTrainedModel, targets: Sequence[str], *, strict: bool = True
+) -> tuple[list[str], str | None]:
+    """As :func:`resolve_targets`, which also warns: the names, and which rule gave them if not the caller."""
     problem = _problem(model, targets)
     if problem is None:
-        return list(targets)
+        return list(targets), None
     if not strict and set(targets) <= set(LLAMA_PROJECTIONS):
         model_type = model.config.get_text_config().model_type
         if set(targets) == set(LLAMA_PROJECTIONS):
@@ -46,14 +62,7 @@ def resolve_targets(model: PreTrainedModel, targets: Sequence[str], *, strict: b
             known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | FUSED
             found, why = known.get(model_type), f"the default for {model_type}"
         if isinstance(found, list) and _problem(model, found) is None:
-            logger.warning(
-                "target_modules: %s has no %s; adapting %s, %s",
-                type(model).__name__,
-                ", ".join(name for name in targets if _problem(model, [name])),
-                ", ".join(found),
-                why,
-            )
-            return found
+            return found, why
     raise ValueError(problem)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import struct
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ from recbole_llm.backbone.store import (
     weights_sha256,
 )
 from recbole_llm.backbone.tiny import tiny_backbone
+from recbole_llm.utils.causal_lm import decoder_layers
 from recbole_llm.utils.files import locked
+from recbole_llm.utils.hashing import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ DTYPES = {
 }
 QUANTIZATIONS = ("8bit", "4bit")
 QUANTIZATION_EXTRA = "quantization"
+HASHES = "SHA256SUMS"
+"""Of a dequantised copy: the hash of each of its files."""
 
 
 @dataclass
@@ -176,10 +180,10 @@ def load_backbone(
 
 def _keep_first_layers(model: PreTrainedModel, n: int) -> None:
     """Remove all decoder layers but the first ``n``; the final norm and the head stay."""
-    decoder, there = model.get_decoder(), model.config.get_text_config().num_hidden_layers
-    if not 1 <= n <= there:
-        raise ValueError(f"backbone_layers: {n} of a model with {there} layers")
-    decoder.layers = decoder.layers[:n]
+    layers = decoder_layers(model)
+    if not 1 <= n <= len(layers):
+        raise ValueError(f"backbone_layers: {n} of a model with {len(layers)} layers")
+    del layers[n:]
     config = model.config.get_text_config()
     config.num_hidden_layers = n
     if getattr(config, "layer_types", None):
@@ -231,7 +235,11 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
         if quantizer is not None:
             arguments["device_map"] = {"": device}
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # of every kind, where transformers, tokenizers and safetensors read damaged files
         raise ValueError(
             f"backbone {name!r} ({folder}) cannot be loaded as a causal language model: {error}"
         ) from error
@@ -248,7 +256,27 @@ def _dequantised(gguf: Path, sha256: str, cache_dir: Path) -> Path:
     with locked(folder):
         if not (folder / "model.safetensors").is_file():
             _dequantise(gguf, folder, cache_dir)
+    if not _is_intact(folder):
+        with locked(folder, folder / "always locked"):
+            if not _is_intact(folder):
+                logger.warning(
+                    "%s is damaged and is made again: its files have other hashes than before", folder
+                )
+                shutil.rmtree(folder)
+                _dequantise(gguf, folder, cache_dir)
     return folder
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the files of a copy are those that were written; copies of earlier versions did not say."""
+    listing = folder / HASHES
+    return not listing.is_file() or listing.read_text(encoding="utf-8", errors="replace") == _hashes(folder)
+
+
+def _hashes(folder: Path) -> str:
+    """The SHA-256 of every file, as ``sha256sum`` prints them."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != HASHES)
+    return "".join(f"{hash_file(path)}  {path.name}\n" for path in files)
 
 
 def _dequantise(gguf: Path, folder: Path, cache_dir: Path) -> None:
@@ -261,7 +289,9 @@ def _dequantise(gguf: Path, folder: Path, cache_dir: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=plain)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as in _load_folder
         raise ValueError(f"{gguf} cannot be read as a causal language model: {error}") from error
     with scratch_folder(cache_dir) as scratch:
         # One file whatever its size, so that there is one thing to look for and to check.
@@ -273,6 +303,7 @@ def _dequantise(gguf: Path, folder: Path, cache_dir: Path) -> None:
                 raise ValueError(
                     f"the copy of {gguf} differs from it in {key}: is the disk of {cache_dir} sound?"
                 )
+        (scratch / "copy" / HASHES).write_text(_hashes(scratch / "copy"), encoding="utf-8")
         os.replace(scratch / "copy", folder)
 
 

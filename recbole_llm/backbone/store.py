@@ -12,7 +12,6 @@ No file is there before it is complete: files are made in a scratch folder and m
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from recbole_llm.utils.files import locked
+from recbole_llm.utils.files import locked, read_json
 from recbole_llm.utils.hashing import hash_file
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 HUB_PROBE_SECONDS = 5.0
 PIP_SECONDS = 1800.0
+ABANDONED_SECONDS = 86400.0
 
 # The hub's client raises the errors of its HTTP library, which differs between its versions (requests, httpx,
 # ...) and is not always an OSError; the base of its own error class names it.
@@ -74,7 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [folder / name for name in names]
         else:
             files = [folder / stem]
@@ -94,9 +95,15 @@ def weights_sha256(path: Path) -> str:
 
 @contextmanager
 def scratch_folder(cache_dir: Path) -> Iterator[Path]:
-    """A temporary folder inside the cache, hence on the same disk: what is moved out of it arrives whole."""
+    """A temporary folder inside the cache, hence on the same disk: what is moved out of it arrives whole.
+
+    Those that killed processes left are removed when they are a day old.
+    """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        for left in cache_dir.glob(".tmp-*"):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         scratch = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-")
     except OSError as error:
         raise ValueError(

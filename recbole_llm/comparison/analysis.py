@@ -18,7 +18,6 @@ a run's lens and itself, and the best one of two or three conventional models.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ from recbole_llm.evaluation.significance import (
     paired_permutation,
     quantile_groups,
 )
+from recbole_llm.utils.files import read_columns, read_json
 from recbole_llm.utils.run_files import RESULT_FILE, TEST_ROWS_FILE, VALID_ROWS_FILE
 
 ALPHA = 0.05
@@ -89,9 +89,8 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
         raise FileNotFoundError(
             f"{folder} holds no {TEST_ROWS_FILE}: without per-sample scores this run cannot be compared; run it again"
         )
-    result = json.loads(result_file.read_text(encoding="utf-8"))
-    with np.load(rows_file, allow_pickle=False) as file:
-        rows = dict(file)
+    result = read_json(result_file)
+    rows = read_columns(rows_file)
     if "row_id" not in rows:
         raise ValueError(
             f"{rows_file} has no row_id: {result['model']} was not run on the samples of task ctr or next_item"
@@ -269,8 +268,7 @@ def _add_stacks(models: dict[str, _Model], runs: Sequence[FinishedRun]) -> list[
     for run in runs:
         if not (run.path / VALID_ROWS_FILE).is_file() or "label" not in run.rows:
             continue
-        with np.load(run.path / VALID_ROWS_FILE, allow_pickle=False) as file:
-            valid = dict(file)
+        valid = read_columns(run.path / VALID_ROWS_FILE)
         own = run.name, valid["model_score"], run.rows["model_score"]
         if "lens_score" in run.rows:
             lens = run.result["names"]["lens"], valid["lens_score"], run.rows["lens_score"]

@@ -11,7 +11,6 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +26,9 @@ from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
 from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, clean, failure_lines
 from recbole_llm.experiment.table import layout
-from recbole_llm.utils.files import write_atomically, write_json
+from recbole_llm.utils.files import read_json, write_atomically, write_json
 from recbole_llm.utils.run_files import RESULT_FILE
+from recbole_llm.utils.text_output import spreadsheet_text
 
 NAME = "compare"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -77,7 +77,7 @@ def report(folder: Path, failed: Sequence[Mapping[str, Any]] = ()) -> dict[str, 
 
 def _planned(folder: Path) -> tuple[list[FinishedRun], list[Mapping[str, Any]], dict[str, Any]]:
     """Finished runs, failed ones, and options, of the folder of a comparison."""
-    plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    plan = read_json(folder / PLAN_FILE)
     reasons = {(entry["name"], entry["seed"]): entry for entry in plan["failed"]}
     runs, failed = [], []
     for entry in plan["runs"]:
@@ -275,15 +275,8 @@ def _gates(gates: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _csv(text: str) -> str:
-    """Spreadsheets run cells that begin like a formula; an apostrophe makes them text, numbers stay."""
-    text = clean(text, lines=True)  # csv leaves a lone \r unquoted and then cannot read it; nothing reads NUL
-    if not text.lstrip().startswith(("=", "+", "-", "@")):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text
+    # csv leaves a lone \r unquoted and then cannot read it; nothing reads NUL
+    return spreadsheet_text(clean(text, lines=True))
 
 
 def _markdown(text: Any) -> str:

@@ -15,7 +15,7 @@ from recbole_llm.comparison.workers import side_by_side
 from recbole_llm.config.configurator import Config
 from recbole_llm.experiment.assembly import lasting_configuration
 from recbole_llm.experiment.run import run_one
-from recbole_llm.utils.files import write_json
+from recbole_llm.utils.files import read_json, write_json
 from recbole_llm.utils.run_files import LAST_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def check_folder(plan: Plan) -> None:
     """
     file = plan.folder / PLAN_FILE
     if file.is_file():
-        made_by = json.loads(file.read_text(encoding="utf-8"))["version"]
+        made_by = read_json(file)["version"]
         if made_by != recbole_llm.__version__:
             raise ValueError(
                 f"{plan.folder} was made by recbole_llm {made_by}, this is {recbole_llm.__version__}: choose another "
@@ -37,7 +37,7 @@ def check_folder(plan: Plan) -> None:
             )
     for run in plan.runs:
         if run.finished:
-            there = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))["config"]
+            there = read_json(run.folder / RESULT_FILE)["config"]
             here = json.loads(json.dumps(lasting_configuration(run.config)))
             if "few_shot" not in run.config.origins:  # a default is reduced to the size of the data
                 here.pop("few_shot", None)

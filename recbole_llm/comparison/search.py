@@ -15,7 +15,6 @@ read.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import zlib
@@ -29,7 +28,7 @@ from sklearn.model_selection import ParameterGrid, ParameterSampler
 from recbole_llm.comparison.plan import Plan, PlannedRun, plan_run
 from recbole_llm.comparison.running import run_all
 from recbole_llm.config.command_line import parse_model, parse_value, slug
-from recbole_llm.utils.files import write_json
+from recbole_llm.utils.files import read_json, write_json
 from recbole_llm.utils.names import nearest
 from recbole_llm.utils.run_files import RESULT_FILE
 
@@ -37,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 SEARCH_FILE = "search.json"
 FOLDER = "search"
+LARGEST_LOG = 700.0
+"""Of a loguniform bound: its exponential is still a number."""
+MOST_STEPS = 100_000
+"""Of a quniform parameter."""
 KINDS = {"choice": None, "uniform": 2, "loguniform": 2, "quniform": 3}
 """Kinds of a line, and how many numbers each needs."""
 Space = dict[str, Any]
@@ -52,8 +55,12 @@ def read_space(file: Path) -> Space:
     """
     if not file.is_file():
         raise FileNotFoundError(f"search: there is no file {file}")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
     space: Space = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         text = line.split("#", 1)[0].strip()
         if not text:
             continue
@@ -76,6 +83,12 @@ def read_space(file: Path) -> Space:
         if len(numbers) != KINDS[kind] or numbers[0] > numbers[1] or (kind == "quniform" and numbers[2] <= 0):
             form = "low,high,step" if kind == "quniform" else "low,high"
             raise ValueError(f"{where}: {kind} needs numbers {form}")
+        if not all(map(math.isfinite, numbers)) or (
+            kind == "loguniform" and max(map(abs, numbers)) > LARGEST_LOG
+        ):
+            raise ValueError(f"{where}: these numbers are too large (loguniform takes natural logarithms)")
+        if kind == "quniform" and (numbers[1] - numbers[0]) / numbers[2] > MOST_STEPS:
+            raise ValueError(f"{where}: there are more than {MOST_STEPS:,} steps between low and high")
         space[key] = _distribution(kind, *numbers)
         if isinstance(space[key], list) and not space[key]:
             raise ValueError(f"{where}: there is no multiple of the step between low and high")
@@ -173,8 +186,9 @@ def search(plan: Plan) -> dict[str, dict[str, Any]]:
         for values, run in zip(settings, runs, strict=True):
             entry: dict[str, Any] = {"values": values, "folder": str(run.folder.relative_to(plan.folder))}
             if run.finished:
-                result = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
-                entry["valid"] = result["metrics"]["valid"][first["valid_metric"].lower()]
+                result = read_json(run.folder / RESULT_FILE)
+                metric = result.get("topk", first)["valid_metric"]  # where the catalogue is smaller than topk
+                entry["valid"] = result["metrics"]["valid"][metric.lower()]
             else:
                 entry["error"] = failed.get(run.text, "has no result")
             tried.append(entry)

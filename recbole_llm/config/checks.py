@@ -6,12 +6,15 @@ fill in values that others determine. `check_llm` and `check_conventional` run t
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType, ModelType
+from torch.nn.utils.clip_grad import clip_grad_norm_
 
 from recbole_llm.config.keys import ANY, KEYS
 from recbole_llm.config.layout import check_stream
@@ -123,6 +126,20 @@ def check_valid_metric(v: Values, metrics: list[str]) -> None:
         raise ValueError(f"{v.said('valid_metric')} must name one of {v.said('topk')}, e.g. {name}@{topk[0]}")
     if at and not at_k:
         raise ValueError(f"{v.said('valid_metric')}: {name} has no @k")
+
+
+def check_training(v: Values) -> None:
+    """What RecBole looks at when it trains, after the lens: a package that is missing, names of arguments."""
+    if v.final.get("log_wandb") and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"{v.said('log_wandb')} needs the package wandb, which is not installed: pip install wandb, or leave it out"
+        )
+    clip = v.final.get("clip_grad_norm") or {}
+    known = set(inspect.signature(clip_grad_norm_).parameters) - {"parameters"}
+    if clip and ("max_norm" not in clip or not set(clip) <= known):
+        raise ValueError(
+            f"{v.said('clip_grad_norm')} must hold max_norm, and may hold {', '.join(sorted(known - {'max_norm'}))}"
+        )
 
 
 def check_cuda(v: Values) -> None:

@@ -27,6 +27,7 @@ from recbole_llm.config.checks import (
     check_conventional,
     check_cuda,
     check_llm,
+    check_training,
     resolve_eval_mode,
     resolve_history_length,
     resolve_metrics,
@@ -244,6 +245,7 @@ class Config(RecBoleConfig):
         check_values(final, self.origins, self.spec.keys)
         values = self._values()
         resolve_history_length(values)
+        check_training(values)
         if self.spec.is_llm:
             check_llm(values)
         elif self.spec.family == "conventional":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.utils.fields import ROW_ID
-from recbole_llm.utils.files import write_atomically
+from recbole_llm.utils.files import DAMAGED, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +137,9 @@ class CandidateSet:
             with np.load(path, allow_pickle=False) as file:
                 found = cls(*(file[name].astype(np.int64) for name in ("row_ids", "items", "targets")))
                 intact = str(file["sha256"]) == found.sha256
-        except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        except FileNotFoundError:
+            raise
+        except DAMAGED as error:
             raise ValueError(f"{path} is damaged or no file of candidates ({error}); delete it") from error
         if not intact:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one it was saved with; delete it")
@@ -227,8 +228,14 @@ def draw_candidates(
         name = _digest(row_ids, targets, starts, stops, rows.history.item_ids, *extra, settings=settings)
         path = Path(cache_dir) / "candidates" / f"{name}.npz"
         if path.is_file():
-            logger.info("candidates of %s samples (%s, %s) from %s", f"{len(rows):,}", purpose, kind, path)
-            return CandidateSet.load(path)
+            try:
+                found = CandidateSet.load(path)
+                logger.info(
+                    "candidates of %s samples (%s, %s) from %s", f"{len(rows):,}", purpose, kind, path
+                )
+                return found
+            except ValueError as error:
+                logger.warning("candidates are drawn again: %s", error)
 
     keys = _row_keys(seed, purpose, row_ids)
     items = np.empty((len(row_ids), 1 + num_negatives), dtype=np.int64)
@@ -264,6 +271,34 @@ def draw_candidates(
     if path is not None:
         found.save(path)
     return found
+
+
+def most_negatives(rows: HistoryDataset, drawable: np.ndarray, wanted: int) -> tuple[int, int | None]:
+    """How many negatives each of the samples can have, at most ``wanted``.
+
+    Args:
+        rows: a dataset of samples.
+        drawable: which items may be negatives, a mask ``[n_items]``.
+        wanted: samples that can have so many are not looked at closely.
+
+    Returns:
+        The number, and the internal id of the user that has the fewest; ``None`` if all can have ``wanted``.
+    """
+    feat = rows.inter_feat
+    users, targets, ends = (
+        feat[field].numpy().astype(np.int64) for field in (rows.uid_field, rows.iid_field, HISTORY_END)
+    )
+    starts, stops = rows.history.bounds(users, ends)
+    few = np.flatnonzero(drawable.sum() - (stops - starts) - 1 < wanted)  # histories may repeat their items
+    most, user = wanted, None
+    size = max(1, CELLS // rows.item_num)
+    for first in range(0, len(few), size):
+        part = few[first : first + size]
+        taken = _taken(starts[part], stops[part], targets[part], rows.history.item_ids, rows.item_num)
+        left = (drawable & ~taken).sum(axis=1)
+        if left.min() < most:
+            most, user = int(left.min()), int(users[part[left.argmin()]])
+    return most, user
 
 
 class CandidateDataLoader(AbstractDataLoader):
@@ -324,9 +359,14 @@ class RankedItemsDataLoader(FullSortEvalDataLoader):
     The Trainer sets scores at ``excluded``, a pair of indices into ``[B, n_items]``, to -inf.
     """
 
+    # RecBole's class ranks once per user where the model is not sequential, and sets this by the model.
+    is_sequential = property(lambda self: True, lambda self, value: None)
+
     def __init__(self, config, dataset: HistoryDataset) -> None:
         self._excluded = torch.from_numpy(np.flatnonzero(~dataset.ranked_items))
-        super().__init__(config, dataset, None, shuffle=False)
+        self.uid_field, self.iid_field = dataset.uid_field, dataset.iid_field
+        self.sample_size = len(dataset)
+        super(FullSortEvalDataLoader, self).__init__(config, dataset, None, shuffle=False)
 
     def collate_fn(self, index: list[int]) -> tuple[Interaction, tuple[Tensor, Tensor], Tensor, Tensor]:
         """The batch of the samples at ``index``."""

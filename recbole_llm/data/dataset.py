@@ -421,14 +421,20 @@ class HistoryDataset(AtomicDataset):
         ranked[0] = False
         return ranked
 
+    def note_negatives(self, found: Mapping[str, Any]) -> None:
+        """Keep for :meth:`facts` that samples have fewer negatives than asked for: asked, used and reason."""
+        self._shared["negatives"] = dict(found)
+
     def facts(self) -> dict[str, dict]:
-        """What a result says of the data: interactions by fate, and the items that were ranked."""
+        """What a result says of the data: interactions by fate, the items that were ranked, and missing negatives."""
+        drawn_by_recbole = str(setting(self.config, "eval_mode", "candidates"))[:3] in ("uni", "pop")
         return {
             "data": {"interactions": self.n_read, "dropped": self.dropped, "unmatched": self.unmatched},
             "candidate_items": {
-                "which": setting(self.config, "candidate_items", "seen"),
-                "items": int(self.ranked_items.sum()),
+                "which": "all" if drawn_by_recbole else setting(self.config, "candidate_items", "seen"),
+                "items": self.item_num - 1 if drawn_by_recbole else int(self.ranked_items.sum()),
                 "catalogue": self.item_num - 1,
+                **({"negatives": self._shared["negatives"]} if "negatives" in self._shared else {}),
             },
         }
 

@@ -20,7 +20,7 @@ from recbole_llm.config.configurator import Config
 from recbole_llm.config.keys import VOLATILE_KEYS
 from recbole_llm.data.candidates import CandidateSet
 from recbole_llm.experiment.result import Ingredients
-from recbole_llm.utils.files import locked, write_atomically, write_json
+from recbole_llm.utils.files import load_array, locked, save_array, write_json
 from recbole_llm.utils.run_files import CONFIG_FILE
 
 
@@ -29,6 +29,7 @@ class Assembly:
     """The data, the model and RecBole's loaders of one run.
 
     Attributes:
+        trainer_config: what the trainer evaluates with: ``topk`` reaches no further than the catalogue.
         train, valid, test: the samples that the model is trained and evaluated on (after ``few_shot``,
             ``mixed_training`` and ``eval_rows``); ``sizes`` has their numbers before and after.
         full_train: all training samples.
@@ -39,6 +40,7 @@ class Assembly:
     """
 
     config: Config
+    trainer_config: Config
     dataset: Dataset
     train: Dataset
     valid: Dataset
@@ -135,8 +137,8 @@ def item_vectors(backbone: Backbone, tokens: list[np.ndarray], cache_dir: Path) 
         digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
     path = cache_dir / "item_vectors" / f"{digest.hexdigest()[:32]}.npy"
     with locked(path):
-        if path.is_file():
-            return np.load(path, allow_pickle=False)
+        if (kept := load_array(path)) is not None:
+            return kept
         vectors = mean_pooled_vectors(backbone.model, tokens)
-        write_atomically(path, lambda file: np.save(file, vectors))
+        save_array(path, vectors)
     return vectors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.result import Cost, Evaluation, build_result
+from recbole_llm.experiment.splits import ranked_items
 from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import write_atomically
 from recbole_llm.utils.run_files import VALID_ROWS_FILE
@@ -44,6 +46,8 @@ class Experiment(ABC):
     parts: Assembly
     trainer: Trainer
     keeps_rows: bool = True
+    reads_best: bool = True
+    """Whether the test reads the best epoch from the trainer's file; if not, the model has it after `fit`."""
 
     def __init__(self, parts: Assembly, trainer: Trainer, folder: Path) -> None:
         self.parts, self.trainer, self.folder = parts, trainer, folder
@@ -93,7 +97,9 @@ class Experiment(ABC):
         if self.config["read_test"]:
             with stage(self.parts.seconds, "test"):
                 self.test = self.trainer.evaluate(
-                    self.parts.test_data, load_best_model=True, show_progress=self.config["show_progress"]
+                    self.parts.test_data,
+                    load_best_model=self.reads_best,
+                    show_progress=self.config["show_progress"],
                 )
             if self.keeps_rows:
                 self.rows = self._columns("test")
@@ -138,11 +144,25 @@ class Experiment(ABC):
             ),
             self.parts.ingredients,
             self.cost(),
-            facts_of_data(self.parts.dataset) | self.extra(),
+            facts_of_data(self.parts.dataset) | self._facts_of_topk() | self.extra(),
         )
+
+    def _facts_of_topk(self) -> dict[str, Any]:
+        """The cut-offs, where the catalogue is smaller than those asked for."""
+        asked, used = self.config, self.parts.trainer_config
+        if asked["topk"] == used["topk"]:
+            return {}
+        return {"topk": {"asked": asked["topk"], "used": used["topk"], "valid_metric": used["valid_metric"]}}
 
     def clean_up(self) -> None:  # noqa: B027 - most runs have nothing to remove
         """Remove what only an unfinished run needs."""
+
+    def close(self) -> None:
+        """Close what RecBole's trainer leaves open for each run: a file and a thread of TensorBoard."""
+        writer = getattr(self.trainer, "tensorboard", None)
+        if writer is not None:
+            with suppress(OSError):  # a full disk: the error that ended the run is the one to show
+                writer.close()
 
     @abstractmethod
     def counts(self) -> dict[str, int | None]:
@@ -155,11 +175,6 @@ class Experiment(ABC):
     @abstractmethod
     def extra(self) -> dict[str, Any]:
         """Keys of the result that only this kind of model has."""
-
-
-def ranked_items(dataset: Dataset) -> int:
-    """Number of items that targets may be ranked among: those of ``candidate_items``, else all."""
-    return int(dataset.ranked_items.sum()) if isinstance(dataset, HistoryDataset) else dataset.item_num - 1
 
 
 def facts_of_data(dataset: Dataset) -> dict[str, Any]:

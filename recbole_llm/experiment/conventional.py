@@ -28,7 +28,7 @@ from recbole_llm.config.model_spec import class_for, spec_of
 from recbole_llm.data.candidates import CandidateSet
 from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HistoryDataset
-from recbole_llm.data.prompts.lines import item_token_ids
+from recbole_llm.data.prompts.lines import item_token_ids, sha256_of
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.experiment.assembly import (
     Assembly,
@@ -44,8 +44,10 @@ from recbole_llm.experiment.splits import (
     Splits,
     draw_candidate_sets,
     eval_loader,
+    possible_negatives,
     set_id_retrieval,
     split,
+    with_possible_topk,
 )
 from recbole_llm.trainer.checkpoint import check_origin, load_checkpoint
 from recbole_llm.trainer.conventional_trainer import EpochTraining
@@ -54,13 +56,16 @@ from recbole_llm.utils.timing import stage
 
 logger = logging.getLogger(__name__)
 
+RESUMED = ("configuration", "data", "titles")
+"""What an interrupted training must have in common with its continuation, by the names of its identities."""
+
 
 class ConventionalExperiment(Experiment):
     """Training and evaluation by RecBole's own trainer."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         parts = self.assemble(config)
-        config = config.override(checkpoint_dir=str(folder))  # where RecBole's trainer saves
+        config = parts.trainer_config.override(checkpoint_dir=str(folder))  # where RecBole's trainer saves
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, parts.model)
         trainer.eval_collector = RowCollector(config)  # RecBole's fails on metrics that read counts
         super().__init__(parts, trainer, folder)
@@ -76,7 +81,7 @@ class ConventionalExperiment(Experiment):
             trainer,
             parts.train_data,
             folder / LAST_FILE,
-            {name: parts.identities[name] for name in ("configuration", "data")},
+            {name: parts.identities[name] for name in RESUMED if name in parts.identities},
             how_to_resume=f"repeat the command with --resume={folder}",
         )
 
@@ -95,6 +100,7 @@ class ConventionalExperiment(Experiment):
                 self.valid = self.trainer.evaluate(
                     self.parts.valid_data, load_best_model=False, show_progress=show
                 )
+        self.reads_best = self.training.pickles
         self.training.save_best(self.folder / BEST_FILE, self.parts.identities)
 
     def counts(self) -> dict[str, int | None]:
@@ -136,11 +142,12 @@ class ConventionalExperiment(Experiment):
             else:
                 loaders = data_preparation(config, dataset)
                 full_train = loaders[0]._dataset
+        trainer_config = with_possible_topk(config, dataset)
         train, valid, test = (loader._dataset for loader in loaders)
         sizes = {"train": len(train), "valid": len(valid), "test": len(test)} | sizes
         sizes["few_shot"] = len(train) if config["train_rows"] == "few_shot" else None
         with stage(seconds, "item_vectors"):
-            arguments, backbone = llm_arguments(config, dataset)
+            arguments, backbone, texts = llm_arguments(config, dataset)
         model_class = class_for(config.model_class, config["task"])
         spec = spec_of(model_class)
         init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
@@ -156,6 +163,7 @@ class ConventionalExperiment(Experiment):
             give_probabilities(model)
         return Assembly(
             config=config,
+            trainer_config=trainer_config,
             dataset=dataset,
             train=train,
             valid=valid,
@@ -172,6 +180,7 @@ class ConventionalExperiment(Experiment):
                 "data": data_hash(train),
                 "backbone": backbone["sha256"] if backbone else "none",
                 "configuration": configuration_hash(config),
+                **texts,
             },
             ingredients=Ingredients(backbone=backbone),
             seconds=seconds,
@@ -214,7 +223,8 @@ def stored_candidates(config: Config, splits: Splits) -> dict[str, CandidateSet]
             f"negatives: hard are chosen by a lens, and {config['model']} is run without one; set negatives: uniform "
             "or popularity"
         )
-    return draw_candidate_sets(config, {"valid": splits.full_valid, "test": splits.test}, splits.full_train)
+    evaluated = {"valid": splits.full_valid, "test": splits.test}
+    return draw_candidate_sets(config, evaluated, splits.full_train, possible_negatives(config, splits))
 
 
 def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateSet] | None) -> tuple:
@@ -237,18 +247,23 @@ def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateS
     )
 
 
-def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, Any], dict | None]:
+def llm_arguments(
+    config: Config, dataset: Dataset
+) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, str]]:
     """What the class of a built-in conventional model wants of a language model.
 
     The ID history becomes the one that ``id_retrieval`` names, if the class reads that key.
 
     Returns:
-        Arguments of its constructor (``item_vectors``, ``backbone``, or nothing), and the LLM they come from, if any.
+        Arguments of its constructor (``item_vectors``, ``backbone``, or nothing), the LLM they come from, if any, and
+        the identity of the titles, if these were read.
 
     Raises:
         ValueError: if vectors of titles are wanted, and the data has no titles.
     """
-    spec, found = spec_of(config.model_class), {}
+    spec = spec_of(config.model_class)
+    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
 
     @functools.cache
     def language_model() -> Backbone:
@@ -264,6 +279,7 @@ def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, Any], dic
                 "them; name it in text.title"
             )
         backbone = language_model()
+        texts["titles"] = sha256_of(dataset.item_text().descriptions())
         tokens = item_token_ids(dataset.item_text(), backbone.tokenizer)
         return item_vectors(backbone, tokens, cache_folder(config))
 
@@ -274,4 +290,4 @@ def llm_arguments(config: Config, dataset: Dataset) -> tuple[dict[str, Any], dic
         arguments["item_vectors"] = vectors()
     if spec.wants_backbone(config):
         arguments["backbone"] = language_model()
-    return arguments, found or None
+    return arguments, found or None, texts

@@ -57,8 +57,9 @@ def _task_decisions(parts: LLMAssembly) -> list[str]:
                 continue
             lines.append(f"label balance, {name}: {labels.mean():.4f} positive of {len(labels):,}")
         return lines
+    width = parts.candidates["test"].items.shape[1] if parts.candidates else 0
     among = {
-        "candidates": f"{config['num_negatives'] + 1} stored candidates ({config['negatives']})",
+        "candidates": f"{width} stored candidates ({config['negatives']})",
         "full": f"all {parts.dataset.item_num - 1:,} items"
         + (f", of which the LLM ranks the lens's first {config['two_stage']}" if config["two_stage"] else ""),
     }.get(config["eval_mode"], f"RecBole's {config['eval_mode']}, drawn again at every evaluation")

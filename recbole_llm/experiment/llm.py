@@ -37,7 +37,7 @@ class LLMExperiment(Experiment):
     def __init__(self, config: Config, folder: Path) -> None:
         parts = self.assemble(config)
         trainer = LLMTrainer(
-            config,
+            parts.trainer_config,
             parts.model,
             run_folder=folder,
             identities=parts.identities,

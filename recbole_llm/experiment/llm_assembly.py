@@ -34,6 +34,7 @@ from recbole_llm.experiment.assembly import (
     described,
     item_vectors,
 )
+from recbole_llm.experiment.before_training import check_adapter, check_prompts
 from recbole_llm.experiment.result import Ingredients
 from recbole_llm.experiment.splits import (
     Splits,
@@ -41,8 +42,10 @@ from recbole_llm.experiment.splits import (
     eval_loader,
     item_counts,
     newest,
+    possible_negatives,
     prepare_splits,
     set_id_retrieval,
+    with_possible_topk,
 )
 from recbole_llm.lens.fit import fit_lens
 from recbole_llm.lens.lens import Lens
@@ -84,6 +87,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
         lora = read_plain_lora(Path(config["lora_from"]), {key: config[key] for key in SHAPE})
     with stage(seconds, "data"):
         splits = prepare_splits(config)
+        trainer_config = with_possible_topk(config, splits.dataset)
     with stage(seconds, "backbone"):
         backbone = backbone_of(config, splits.dataset.item_texts())
 
@@ -101,21 +105,36 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
             )
             return lens.to(config["device"])
 
+    if lora is not None:
+        lora.check({"data": splits.dataset.content_hash(), "backbone": backbone.sha256}, config["eval_args"])
+    check_adapter(config, backbone)
     candidates = None
     prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts
     if config["task"] == "ctr":
         prompts, lens = _ctr_prompts(config, splits, backbone, train_lens, seconds)
     else:
-        lens = train_lens()
-        with stage(seconds, "candidates"):
-            candidates = draw_candidate_sets(
-                config,
-                {"train": splits.train, "valid": splits.valid, "test": splits.test},
-                splits.full_train,
-                item_scores=lens.score_items if lens else None,
-                scores_identity=lens.identity if lens else None,
-            )
-        prompts = _title_prompts(config, splits, backbone, candidates)
+
+        def draw(lens: Lens | None) -> dict[str, CandidateSet] | None:
+            with stage(seconds, "candidates"):
+                return draw_candidate_sets(
+                    config,
+                    {"train": splits.train, "valid": splits.valid, "test": splits.test},
+                    splits.full_train,
+                    negatives,
+                    item_scores=lens.score_items if lens else None,
+                    scores_identity=lens.identity if lens else None,
+                )
+
+        negatives = possible_negatives(config, splits)
+        if config["negatives"] == "hard":  # chosen by the trained lens
+            lens = train_lens()
+            candidates = draw(lens)
+            prompts = _title_prompts(config, splits, backbone, candidates)
+        else:
+            candidates = draw(None)
+            prompts = _title_prompts(config, splits, backbone, candidates)
+            check_prompts(config, backbone, prompts, splits)
+            lens = train_lens()
 
     train = splits.train.mixed() if config["mixed_training"] else splits.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
@@ -132,11 +151,11 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
         **prompts.identities(),
     } | {f"{name} candidates": found.sha256 for name, found in (candidates or {}).items()}
     if lora is not None:
-        lora.check(identities, config["eval_args"])
         model.adapter.load_lora(lora.tensors)
         identities["lora_from"] = lora.sha256
     return LLMAssembly(
         config=config,
+        trainer_config=trainer_config,
         dataset=splits.dataset,
         train=train,
         valid=splits.valid,
@@ -219,6 +238,7 @@ def _ctr_prompts(
         with stage(seconds, "item_vectors"):
             vectors = item_vectors(backbone, prompts.item_token_ids(), cache_folder(config))
     set_id_retrieval(config, dataset, lambda: vectors)
+    check_prompts(config, backbone, prompts, splits)
     lens = train_lens()
     if config["text_retrieval"] != "recent":
         source = vectors if vectors is not None else cast(Lens, lens).item_vectors().cpu().numpy()

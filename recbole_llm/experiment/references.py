@@ -30,7 +30,7 @@ from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.lens.lens import Lens
 from recbole_llm.trainer.score_cache import KeptScores
 from recbole_llm.utils.fields import ROW_ID
-from recbole_llm.utils.files import locked, write_atomically
+from recbole_llm.utils.files import load_array, locked, save_array
 from recbole_llm.utils.timing import stage
 
 logger = logging.getLogger(__name__)
@@ -209,9 +209,9 @@ def _cached(parts: LLMAssembly, digest, batches: list, score: Callable[[Any], Te
     """What ``score`` gives for all batches, cached by weights and prompts: every run on the same samples needs it."""
     path = cache_folder(parts.config) / "zero_shot" / f"{digest.hexdigest()[:32]}.npy"
     with locked(path):
-        if path.is_file():
+        if (kept_before := load_array(path)) is not None:
             logger.info("zero-shot scores from the cache: %s", path)
-            return np.load(path, allow_pickle=False)
+            return kept_before
         partial_file = path.with_suffix(".safetensors")
         identity = f"{digest.hexdigest()}, {len(batches)} batches"
         every = parts.config["checkpoint_seconds"]
@@ -222,6 +222,6 @@ def _cached(parts: LLMAssembly, digest, batches: list, score: Callable[[Any], Te
             ]
         parts.seconds["zero_shot_test"] = parts.seconds.get("zero_shot_test", 0.0) + kept.seconds_before
         values = torch.cat(found).double().numpy()
-        write_atomically(path, lambda file: np.save(file, values))
+        save_array(path, values)
         partial_file.unlink(missing_ok=True)
     return values

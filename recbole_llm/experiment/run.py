@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from recbole_llm.experiment.base import Experiment
 from recbole_llm.experiment.conventional import ConventionalExperiment
 from recbole_llm.experiment.llm import LLMExperiment
 from recbole_llm.experiment.result import write_result
+from recbole_llm.utils.files import read_json
 from recbole_llm.utils.machine import reset_peak_memory
 from recbole_llm.utils.run_files import RESULT_FILE
 from recbole_llm.utils.text_output import start_log
@@ -49,18 +49,21 @@ def run_one(config: Config, folder: Path) -> dict:
         return {"dry_run": kind.describe(kind.assemble(config, fit=False))}
     # Every kind is made of a configuration; only their common base is made of parts.
     experiment = cast(Callable[[Config, Path], Experiment], kind)(config, folder)
-    write_configuration(folder, experiment.parts)
-    if config["resume"]:
-        experiment.resume()
-    experiment.fit()
-    experiment.evaluate()
-    result = experiment.result()
-    path = write_result(folder, result, experiment.rows)
-    experiment.clean_up()
+    try:
+        write_configuration(folder, experiment.parts)
+        if config["resume"]:
+            experiment.resume()
+        experiment.fit()
+        experiment.evaluate()
+        result = experiment.result()
+        path = write_result(folder, result, experiment.rows)
+        experiment.clean_up()
+    finally:
+        experiment.close()
     return {**result, "path": str(path)}
 
 
 def read_result(folder: Path) -> dict:
     """The result of a finished run, with ``path``."""
     path = folder / RESULT_FILE
-    return {**json.loads(path.read_text(encoding="utf-8")), "path": str(path)}
+    return {**read_json(path), "path": str(path)}

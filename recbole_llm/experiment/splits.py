@@ -9,8 +9,10 @@ from typing import cast
 
 import numpy as np
 from recbole.data.dataloader import AbstractDataLoader, NegSampleEvalDataLoader
+from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.sampler import RepeatableSampler
+from recbole.utils import EvaluatorType
 from torch import Tensor
 
 from recbole_llm.config.configurator import Config
@@ -19,6 +21,7 @@ from recbole_llm.data.candidates import (
     CandidateSet,
     RankedItemsDataLoader,
     draw_candidates,
+    most_negatives,
 )
 from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
@@ -141,10 +144,76 @@ def set_id_retrieval(
 # ---------------------------------------------------------------------- evaluation
 
 
+def possible_negatives(config: Config, splits: Splits) -> int:
+    """``num_negatives``, or as many as every sample of the data can have: one number for all models and samples.
+
+    Where no candidates are stored, that is ``num_negatives``.
+
+    Raises:
+        ValueError: if a sample can have none.
+    """
+    wanted = config["num_negatives"]
+    if config["task"] != "next_item" or config["eval_mode"] != "candidates":
+        return wanted
+    drawable = splits.dataset.ranked_items
+    if config["negatives"] == "popularity":
+        drawable = drawable & (item_counts(splits.full_train) > 0)
+    found = [
+        most_negatives(samples, drawable, wanted)
+        for samples in (splits.full_train, splits.full_valid, splits.full_test)
+    ]
+    most, user = min(found, key=lambda pair: pair[0])
+    if user is None:
+        return wanted
+    dataset = splits.dataset
+    why = (
+        f"of the {int(drawable.sum()):,} items that may be drawn, user {dataset.id2token(dataset.uid_field, user)} "
+        f"has met all but {most}"
+    )
+    if not most:
+        raise ValueError(
+            f"candidates of {dataset.dataset_name}: {why}, so nothing is left to rank the target among; set "
+            "eval_mode: full"
+        )
+    logger.warning("num_negatives: %d negatives per sample instead of %d: %s", most, wanted, why)
+    dataset.note_negatives({"asked": wanted, "used": most, "reason": why})
+    return most
+
+
+def with_possible_topk(config: Config, dataset: Dataset) -> Config:
+    """What a trainer evaluates with: ``topk`` and ``valid_metric`` reach no further than the items.
+
+    Args:
+        config: the run's.
+        dataset: a built dataset.
+    """
+    if config["eval_type"] != EvaluatorType.RANKING:
+        return config
+    most = ranked_items(dataset)
+    asked = config["topk"] if isinstance(config["topk"], list) else [config["topk"]]
+    used = list(dict.fromkeys(min(k, most) for k in asked))
+    if used == asked:
+        return config
+    name, at, k = config["valid_metric"].partition("@")
+    metric = f"{name}@{min(int(k), most)}" if at else name
+    logger.warning(
+        "topk: %s becomes %s, as %s has %d items to rank%s",
+        asked, used, dataset.dataset_name, most,
+        f"; valid_metric: {metric}" if metric != config["valid_metric"] else "",
+    )  # fmt: skip
+    return config.override(topk=used, valid_metric=metric)
+
+
+def ranked_items(dataset: Dataset) -> int:
+    """Number of items that targets may be ranked among: those of ``candidate_items``, else all."""
+    return int(dataset.ranked_items.sum()) if isinstance(dataset, HistoryDataset) else dataset.item_num - 1
+
+
 def draw_candidate_sets(
     config: Config,
-    splits: dict[str, HistoryDataset],
+    evaluated: dict[str, HistoryDataset],
     full_train: HistoryDataset,
+    num_negatives: int,
     *,
     item_scores: Callable[[Interaction], Tensor] | None = None,
     scores_identity: str | None = None,
@@ -152,8 +221,9 @@ def draw_candidate_sets(
     """The stored candidates of the samples of each split, or ``None`` where ``eval_mode`` has none.
 
     Args:
-        splits: samples by the name of their split.
+        evaluated: samples by the name of their split.
         full_train: all training samples, whose items are counted.
+        num_negatives: beside the target, as :func:`possible_negatives` gives it.
         item_scores, scores_identity: of a lens, for ``negatives: hard``.
     """
     if config["task"] != "next_item" or config["eval_mode"] != "candidates":
@@ -162,7 +232,7 @@ def draw_candidate_sets(
     return {
         name: draw_candidates(
             samples,
-            num_negatives=config["num_negatives"],
+            num_negatives=num_negatives,
             kind=config["negatives"],
             seed=config["candidate_seed"],
             purpose=name,
@@ -172,7 +242,7 @@ def draw_candidate_sets(
             allowed=samples.ranked_items,
             cache_dir=cache_folder(config),
         )
-        for name, samples in splits.items()
+        for name, samples in evaluated.items()
     }
 
 
@@ -191,5 +261,11 @@ def eval_loader(
     if config["eval_mode"] == "full":
         return RankedItemsDataLoader(config, samples)
     distribution = {"uni": "uniform", "pop": "popularity"}[config["eval_mode"][:3]]
+    if not dataset.ranked_items[1:].all():
+        logger.warning(
+            "eval_mode: %s is RecBole's: negatives are drawn from all %s items, %s of which nobody met "
+            "(candidate_items does not apply); eval_mode: candidates leaves those out",
+            config["eval_mode"], f"{dataset.item_num - 1:,}", f"{int((~dataset.ranked_items[1:]).sum()):,}",
+        )  # fmt: skip
     sampler = RepeatableSampler(["valid", "test"], dataset, distribution).set_phase(split)
     return NegSampleEvalDataLoader(config, samples, sampler, shuffle=False)

@@ -66,7 +66,7 @@ def fit_lens(
 
     Raises:
         ValueError: for a lens that cannot be built or cannot have the wanted ``gate_scope``, samples of one
-            class only (``ctr``), no samples or too few items (``next_item``), or ``exclude_rows`` that are not
+            class only (``ctr``), no samples (``next_item``), or ``exclude_rows`` that are not
             training samples.
     """
     name, seed, task = config["lens"], config["seed"], lens_task(config)
@@ -78,7 +78,7 @@ def fit_lens(
         if task == "ctr":
             _check_labels(rows, settings["LABEL_FIELD"], name, split)
         else:
-            _check_items(rows, max(settings["topk"]), name, split)
+            _check_samples(rows, name, split)
 
     with random_state_kept(seed):
         model = build_model(settings, train)
@@ -202,15 +202,10 @@ def _check_labels(rows, label_field: str, name: str, split: str) -> None:
         )
 
 
-def _check_items(rows, topk: int, name: str, split: str) -> None:
+def _check_samples(rows, name: str, split: str) -> None:
     if len(rows) == 0:
         raise ValueError(
             f"lens {name}: there are no {split} samples; check min_history, eval_args and lens_rows"
-        )
-    if rows.item_num - 1 < topk:
-        raise ValueError(
-            f"lens {name}: the dataset has {rows.item_num - 1} items, and a lens of the next-item task is "
-            f"selected by its ranking at {topk}; take lens: ~ or a dataset with at least {topk} items"
         )
 
 

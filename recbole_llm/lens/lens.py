@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recbole_llm.lens.next_item import NextItemSequence
 from recbole_llm.lens.settings import build_model, lens_settings, lens_task
-from recbole_llm.utils.files import write_atomically
+from recbole_llm.utils.files import DAMAGED, write_atomically
 from recbole_llm.utils.random_state import random_state_kept
 
 FORMAT = 1
@@ -140,6 +140,7 @@ class Lens(nn.Module):
             "info": self.info,
             "sha256": hashlib.sha256(content).hexdigest(),
         }
+        description["own sha256"] = _own_hash(description)
         write_atomically(folder / TENSORS, lambda file: file.write(content))
         text = json.dumps(description, indent=2) + "\n"
         write_atomically(folder / DESCRIPTION, lambda file: file.write(text.encode()))
@@ -189,6 +190,11 @@ class Lens(nn.Module):
         ).to(config["device"])
 
 
+def _own_hash(description: dict) -> str:
+    """Hash of a description, which earlier versions have not kept."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     path = folder / DESCRIPTION
     try:
@@ -198,6 +204,8 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         missing = {"name", "identity", "gate_scope", "info", "sha256"} - description.keys()
         if missing:
             raise LensError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+        if description.pop("own sha256", None) not in (None, _own_hash(description)):
+            raise LensError(f"{path} is damaged: its content has not the SHA-256 that it was saved with")
         path = folder / TENSORS
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != description["sha256"]:
@@ -205,5 +213,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         return description, load_tensors(content)
     except FileNotFoundError as error:
         raise LensError(f"no lens at {folder}: {path} is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+    except LensError:
+        raise
+    except (SafetensorError, *DAMAGED) as error:
         raise LensError(f"{path} is damaged: {error}") from error

@@ -107,6 +107,10 @@ def lens_settings(config, dataset):
     fixed = _FIXED | _FIXED_BY_TASK[task]
     # In the next-item task the model is RecBole's own, which knows no ratings.
     ratings = task == "ctr" and bool(config["lens_ratings"]) and dataset.history.ratings is not None
+    if task == "next_item":
+        most = dataset.item_num - 1  # where there are fewer items than cut-offs, the last one is all of them
+        fixed = {**fixed, "topk": sorted({min(k, most) for k in fixed["topk"]})}
+        fixed["valid_metric"] = f"NDCG@{max(fixed['topk'])}"
     values = {
         **keys,
         **fixed,

@@ -36,7 +36,7 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from recbole_llm.backbone.answers import answer_logits, answer_token_ids, pad_right
+from recbole_llm.backbone.answers import answer_logits, pad_right
 from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.model.base import LLMRecommender, MicroBatch
 from recbole_llm.model.slots import build_projector, fill_slots
@@ -108,7 +108,7 @@ class AnswerCTR(LLMRecommender):
 
     def read_answers(self, tokenizer) -> list[int]:
         """The token that each answer begins with."""
-        return answer_token_ids(tokenizer, self.prompts.answer_words, behind=self.prompts.before_answer)
+        return self.prompts.answer_ids
 
     def own_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """With ``lens_residual`` its three scalars, group ``residual``; with slots their MLPs, group ``projector``."""

@@ -18,6 +18,7 @@ from recbole_llm.serving.merge import PROMPTS, merge_runs
 from recbole_llm.serving.recommend import recommend
 from recbole_llm.serving.run import ServedRun
 from recbole_llm.serving.score import score
+from recbole_llm.utils.text_output import spreadsheet_text
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ def _show(table: pd.DataFrame, args: argparse.Namespace) -> int:
 def rendered(table: pd.DataFrame, form: str) -> str:
     """A table as text: ``table`` for reading, ``csv``, or ``json`` with one object per line."""
     if form == "csv":
+        if "title" in table:
+            table = table.assign(title=table["title"].map(spreadsheet_text))
         return table.to_csv(index=False).rstrip("\n")
     if form == "json":
         rows = table.astype(object).where(table.notna(), None).to_dict("records")

@@ -12,7 +12,6 @@ With a fixed gate every adapter here is a plain LoRA ``W0 + s B' A'``. Which LoR
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from recbole_llm.adapter.export import write_plain_lora
 from recbole_llm.adapter.merge import PlainLora, applied, padded
 from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.serving.run import ServedRun, report_unknown
-from recbole_llm.utils.files import write_json
+from recbole_llm.utils.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +333,7 @@ def unpack(index: str | Path, name: str, folder: str | Path) -> None:
         ValueError: if the index has no such adapter.
     """
     index = Path(index)
-    content = json.loads(index.read_text(encoding="utf-8"))
+    content = read_json(index)
     if name not in content["adapters"]:
         raise ValueError(f"{index} has no adapter {name}")
     pairs: dict[str, list[Tensor]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -33,7 +31,7 @@ from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.serving.export import DESCRIPTION, engine_rank, scores_with
 from recbole_llm.serving.run import ServedRun
 from recbole_llm.trainer.checkpoint import load_checkpoint
-from recbole_llm.utils.files import write_json
+from recbole_llm.utils.files import read_json, read_tensors, write_json
 from recbole_llm.utils.run_files import BEST_FILE, CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -86,7 +84,7 @@ def read_lora(folder: str | Path) -> Source:
     """
     folder = Path(folder)
     if (folder / BEST_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE)
         tensors, meta = load_checkpoint(folder / BEST_FILE)
         pairs = _pairs({n.removeprefix("adapter."): t for n, t in tensors.items()}, ".lora_A", ".lora_B")
         if not pairs:
@@ -103,12 +101,12 @@ def read_lora(folder: str | Path) -> Source:
     path = folder / "adapter_config.json"
     if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder} is neither a finished run nor a PEFT folder")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     facts = folder / DESCRIPTION
     if not facts.is_file():
         raise ValueError(f"{folder} does not say which base model it belongs to: it has no {DESCRIPTION}")
-    about = json.loads(facts.read_text(encoding="utf-8"))
-    tensors = load_file(folder / "adapter_model.safetensors")
+    about = read_json(facts)
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     named = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     pairs = _pairs(named, ".lora_A.weight", ".lora_B.weight")
     lora = PlainLora(pairs, config["lora_alpha"] / config["r"], about["base_model"]["sha256"], str(folder))

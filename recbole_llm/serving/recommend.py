@@ -134,7 +134,7 @@ def choose(
         items = np.sort(np.concatenate([known[order[:retrieve]], new]))
     elif len(items) > 10 * top and run.config.spec.is_llm and run.config["task"] == "ctr":
         logger.info("%d prompts for one user; retrieve or candidates would need fewer", len(items))
-    listed = run.lists_candidates and 0 < len(items) <= run.config["num_negatives"] + 1
+    listed = run.lists_candidates and 0 < len(items) <= run.listed_candidates
     return Choice(user, items, rest, listed)
 
 

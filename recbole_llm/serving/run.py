@@ -137,7 +137,7 @@ class ServedRun:
         if not isinstance(self.model, TitleRanker):
             return RETRIEVED
         if self.lists_candidates:
-            return self.config["num_negatives"] + 1
+            return self.listed_candidates
         return self.config["two_stage"] or None
 
     @property
@@ -145,6 +145,12 @@ class ServedRun:
         """The prompts of a title ranker, else ``None``."""
         prompts = self.parts.prompts if isinstance(self.parts, LLMAssembly) else None
         return prompts if isinstance(prompts, TitlePromptBuilder) else None
+
+    @property
+    def listed_candidates(self) -> int:
+        """How many candidates its prompts list."""
+        sets = self.parts.candidates
+        return next(iter(sets.values())).items.shape[1] if sets else self.config["num_negatives"] + 1
 
     @property
     def lists_candidates(self) -> bool:

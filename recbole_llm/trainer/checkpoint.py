@@ -12,6 +12,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+from recbole_llm.utils.files import DAMAGED, not_written
+from recbole_llm.utils.hashing import hash_tensors
+
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Format 1 has no hash of its content."""
 
 
 class CheckpointError(ValueError):
@@ -29,11 +35,31 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Write ``tensors`` and ``meta`` (json-able) to ``path`` atomically."""
-    header = {"recbole_llm": json.dumps({"format": FORMAT, **meta})}
+    """Write ``tensors`` and ``meta`` (json-able) to ``path`` atomically, with a hash of both.
+
+    Raises:
+        OSError: naming the file, if it cannot be written; an earlier one is intact.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = {"format": FORMAT, **meta}
+    header = {"recbole_llm": json.dumps({**content, "sha256": _content_hash(held, content)})}
     temporary = path.with_name(path.name + ".partial")
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, str(temporary), metadata=header)
-    os.replace(temporary, path)
+    try:
+        save_file(held, str(temporary), metadata=header)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _content_hash(tensors: dict[str, Tensor], content: dict) -> str:
+    """Hash of everything in a checkpoint, so that a single wrong bit is found."""
+    shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in sorted(tensors.items())}
+    return hash_tensors(tensors, json.dumps([content, shapes], sort_keys=True))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -48,16 +74,19 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get("recbole_llm")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+        meta = json.loads(header) if header is not None else None
+    except (SafetensorError, RecursionError, *DAMAGED) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if header is None:
+    if not isinstance(meta, dict):
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of recbole_llm")
-    meta = json.loads(header)
-    if meta["format"] != FORMAT:
+    if meta.get("format") not in READABLE:
         raise CheckpointError(
-            f"{path} has checkpoint format {meta['format']}, this version reads format {FORMAT}; "
+            f"{path} has checkpoint format {meta.get('format')}, this version reads format {FORMAT}; "
             f"it was written by recbole_llm {meta.get('version', '?')}"
         )
+    digest = meta.pop("sha256", None)
+    if meta["format"] > 1 and digest != _content_hash(tensors, meta):
+        raise CheckpointError(f"{path} is damaged: its content has not the SHA-256 that it was saved with")
     return tensors, meta
 
 

@@ -69,6 +69,16 @@ class EpochTraining:
     _finished: bool = False
 
     @property
+    def pickles(self) -> bool:
+        """Whether RecBole's own ``torch.save`` keeps the best epoch: of trainers and models with more state."""
+        return type(self.trainer) is not Trainer or bool(self.trainer.model.other_parameter())
+
+    def _save_best_epoch(self, epoch: int, verbose: bool = True, **_: object) -> None:
+        """In place of RecBole's ``_save_checkpoint``, which pickles: the weights alone, written whole or not at all."""
+        meta = {"version": recbole_llm.__version__, "epoch": epoch}
+        save_checkpoint(Path(self.trainer.saved_model_file), model_tensors(self.trainer.model), meta)
+
+    @property
     def can_be_kept(self) -> bool:
         """Not where a model or a trainer has a state besides parameters, buffers and one optimizer."""
         return (
@@ -88,6 +98,10 @@ class EpochTraining:
             self.trainer.eval_collector.data_collect(self.train_data)  # what else RecBole's fit does
             return
         self._started = time.monotonic() - self.seconds
+        if not self.pickles:
+            self.trainer._save_checkpoint = self._save_best_epoch
+            file = Path(self.trainer.saved_model_file).with_suffix(".safetensors")
+            self.trainer.saved_model_file = str(file)
         callback = {"callback_fn": self._after_validation} if self.keep_best or self.can_be_kept else {}
         try:
             _, valid = self.trainer.fit(
@@ -136,16 +150,14 @@ class EpochTraining:
         model = self.trainer.model
         if self.trainer.config["MODEL_TYPE"] == ModelType.DECISIONTREE:
             return
-        best = load_recbole_checkpoint(self.trainer.saved_model_file, map_location=self.trainer.device)
-        model.load_state_dict(best["state_dict"])
-        model.load_other_parameter(best["other_parameter"])
-        parts = {
-            "model": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-            "other": {n: value for n, value in model.other_parameter().items() if isinstance(value, Tensor)},
-        }
-        save_checkpoint(
-            file, joined(parts), {"version": recbole_llm.__version__, "identities": dict(identities)}
-        )
+        if self.pickles:
+            best = load_recbole_checkpoint(self.trainer.saved_model_file, map_location=self.trainer.device)
+            model.load_state_dict(best["state_dict"])
+            model.load_other_parameter(best["other_parameter"])
+        else:
+            self.load_best(model, load_checkpoint(Path(self.trainer.saved_model_file))[0])
+        meta = {"version": recbole_llm.__version__, "identities": dict(identities)}
+        save_checkpoint(file, model_tensors(model), meta)
 
     @staticmethod
     def load_best(model: AbstractRecommender, tensors: Mapping[str, Tensor]) -> None:
@@ -187,3 +199,9 @@ class EpochTraining:
             "seconds": time.monotonic() - self._started,
         }
         save_checkpoint(self.file, joined(parts), meta)
+
+
+def model_tensors(model: AbstractRecommender) -> dict[str, Tensor]:
+    """All tensors of a model by name: its weights (``model/``), and those that RecBole calls other parameters."""
+    others = {name: value for name, value in model.other_parameter().items() if isinstance(value, Tensor)}
+    return joined({"model": {name: t.clone() for name, t in model.state_dict().items()}, "other": others})

@@ -7,7 +7,6 @@ only while that run is trained.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from recbole_llm.trainer.checkpoint import CheckpointError, load_checkpoint
+from recbole_llm.utils.files import read_json
 from recbole_llm.utils.hashing import hash_tensors
 from recbole_llm.utils.run_files import BEST_FILE, CONFIG_FILE, RESULT_FILE
 
@@ -86,7 +86,7 @@ def read_plain_lora(folder: Path, shape: Mapping[str, Any]) -> PlainLora:
     for name in (CONFIG_FILE, RESULT_FILE, BEST_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"lora_from: {folder} is no finished run of recbole_llm: it has no {name}")
-    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    saved = read_json(folder / CONFIG_FILE)
     if saved.get("mixer") != "identity":
         raise CheckpointError(
             f"lora_from: {folder} is a {saved['model']} with mixer={saved.get('mixer')}; a plain LoRA (mixer: "

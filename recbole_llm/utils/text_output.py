@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from recbole.utils import init_logger
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a formula begins with in a spreadsheet; the last four are the same signs in full width."""
 
 
 def write_any_text(streams: Iterable[Any]) -> None:
@@ -21,8 +26,36 @@ def write_any_text(streams: Iterable[Any]) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def spreadsheet_text(text: str) -> str:
+    """A text for a cell of a csv file: spreadsheets run what begins like a formula, an apostrophe makes it text.
+
+    >>> spreadsheet_text("=1+1"), spreadsheet_text("-1.5"), spreadsheet_text("Alien")
+    ("'=1+1", '-1.5', 'Alien')
+    """
+    if not text.lstrip().startswith(FORMULA_STARTS):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
 def start_log(config: Any) -> None:
     """RecBole's ``init_logger``, with handlers that can write any text."""
     init_logger(config)
-    handlers = logging.getLogger().handlers
-    write_any_text(handler.stream for handler in handlers if isinstance(handler, logging.StreamHandler))
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
+    write_any_text(handler.stream for handler in handlers)
+    for handler in handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = functools.partial(_stop_log, handler)
+
+
+def _stop_log(handler: logging.FileHandler, record: logging.LogRecord) -> None:
+    """Say once that the log file cannot be written; logging itself prints a traceback for every line."""
+    handler.handleError = lambda record: None
+    why = sys.exc_info()[1]
+    print(
+        f"the log file {handler.baseFilename} cannot be written ({why}): no more is logged there",
+        file=sys.stderr,
+    )

@@ -44,7 +44,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no config file at {path}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # also for dates, bytes, brackets
         raise ValueError(f"config file {path} is not valid YAML: {error}") from error
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"config file {path} must hold 'key: value' lines, not a {type(content).__name__}")

@@ -3,141 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_architectures import CASES, DEFAULT, TOKENIZER, Case, build
 from torch import Tensor
 
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.personalized import PersonalizedAdapter, attach_adapter
 from recbole_llm.adapter.targets import LLAMA_PROJECTIONS, resolve_targets
 from recbole_llm.backbone.answers import answer_logits, answer_token_ids, mean_pooled_vectors, pad_right
-from recbole_llm.backbone.tiny import tiny_tokenizer
 from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
 from recbole_llm.utils.causal_lm import check_length, decoder_layers, layer_sizes, position_limit, projections
 
-TOKENIZER = tiny_tokenizer(None, (" Yes", " No"), 1024)
-SPECIAL = {
-    "vocab_size": len(TOKENIZER),
-    "bos_token_id": TOKENIZER.bos_token_id,
-    "eos_token_id": TOKENIZER.eos_token_id,
-    "pad_token_id": TOKENIZER.pad_token_id,
-    "initializer_range": 0.2,  # ten times the usual one: answers visibly depend on the prompt
-}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = {
-    **SPECIAL,
-    **SIZES,
-    "intermediate_size": 48,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-DEFAULT = ["q_proj", "v_proj"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An architecture: how to build it, what the default targets become, its feed-forward width, its positions."""
-
-    build: Callable[[], hf.PreTrainedModel]
-    targets: list[str]
-    intermediate: int = 48
-    positions: int | None = None
-
-
-CASES = {
-    "Llama 2": Case(
-        lambda: hf.LlamaForCausalLM(
-            hf.LlamaConfig(**{**LLAMA, "num_key_value_heads": 4}, tie_word_embeddings=False)
-        ),
-        DEFAULT,
-    ),
-    "Llama 3": Case(
-        lambda: hf.LlamaForCausalLM(
-            hf.LlamaConfig(
-                **LLAMA,
-                rope_parameters={
-                    "rope_type": "llama3",
-                    "rope_theta": 500000.0,
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 32,
-                },
-            )
-        ),
-        DEFAULT,
-    ),
-    "Qwen2": Case(lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**LLAMA, tie_word_embeddings=True)), DEFAULT),
-    "Qwen3": Case(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=16)), DEFAULT, 64),
-    "Gemma 3": Case(
-        lambda: hf.Gemma3ForCausalLM(
-            hf.Gemma3TextConfig(
-                **LLAMA,
-                head_dim=8,
-                query_pre_attn_scalar=8,
-                sliding_window=5,
-                layer_types=["sliding_attention", "full_attention"],
-            )
-        ),
-        DEFAULT,
-    ),
-    "Mistral": Case(lambda: hf.MistralForCausalLM(hf.MistralConfig(**LLAMA, sliding_window=5)), DEFAULT),
-    "Phi-3": Case(lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**LLAMA)), ["qkv_proj"]),
-    "OPT": Case(
-        lambda: hf.OPTForCausalLM(
-            hf.OPTConfig(
-                **SPECIAL,
-                **SIZES,
-                ffn_dim=48,
-                word_embed_proj_dim=16,
-                max_position_embeddings=96,
-                init_std=0.2,
-            )
-        ),
-        DEFAULT,
-        48,
-        96,
-    ),
-    "GPT-2": Case(
-        lambda: hf.GPT2LMHeadModel(
-            hf.GPT2Config(**SPECIAL, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=96)
-        ),
-        ["c_attn"],
-        48,
-        96,
-    ),
-    "GPT-NeoX": Case(
-        lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SPECIAL, **SIZES, intermediate_size=48)),
-        ["query_key_value"],
-    ),
-    "BLOOM": Case(
-        lambda: hf.BloomForCausalLM(hf.BloomConfig(**SPECIAL, hidden_size=32, n_layer=2, n_head=4)),
-        ["query_key_value"],
-        128,
-    ),
-    "Falcon": Case(
-        lambda: hf.FalconForCausalLM(hf.FalconConfig(**SPECIAL, **SIZES, ffn_hidden_size=48)),
-        ["query_key_value"],
-    ),
-    "Falcon with ALiBi": Case(
-        lambda: hf.FalconForCausalLM(hf.FalconConfig(**SPECIAL, **SIZES, ffn_hidden_size=48, alibi=True)),
-        ["query_key_value"],
-    ),
-}
 TITLES = [TOKENIZER.encode(title) for title in (" Heat\n", " Toy Story\n", " Toy Story 2\n", " Toy\n", "\n")]
 TITLES = [np.array(title) for title in TITLES]
-
-
-def build(case: Case, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return case.build().to(dtype).eval()
 
 
 @pytest.fixture(scope="module", params=CASES)

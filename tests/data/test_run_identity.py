@@ -42,3 +42,27 @@ def test_what_changed_is_named(toy_settings, toy_data, tmp_path):
     item.write_text(item.read_text().replace("\tRiver", "\tLake"))
     with pytest.raises(CheckpointError, match="titles"):
         load_data_and_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("model", ["TitleKNN", "MoRec"])
+def test_titles_belong_to_what_is_made_of_their_vectors(model, toy_settings, toy_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    keys = {
+        "task": "next_item",
+        "eval_rows": 8,
+        "bootstrap_samples": 0,
+        "device": "cpu",
+        "data_path": str(data),
+    }
+    keys |= {"epochs": 1, "num_negatives": 3}
+    settings = {**toy_settings, **keys, "output_dir": str(tmp_path / "out")}
+    result = run_recbole_llm(model, "toy", config_dict=settings)
+    folder = Path(result["path"]).parent
+    load_data_and_model(folder, device="cpu")
+    item = data / "toy" / "toy.item"
+    item.write_text(item.read_text().replace("\tRiver", "\tLake"))
+    with pytest.raises(CheckpointError, match="another titles than"):
+        load_data_and_model(folder, device="cpu")
+    with pytest.raises(CheckpointError, match="titles: checkpoint"):
+        run_recbole_llm(model, "toy", config_dict={**settings, "resume": str(folder)})

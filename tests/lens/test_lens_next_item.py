@@ -325,16 +325,20 @@ def test_every_task_has_its_own_defaults() -> None:
     )
 
 
-def test_too_few_rows_or_items_are_an_error(next_item, rows, tmp_path, monkeypatch) -> None:
+def test_too_few_rows_are_an_error(next_item, rows, tmp_path) -> None:
     train, valid, _ = rows
     with pytest.raises(ValueError, match="no validation samples"):
         fit_lens(next_item(), train, valid.subset(np.arange(0)), cache_dir=tmp_path)
     row_ids = train.inter_feat["row_id"].numpy()
     with pytest.raises(ValueError, match="no training samples"):
         fit_lens(next_item(), train, valid, cache_dir=tmp_path, exclude_rows=row_ids)
+
+
+def test_a_lens_of_few_items_is_selected_by_the_rank_among_all_of_them(next_item, rows, monkeypatch) -> None:
+    assert lens_settings(next_item(), rows[0])["topk"] == [1, 5, 10]
     monkeypatch.setattr(NextItemDataset, "item_num", property(lambda self: 10))
-    with pytest.raises(ValueError, match="has 9 items.*at least 10 items"):
-        fit_lens(next_item(), train, valid, cache_dir=tmp_path)
+    settings = lens_settings(next_item(), rows[0])
+    assert (settings["topk"], settings["valid_metric"]) == ([1, 5, 9], "NDCG@9")
 
 
 def test_a_history_chosen_by_the_target_is_refused(next_item, tmp_path, no_training) -> None:

@@ -21,7 +21,8 @@ How lines become token ids, and why that is exact: :mod:`~recbole_llm.data.promp
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from string import Formatter
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ import numpy as np
 from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
+from recbole_llm.backbone.answers import answer_token_ids
 from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HISTORY_END, RECENT_TEXT
 from recbole_llm.data.prompts.lines import (
@@ -194,6 +196,15 @@ class PromptBuilder(LinePrompts):
         """What the answer stands behind: the question, or the token ids that end a chat's turn."""
         return self._after if self.config["chat_template"] else self._line_text(("question",))
 
+    @cached_property
+    def answer_ids(self) -> list[int]:
+        """The token that each answer begins with, behind the end of the prompt.
+
+        Raises:
+            ValueError: if both begin with the same.
+        """
+        return answer_token_ids(self._tokenizer, self.answer_words, behind=self.before_answer)
+
     @property
     def has_slots(self) -> bool:
         """Whether this template has hybrid prompts."""
@@ -212,6 +223,16 @@ class PromptBuilder(LinePrompts):
         scores = [("lens_score", f"{cent / 100:.2f}") for cent in range(101)] if self.tells_lens else []
         targets = [line for item in items[positions].tolist() for line in self._target(item, slots)]
         return [*lines, *targets, *scores, question]
+
+    def _shortest(self, interaction: Interaction) -> Iterator[tuple[int, Callable[[], object]]]:
+        users, items = (
+            interaction[field].cpu().numpy() for field in (self._dataset.uid_field, self._dataset.iid_field)
+        )
+        none, score = np.zeros(0, dtype=np.int64), "0.50" if self.tells_lens else None
+        for user, item in dict.fromkeys(zip(users.tolist(), items.tolist(), strict=True)):
+            length = len(self._items.titles[item]) + len(self._items.genres[item])
+            length += len(self._profiles[user]) if self._profiles is not None else 0
+            yield length, partial(self._fit_row, user, item, none, score, slots=self.has_slots)
 
     # ------------------------------------------------------------------ lines
 

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import numpy as np
+from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
 from recbole_llm.data.dataset import HistoryDataset
@@ -45,6 +48,8 @@ ITEM_FORMATS = {"stars_format": "{stars} ", "year_format": " ({year})", "genre_f
 """Defaults of the keys that say how the parts of an item's line read."""
 FORMAT_PLACEHOLDERS = {"stars_format": {"stars"}, "year_format": {"year"}, "genre_format": {"genre"}}
 STABILITY_SAMPLE = 512
+LONGEST = 64
+"""Prompts without history that are tried before anything is trained."""
 
 PROMPT_VERSION = 1
 """Part of every run's identity: to be raised when the same template, text and sample come to give another prompt."""
@@ -400,6 +405,19 @@ class LinePrompts:
             f"max_prompt_tokens: {self.max_prompt_tokens} is too small: the prompt for {what()} needs "
             f"{len(ids)} tokens without any history"
         )
+
+    def check_length(self, interaction: Interaction) -> None:
+        """Refuse samples whose prompt is too long even without any history; the `LONGEST` by their text are tried.
+
+        Raises:
+            ValueError: naming the first one and its length.
+        """
+        for _, encode in heapq.nlargest(LONGEST, self._shortest(interaction), key=itemgetter(0)):
+            encode()
+
+    def _shortest(self, interaction: Interaction) -> Iterator[tuple[int, Callable[[], object]]]:
+        """Of each sample, characters of the text that stays without history, and what encodes that prompt."""
+        raise NotImplementedError
 
     def _full_text(self, lines: Iterable[Line]) -> str:
         """The text of these lines as the LLM gets it, with the turns of a chat template."""

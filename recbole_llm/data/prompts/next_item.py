@@ -22,8 +22,8 @@ become token ids, and why that is exact: :mod:`~recbole_llm.data.prompts.lines`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -263,6 +263,14 @@ class TitlePromptBuilder(LinePrompts):
         histories = [row[row >= 0] for row in found]
         listed = self._candidates(interaction) if self.lists_candidates else [None] * len(users)
         return list(zip(users.tolist(), histories, listed, strict=True))
+
+    def _shortest(self, interaction: Interaction) -> Iterator[tuple[int, Callable[[], object]]]:
+        users = interaction[self._dataset.uid_field].cpu().numpy().tolist()
+        listed = self._candidates(interaction) if self.lists_candidates else [None] * len(users)
+        none, titles = np.zeros(0, dtype=np.int64), self._items.titles
+        for user, items in zip(users, listed, strict=True):
+            length = sum(len(titles[item]) for item in items or ())
+            yield length, partial(self._fit_row, user, none, items, self.item_slots)
 
     def _candidates(self, interaction: Interaction) -> list[list[int]]:
         row_ids = interaction[ROW_ID].cpu().numpy()
