@@ -27,7 +27,7 @@ float32 too), in float64 where the model is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,6 +216,7 @@ def score_titles(
     tries: TitleTrie | Sequence[TitleTrie],
     *,
     max_nodes: int = 512,
+    before_titles: Callable[[], None] | None = None,
 ) -> TitleScores:
     """How likely the model is to write each title behind each prompt.
 
@@ -227,6 +228,8 @@ def score_titles(
         tries: The answers; one trie for all rows, or one for each.
         max_nodes: Tree nodes of a row computed at once. A piece needs about B x max_nodes x vocabulary x 4
             bytes for its logits.
+        before_titles: Called once, when the prompts went through and before any title does: where an adapter has an
+            instance per token, it sets that of the titles.
 
     Returns:
         The scores; a row does not depend on the others, nor on the padding.
@@ -244,6 +247,8 @@ def score_titles(
     pieces = [trie.chains() if chained else trie.chunks(max_nodes) for trie in trees]
     longest = max(int(trie.lengths.max()) for trie in trees)
     prompts = _Prompts(model, prompt_embeds, prompt_lengths, longest)
+    if before_titles is not None:
+        before_titles()
     vocabulary = prompts.logits.shape[-1]
     if (largest := max(int(trie.tokens.max()) for trie in trees)) >= vocabulary:
         raise ValueError(f"a title has token {largest}, but the model's vocabulary has {vocabulary} tokens")
@@ -353,6 +358,37 @@ def answer_log_likelihood(
     return -loss.view(targets.shape).sum(dim=1)
 
 
+def token_log_likelihood(
+    model: nn.Module, embeds: Tensor, rows: Tensor, places: Tensor, tokens: Tensor
+) -> Tensor:
+    """The likelihood of tokens behind any places of a batch: of all titles of a text in one pass.
+
+    Only these places go through the output head.
+
+    Args:
+        model: A causal LM of transformers, plain or with PEFT layers in it.
+        embeds: [B, T, d] input embeddings, right-padded.
+        rows, places: [n], the sequence and the place in it that each token follows.
+        tokens: [n] int64.
+
+    Returns:
+        [n] log p, float32 (float64 where the model is); differentiable. Sequences do not depend on each other, nor on
+        the padding.
+    """
+    inner = unwrapped(model)
+    check_length(inner, embeds.shape[1])
+    weight = inner.get_input_embeddings().weight
+    embeds = embeds.to(weight.device, weight.dtype)
+
+    def select(hidden: Tensor) -> Tensor:
+        return hidden[rows.to(hidden.device), places.to(hidden.device)].unsqueeze(0)  # [1, n, d]
+
+    with precise_head(model, embeds.shape[:2], select):
+        logits = model(inputs_embeds=embeds, use_cache=False, return_dict=True).logits[0]
+    logits = logits.to(at_least_float32(logits.dtype))
+    return -functional.cross_entropy(logits, tokens.to(logits.device), reduction="none")
+
+
 @torch.no_grad()
 def generate_titles(
     model: nn.Module,
@@ -361,6 +397,7 @@ def generate_titles(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
+    before_titles: Callable[[], None] | None = None,
 ) -> list[np.ndarray]:
     """What the model writes behind each prompt, always taking the most likely token.
 
@@ -373,6 +410,7 @@ def generate_titles(
         prompt_lengths: [B], the number of real positions of each row, between 1 and P.
         stop_ids: Tokens that end a text; they are not part of it.
         max_new_tokens: The most tokens of a text, at least 1.
+        before_titles: As in ``score_titles``.
 
     Returns:
         B int64 arrays of at most ``max_new_tokens`` token ids, each what its prompt gives alone.
@@ -380,6 +418,8 @@ def generate_titles(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     prompts = _Prompts(model, prompt_embeds, prompt_lengths, max_new_tokens)
+    if before_titles is not None:
+        before_titles()
     logits = prompts.logits
     stops = torch.as_tensor(list(stop_ids), dtype=torch.int64, device=logits.device)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)

@@ -98,8 +98,8 @@ class StreamCutter:
     ) -> None:
         if history.row_start is not None:
             raise ValueError(
-                "history_scope: split hides the interactions of other splits from a sample, and a stream shows all "
-                "earlier ones; set history_scope: all, or layout: prompt"
+                "history_scope: split, or ready-made lists (benchmark_filename), hides interactions from a sample, and "
+                "a stream shows all earlier ones; set history_scope: all, or layout: prompt"
             )
         if not 0 <= lead <= context:
             raise ValueError(
@@ -261,6 +261,20 @@ def interactions_at(dataset: HistoryDataset, positions: np.ndarray) -> Interacti
     return dataset.join(
         Interaction({name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in columns.items()})
     )
+
+
+def others_positions(history: HistoryIndex, positions: np.ndarray) -> np.ndarray:
+    """For each interaction one of the next user, the same for it at every time: whose states gate ``shuffled`` reads.
+
+    Args:
+        history: the interactions of all users.
+        positions: positions in it, ``[n]``.
+    """
+    start = history.user_start
+    others = np.flatnonzero(np.diff(start))
+    owner = np.searchsorted(start, positions, side="right") - 1
+    donor = others[(np.searchsorted(others, owner) + 1) % len(others)]
+    return start[donor] + (positions - start[owner]) % (start[donor + 1] - start[donor])
 
 
 def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:

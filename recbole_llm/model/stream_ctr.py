@@ -37,7 +37,7 @@ from recbole_llm.backbone.answers import logits_at, pad_right
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.prompts.stream import EncodedStream, EncodedStreams, StreamPrompts
-from recbole_llm.data.streams import StreamBatch, interactions_at, visible_until
+from recbole_llm.data.streams import StreamBatch, interactions_at, others_positions, visible_until
 from recbole_llm.model.answer_ctr import AnswerCTR
 
 logger = logging.getLogger(__name__)
@@ -192,11 +192,7 @@ class StreamCTR(AnswerCTR):
         """Whose states the gate reads: each interaction's own, with gate ``shuffled`` one of the next user's."""
         if self.adapter.config.gate != "shuffled":
             return positions
-        start = self._dataset.history.user_start
-        others = np.flatnonzero(np.diff(start))
-        owner = np.searchsorted(start, positions, side="right") - 1
-        donor = others[(np.searchsorted(others, owner) + 1) % len(others)]
-        return start[donor] + (positions - start[owner]) % (start[donor + 1] - start[donor])
+        return others_positions(self._dataset.history, positions)
 
     def _read_lens(self, batch: StreamMicroBatch) -> Tensor | None:
         """Set the instance of every interaction; returns the lens's logit of every target ``[k]`` where it is read."""
