@@ -263,16 +263,19 @@ def interactions_at(dataset: HistoryDataset, positions: np.ndarray) -> Interacti
     )
 
 
-def others_positions(history: HistoryIndex, positions: np.ndarray) -> np.ndarray:
+def others_positions(
+    history: HistoryIndex, positions: np.ndarray, users: np.ndarray | None = None
+) -> np.ndarray:
     """For each interaction one of the next user, the same for it at every time: whose states gate ``shuffled`` reads.
 
     Args:
         history: the interactions of all users.
         positions: positions in it, ``[n]``.
+        users: whose they are, ``[n]``; only needed for an interaction still to come, at the end of its user's.
     """
     start = history.user_start
     others = np.flatnonzero(np.diff(start))
-    owner = np.searchsorted(start, positions, side="right") - 1
+    owner = np.searchsorted(start, positions, side="right") - 1 if users is None else users
     donor = others[(np.searchsorted(others, owner) + 1) % len(others)]
     return start[donor] + (positions - start[owner]) % (start[donor + 1] - start[donor])
 

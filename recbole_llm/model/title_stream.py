@@ -10,10 +10,10 @@ and catalogue; what changes is the text, and that each interaction of it has a g
 So every title counts the same, however long it is, as in the prompt layout and in the score it is ranked by.
 
 **What a gate may have seen.** The place before ``x_1`` (the line break that ends the title before) predicts ``x_1``,
-and ``x_n`` predicts the line break. All these places are adapted by ``z_t``, the lens's state *before* t; it has seen the
-interactions up to t - 1 and nothing of t. A slot of t, shown behind ``x_n``, predicts nothing and has ``z_t``, too. The
-header has the state of the first interaction. Behind the history of a sample, the last line break and all candidates
-have the state before the target.
+and ``x_n`` predicts the line break. All these places are adapted by ``z_t``, the lens's state *before* t; it has seen
+the interactions up to t - 1 and nothing of t. A slot of t, shown behind ``x_n``, predicts nothing and has ``z_t``, too.
+The header has the state of the first interaction. Behind the history of a sample, the last line break and all
+candidates have the state before the target.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from recbole_llm.backbone.answers import pad_right
 from recbole_llm.backbone.titles import token_log_likelihood
+from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.prompts.title_stream import TitleStream, TitleStreamPrompts, TitleStreams
 from recbole_llm.data.streams import StreamBatch, interactions_at, others_positions
 from recbole_llm.model.title_ranker import TitleRanker
@@ -78,24 +79,38 @@ class TitleStreamRanker(TitleRanker):
             positions = others_positions(self._dataset.history, positions)
         return self.lens.represent(interactions_at(self._dataset, positions))[0].to(self.device)
 
-    def _set_stream_instances(self, streams: list[TitleStream]) -> list[Tensor]:
-        """Give every interaction of some streams its instance; returns these, ``[S, H]`` of each stream."""
-        states = self._states(np.concatenate([stream.positions for stream in streams]))
-        of_streams = list(states.split([len(stream.positions) for stream in streams]))
+    def _target_states(self, interaction: Interaction) -> Tensor:
+        """The same before the targets of samples, ``[b, H]``; also of samples still to come."""
+        if self.adapter.config.gate == "shuffled":
+            users, ends = (interaction[name].cpu().numpy() for name in (self.USER_ID, HISTORY_END))
+            others = others_positions(self._dataset.history, ends, users)
+            interaction = interactions_at(self._dataset, others)
+        return self.lens.represent(interaction)[0].to(self.device)
+
+    def _set_stream_instances(self, streams: list[TitleStream], states: list[Tensor]) -> None:
+        """Give every interaction of some streams its instance; ``states``: one row for each place of a stream."""
         places, _ = pad_right([np.maximum(stream.places, 0) for stream in streams], 0)
-        padded = torch.nn.utils.rnn.pad_sequence(of_streams, batch_first=True)
+        padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         self.adapter.set_instance(padded, places.to(self.device))
-        return of_streams
 
     def _set_prompt_instances(
         self, encoded, rows, interaction, input_ids, lengths
     ) -> Callable[[], None] | None:
-        """As the base's: behind a prompt all tokens have the state before the target."""
+        """As the base's: the tokens of the history have states of their own, all behind it that before the target."""
         if not self.gated:
             return None
         streams = [cast(TitleStreams, encoded).streams[i] for i in rows]
-        states = torch.stack([of_stream[-1] for of_stream in self._set_stream_instances(streams)])
-        return lambda: self.adapter.set_instance(states, shuffle=False)
+        targets = self._target_states(interaction[torch.from_numpy(rows)].to(self.device))
+        shown = self._shown_states(streams)
+        self._set_stream_instances(
+            streams, [torch.cat([own, last[None]]) for own, last in zip(shown, targets, strict=True)]
+        )
+        return lambda: self.adapter.set_instance(targets, shuffle=False)
+
+    def _shown_states(self, streams: list[TitleStream]) -> list[Tensor]:
+        """The state before each interaction of some streams, ``[S, H]`` each."""
+        states = self._states(np.concatenate([stream.positions for stream in streams]))
+        return list(states.split([len(stream.positions) for stream in streams]))
 
     # ------------------------------------------------------------------ training
 
@@ -137,7 +152,7 @@ class TitleStreamRanker(TitleRanker):
     def title_log_likelihood(self, batch: TitleMicroBatch) -> Tensor:
         """Mean log-likelihood of each target's title behind what its chunk shows before it, ``[k]`` float32."""
         if self.gated:
-            self._set_stream_instances(batch.streams)
+            self._set_stream_instances(batch.streams, self._shown_states(batch.streams))
         embedded = self.embed(batch.input_ids, hybrid=self._hybrid_step)
         log_p = token_log_likelihood(
             self.adapter.peft_model, embedded, batch.read_rows, batch.read_at, batch.answers

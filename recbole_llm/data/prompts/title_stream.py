@@ -65,12 +65,13 @@ def load_title_stream_config(name: str | Path) -> dict[str, Any]:
 
 @dataclass
 class TitleStream:
-    """Some interactions of one user as token ids.
+    """Some interactions of one user as token ids: a chunk, or what a sample is scored behind.
 
     Attributes:
         positions: the interactions, positions in the history, ascending, int64 ``[S]``.
         input_ids: int64 ``[T]``; a negative entry ``-i`` is the slot of item ``i``.
-        places: int64 ``[T]``: which interaction each token belongs to, -1 for the header.
+        places: int64 ``[T]``: which interaction each token belongs to, -1 for the header; the line break that ends what
+            a sample is scored behind has place ``S``, the target's.
         read_at: int64 ``[N]``: the tokens whose states predict the answers of the targets, one after the other.
         answers: int64 ``[N]``: what they predict.
         sizes: int64 ``[k]``: tokens of each target's answer, together ``N``.
@@ -89,7 +90,7 @@ class TitleStreams:
     """Streams of a batch; the attributes of :class:`~recbole_llm.data.prompts.lines.EncodedPrompts` and the streams.
 
     Attributes:
-        streams: one per chunk or sample. Those of samples end before the target's title, their ``positions`` with it.
+        streams: one per chunk or sample.
         n_shortened: how many lost history to fit into ``max_prompt_tokens``.
     """
 
@@ -200,15 +201,15 @@ class TitleStreamPrompts:
         """What samples are scored behind: header and history up to the line break that the target's title follows.
 
         Args:
-            interaction: samples of the dataset, with ``user_id`` and ``history_end``. The target is not looked at.
+            interaction: samples of the dataset, with ``user_id`` and ``history_end``; also samples still to come, at
+                the end of their user's interactions. The target is not looked at.
             slots: whether a slot ``-i`` follows the title of each item ``i``.
 
         Raises:
             ValueError: for slots that the template rules out.
         """
         rows = [self._shown(interaction, i) for i in range(len(interaction))]
-        streams = [self._prompt(shown, target, slots) for shown, target, _ in rows]
-        return TitleStreams(streams, sum(shortened for *_, shortened in rows))
+        return TitleStreams([self._prompt(shown, slots) for shown, _ in rows], sum(cut for _, cut in rows))
 
     def encode_chunks(self, chunks: Sequence[Chunk], *, slots: bool) -> TitleStreams:
         """Training chunks, up to the last token of their last title.
@@ -216,18 +217,18 @@ class TitleStreamPrompts:
         Raises:
             ValueError: for slots that the template rules out.
         """
-        return TitleStreams([self._encode(chunk.positions, chunk.target_places, slots) for chunk in chunks])
+        return TitleStreams([self._chunk(chunk, slots) for chunk in chunks])
 
     def own_chunks(self, interaction: Interaction) -> list[Chunk]:
         """Each sample as a chunk of its own, behind the history that it is scored behind."""
-        chunks = []
-        for i, user in enumerate(interaction[self._dataset.uid_field].tolist()):
-            shown, target, _ = self._shown(interaction, i)
-            chunks.append(Chunk(user, int(shown[0]) if len(shown) else target, np.array([target])))
-        return chunks
+        users, ends = (interaction[name].tolist() for name in (self._dataset.uid_field, HISTORY_END))
+        starts = [end - len(self._shown(interaction, i)[0]) for i, end in enumerate(ends)]
+        return [
+            Chunk(user, start, np.array([end])) for user, start, end in zip(users, starts, ends, strict=True)
+        ]
 
-    def _shown(self, interaction: Interaction, i: int) -> tuple[np.ndarray, int, bool]:
-        """History of a sample that fits, the position of its target, and whether history was left out to fit."""
+    def _shown(self, interaction: Interaction, i: int) -> tuple[np.ndarray, bool]:
+        """The history of a sample that fits, as positions, and whether some was left out to fit."""
         users, ends = (
             interaction[name][i : i + 1].cpu().numpy() for name in (self._dataset.uid_field, HISTORY_END)
         )
@@ -235,17 +236,10 @@ class TitleStreamPrompts:
         found = found[found >= 0]
         room = self._max_tokens - len(self._header) - len(self._break)
         fits = np.cumsum(self._costs[found][::-1])[::-1] <= room
-        return found[fits], int(ends[0]), not fits.all()
+        return found[fits], not fits.all()
 
-    def _prompt(self, shown: np.ndarray, target: int, slots: bool) -> TitleStream:
-        whole = self._encode(np.append(shown, target), np.array([len(shown)]), slots)
-        n = int(whole.read_at[0]) + 1
-        return TitleStream(
-            whole.positions, whole.input_ids[:n], whole.places[:n], *(np.array([], dtype=np.int64),) * 3
-        )
-
-    def _encode(self, positions: np.ndarray, targets: np.ndarray, slots: bool) -> TitleStream:
-        """The tokens of interactions, the last without line break and slot; ``targets`` are places among them."""
+    def _lines(self, positions: np.ndarray, slots: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Header and lines as pieces of token ids; the place of each token, and of each line its answer's tokens."""
         if slots and not self.item_slots:
             raise ValueError("item_slots: False, so this template's streams have no slots; set it to True")
         items = self._history.item_ids[positions].tolist()
@@ -254,18 +248,27 @@ class TitleStreamPrompts:
             parts += [self._break, self._titles[item]]
             if slots:
                 parts.append(np.array([-item], dtype=np.int64))
-        if slots:
-            parts.pop()
-        sizes = np.array([1 + len(self._titles[item]) for item in items])
-        lines = sizes + slots
-        starts = len(self._header) + np.cumsum(lines) - lines
-        places = np.concatenate([np.full(len(self._header), -1), np.repeat(np.arange(len(items)), lines)])
+        sizes = np.array([len(self.answers[item]) for item in items], dtype=np.int64)
+        return parts, np.repeat(np.arange(-1, len(items)), [len(self._header), *(sizes + slots)]), sizes
+
+    def _prompt(self, shown: np.ndarray, slots: bool) -> TitleStream:
+        parts, places, _ = self._lines(shown, slots)
+        none = np.array([], dtype=np.int64)
         return TitleStream(
-            positions,
-            np.concatenate(parts),
+            shown, np.concatenate([*parts, self._break]), np.append(places, len(shown)), none, none, none
+        )
+
+    def _chunk(self, chunk: Chunk, slots: bool) -> TitleStream:
+        parts, places, sizes = self._lines(chunk.positions, slots)
+        lines = sizes + slots  # tokens of each
+        starts = len(self._header) + np.cumsum(lines) - lines
+        targets = chunk.target_places
+        return TitleStream(
+            chunk.positions,
+            np.concatenate(parts[:-1] if slots else parts),
             places[: len(places) - slots],
             np.concatenate([starts[place] + np.arange(sizes[place]) for place in targets]),
-            np.concatenate([self.answers[items[place]] for place in targets]),
+            np.concatenate([self.answers[item] for item in self._history.item_ids[chunk.targets].tolist()]),
             sizes[targets],
         )
 
