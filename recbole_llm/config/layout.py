@@ -49,23 +49,13 @@ def check_stream(final: _Readable, said: Callable[[str], str]) -> None:
         if final[key] != wanted:
             raise ValueError(f"{said(key)} with {layout}: {why}; set {key}: {wanted}, or layout: prompt")
     if final["task"] == "next_item":
-        _check_titles(final, said, layout)
+        if final["gate"] == "token":
+            raise ValueError(
+                f"{said('gate')} with {layout}: it reads a whole prompt, and a gate of a stream, one per interaction, "
+                "must not see what comes later; set gate: linear, or layout: prompt"
+            )
     elif final["stream_context"] < final["stream_lead"]:
         raise ValueError(
             f"{said('stream_context')} is less than {said('stream_lead')}: evaluation would show shorter histories "
             "than training"
-        )
-
-
-def _check_titles(final: _Readable, said: Callable[[str], str], layout: str) -> None:
-    """What a stream of titles cannot show."""
-    if final["gate"] == "token":
-        raise ValueError(
-            f"{said('gate')} with {layout}: it reads a whole prompt, and a gate of a stream, one per interaction, must "
-            "not see what comes later; set gate: linear, or layout: prompt"
-        )
-    if final["history_ties"] == "strict":
-        raise ValueError(
-            f"{said('history_ties')} with {layout}: a title would see those of its own second before it in the same "
-            "line of text; set history_ties: order, or layout: prompt"
         )

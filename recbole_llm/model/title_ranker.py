@@ -172,6 +172,10 @@ class TitleRanker(LLMRecommender):
         state, _ = self.lens.represent(interaction)
         self.adapter.set_instance(state)
 
+    def _prompt_attention(self, encoded: EncodedPrompts, rows: np.ndarray) -> dict[str, Tensor]:
+        """Mask and positions of the prompts ``rows`` of ``encoded``, padded together; none: plain causal attention."""
+        return {}
+
     def _set_prompt_instances(
         self,
         encoded: EncodedPrompts,
@@ -262,7 +266,7 @@ class TitleRanker(LLMRecommender):
             else:
                 tries = [TitleTrie([self.prompts.answers[i] for i in items[row]]) for row in rows]
                 edges = sum(trie.n_edges for trie in tries)
-            before_titles = None
+            before_titles, attention = None, self._prompt_attention(encoded, rows)
             with nullcontext() if adapted else self.adapter.disabled():
                 if adapted:
                     before_titles = self._set_prompt_instances(
@@ -275,6 +279,7 @@ class TitleRanker(LLMRecommender):
                     tries,
                     max_nodes=self.trie_nodes,
                     before_titles=before_titles,
+                    attention=attention,
                 )
             self.counts["tokens"] += found.tokens
             self.counts["scored_rows"] += len(rows)
@@ -350,6 +355,7 @@ class TitleRanker(LLMRecommender):
                 stop_ids=self.prompts.stop_ids,
                 max_new_tokens=max_new_tokens,
                 before_titles=before_titles,
+                attention=self._prompt_attention(encoded, rows),
             )
             self.counts["tokens"] += int(lengths[rows].sum()) + sum(map(len, written))
             for row, ids in zip(rows, written, strict=True):

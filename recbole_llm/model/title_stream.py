@@ -32,7 +32,7 @@ from recbole_llm.backbone.answers import pad_right
 from recbole_llm.backbone.titles import token_log_likelihood
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.prompts.title_stream import TitleStream, TitleStreamPrompts, TitleStreams
-from recbole_llm.data.streams import StreamBatch, interactions_at, others_positions
+from recbole_llm.data.streams import StreamBatch, attention_inputs, interactions_at, others_positions
 from recbole_llm.model.title_ranker import TitleRanker
 
 
@@ -49,6 +49,7 @@ class TitleMicroBatch:
         owners: which target each of them belongs to, ``[N]`` in ``[0, k)``.
         sizes: tokens of each target's answer, ``[k]``.
         streams: the chunks.
+        attention: mask and position ids where causal attention is not exact, else empty.
     """
 
     rows: np.ndarray
@@ -60,6 +61,12 @@ class TitleMicroBatch:
     owners: Tensor
     sizes: Tensor
     streams: list[TitleStream]
+    attention: dict[str, Tensor]
+
+
+def stream_attention(streams: list[TitleStream]) -> dict[str, Tensor]:
+    """Mask and positions of some streams, padded together, as :func:`~recbole_llm.data.streams.attention_inputs`."""
+    return attention_inputs([stream.places for stream in streams], [stream.until for stream in streams])
 
 
 class TitleStreamRanker(TitleRanker):
@@ -107,6 +114,10 @@ class TitleStreamRanker(TitleRanker):
         )
         return lambda: self.adapter.set_instance(targets, shuffle=False)
 
+    def _prompt_attention(self, encoded, rows) -> dict[str, Tensor]:
+        """As the base's: interactions of one second do not see each other under ``history_ties: strict``."""
+        return stream_attention([cast(TitleStreams, encoded).streams[i] for i in rows])
+
     def _shown_states(self, streams: list[TitleStream]) -> list[Tensor]:
         """The state before each interaction of some streams, ``[S, H]`` each."""
         states = self._states(np.concatenate([stream.positions for stream in streams]))
@@ -147,6 +158,7 @@ class TitleStreamRanker(TitleRanker):
                 input_ids.to(self.device),
                 *(torch.from_numpy(array).to(self.device) for array in arrays),
                 mine,
+                stream_attention(mine),
             )
 
     def title_log_likelihood(self, batch: TitleMicroBatch) -> Tensor:
@@ -155,7 +167,12 @@ class TitleStreamRanker(TitleRanker):
             self._set_stream_instances(batch.streams, self._shown_states(batch.streams))
         embedded = self.embed(batch.input_ids, hybrid=self._hybrid_step)
         log_p = token_log_likelihood(
-            self.adapter.peft_model, embedded, batch.read_rows, batch.read_at, batch.answers
+            self.adapter.peft_model,
+            embedded,
+            batch.read_rows,
+            batch.read_at,
+            batch.answers,
+            **batch.attention,
         )
         total = log_p.new_zeros(len(batch.sizes)).index_add(0, batch.owners, log_p)
         return total / batch.sizes

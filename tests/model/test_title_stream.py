@@ -40,6 +40,7 @@ MODELS = {
     "iLoRA random": {"gate": "random"},
     "iLoRA shuffled": {"gate": "shuffled"},
 }
+TIES = pytest.mark.parametrize("ties", ["order", "strict"])
 
 
 @pytest.fixture
@@ -85,9 +86,10 @@ def logits_of(parts, batch: StreamBatch) -> tuple[torch.Tensor, np.ndarray]:
 # ------------------------------------------------------------------ exactness
 
 
+@TIES
 @pytest.mark.parametrize("name", MODELS)
-def test_an_item_changes_no_logit_before_its_own_tokens_and_all_later_titles(streams_of, name):
-    parts = streams_of(name, max_prompt_tokens=256)
+def test_an_item_changes_no_logit_before_its_own_tokens_and_all_later_titles(streams_of, name, ties):
+    parts = streams_of(name, max_prompt_tokens=256, history_ties=ties)
     history = parts.dataset.history
     before, places = logits_of(parts, chunk_of(parts))
     starts = np.unique(places, return_index=True)[1][
@@ -101,14 +103,18 @@ def test_an_item_changes_no_logit_before_its_own_tokens_and_all_later_titles(str
         n = starts[t] + 1
         assert np.array_equal(places[:n], now[:n])
         torch.testing.assert_close(after[:n], before[:n], rtol=0, atol=1e-5)
-        later = after[np.unique(now, return_index=True)[1][1:]][t + 1 :] - before[starts][t + 1 :]
-        assert len(later) and (later.abs().max(dim=1).values > 1e-5).all()
+        differs = (after[np.unique(now, return_index=True)[1][1:]] - before[starts]).abs().max(dim=1).values
+        sees = np.arange(len(starts)) > t
+        if ties == "strict":
+            sees = history.tie_start[history.user_start[3] + np.arange(len(starts))] > position
+        assert sees.any() and (differs[sees] > 1e-5).all() and (differs[~sees] < 1e-5).all()
         history.item_ids[position] = old
 
 
+@TIES
 @pytest.mark.parametrize("name", MODELS)
-def test_a_target_is_worth_the_same_alone_and_among_others_and_as_a_prompt(streams_of, name):
-    parts = streams_of(name)
+def test_a_target_is_worth_the_same_alone_and_among_others_and_as_a_prompt(streams_of, name, ties):
+    parts = streams_of(name, history_ties=ties)
     whole = titles_in(parts, chunk_of(parts, first=4, targets=range(6, 11)))
     for i, t in enumerate(range(6, 11)):
         alone = titles_in(parts, chunk_of(parts, first=4, targets=[t]))
@@ -120,9 +126,10 @@ def test_a_target_is_worth_the_same_alone_and_among_others_and_as_a_prompt(strea
     assert parts.model.calculate_loss(samples).item() == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+@TIES
 @pytest.mark.parametrize("name", MODELS)
-def test_scores_depend_neither_on_the_batch_nor_on_what_comes_later(streams_of, name):
-    parts = streams_of(name)
+def test_scores_depend_neither_on_the_batch_nor_on_what_comes_later(streams_of, name, ties):
+    parts = streams_of(name, history_ties=ties)
     model, history = parts.model, parts.dataset.history
     samples = parts.full_train[np.arange(5, 60, 7)]
     items = [[1, 7, 30]] * len(samples)
@@ -313,7 +320,6 @@ def test_defaults_of_the_layout_follow_the_task(ctr):
     ("options", "message"),
     [
         ({"gate": "token"}, r"gate='token' .* set gate: linear, or layout: prompt"),
-        ({"history_ties": "strict"}, "set history_ties: order, or layout: prompt"),
         ({"history_scope": "split"}, "set history_scope: all, or layout: prompt"),
         ({"shuffle_history": True}, "set shuffle_history: False"),
     ],

@@ -37,7 +37,7 @@ from recbole_llm.data.prompts.lines import (
     tokenize_inert,
 )
 from recbole_llm.data.retriever import RecentRetriever
-from recbole_llm.data.streams import Chunk, StreamCutter
+from recbole_llm.data.streams import Chunk, StreamCutter, visible_until
 
 TITLE_STREAM_VERSION = 1
 """To be raised whenever this code writes other streams from the same template and data."""
@@ -72,6 +72,8 @@ class TitleStream:
         input_ids: int64 ``[T]``; a negative entry ``-i`` is the slot of item ``i``.
         places: int64 ``[T]``: which interaction each token belongs to, -1 for the header; the line break that ends what
             a sample is scored behind has place ``S``, the target's.
+        until: how many interactions those of each place may see, as
+            :func:`~recbole_llm.data.streams.visible_until` gives it; of what a sample is scored behind ``[S + 1]``.
         read_at: int64 ``[N]``: the tokens whose states predict the answers of the targets, one after the other.
         answers: int64 ``[N]``: what they predict.
         sizes: int64 ``[k]``: tokens of each target's answer, together ``N``.
@@ -80,6 +82,7 @@ class TitleStream:
     positions: np.ndarray
     input_ids: np.ndarray
     places: np.ndarray
+    until: np.ndarray | None
     read_at: np.ndarray
     answers: np.ndarray
     sizes: np.ndarray
@@ -222,7 +225,8 @@ class TitleStreamPrompts:
     def own_chunks(self, interaction: Interaction) -> list[Chunk]:
         """Each sample as a chunk of its own, behind the history that it is scored behind."""
         users, ends = (interaction[name].tolist() for name in (self._dataset.uid_field, HISTORY_END))
-        starts = [end - len(self._shown(interaction, i)[0]) for i, end in enumerate(ends)]
+        shown = [self._shown(interaction, i)[0] for i in range(len(ends))]
+        starts = [int(own[0]) if len(own) else end for own, end in zip(shown, ends, strict=True)]
         return [
             Chunk(user, start, np.array([end])) for user, start, end in zip(users, starts, ends, strict=True)
         ]
@@ -253,10 +257,12 @@ class TitleStreamPrompts:
 
     def _prompt(self, shown: np.ndarray, slots: bool) -> TitleStream:
         parts, places, _ = self._lines(shown, slots)
+        until, n = None, len(shown)
+        if n and self._history.ties == "strict":  # the target sees all that is shown, with earlier timestamps
+            until = np.append(np.maximum(self._history.tie_start[shown] - shown[0], 0), n)
         none = np.array([], dtype=np.int64)
-        return TitleStream(
-            shown, np.concatenate([*parts, self._break]), np.append(places, len(shown)), none, none, none
-        )
+        ids = np.concatenate([*parts, self._break])
+        return TitleStream(shown, ids, np.append(places, n), until, none, none, none)
 
     def _chunk(self, chunk: Chunk, slots: bool) -> TitleStream:
         parts, places, sizes = self._lines(chunk.positions, slots)
@@ -267,6 +273,7 @@ class TitleStreamPrompts:
             chunk.positions,
             np.concatenate(parts[:-1] if slots else parts),
             places[: len(places) - slots],
+            visible_until(self._history, chunk),
             np.concatenate([starts[place] + np.arange(sizes[place]) for place in targets]),
             np.concatenate([self.answers[item] for item in self._history.item_ids[chunk.targets].tolist()]),
             sizes[targets],
