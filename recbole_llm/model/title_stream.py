@@ -120,8 +120,10 @@ class TitleStreamRanker(TitleRanker):
 
     def _shown_states(self, streams: list[TitleStream]) -> list[Tensor]:
         """The state before each interaction of some streams, ``[S, H]`` each."""
-        states = self._states(np.concatenate([stream.positions for stream in streams]))
-        return list(states.split([len(stream.positions) for stream in streams]))
+        positions = np.concatenate([stream.positions for stream in streams])
+        if not len(positions):  # text_history_length: 0
+            return [torch.zeros(0, self.lens.width, device=self.device)] * len(streams)
+        return list(self._states(positions).split([len(stream.positions) for stream in streams]))
 
     # ------------------------------------------------------------------ training
 

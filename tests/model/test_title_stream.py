@@ -153,6 +153,16 @@ def test_scores_depend_neither_on_the_batch_nor_on_what_comes_later(streams_of, 
         history.item_ids[later] = kept
 
 
+def test_no_history_at_all(streams_of):
+    parts = streams_of("iLoRA", text_history_length=0)
+    samples = parts.test[np.arange(3)]
+    scores = parts.model.score_items(samples, [[item] for item in samples["item_id"].tolist()])
+    assert parts.prompts.text(samples, 0).count("\n") == 1
+    assert parts.model.calculate_loss(samples).item() == pytest.approx(
+        -torch.cat(scores).mean().item(), abs=1e-5
+    )
+
+
 def test_the_catalogue_and_listed_items_have_the_same_scores(streams_of):
     parts = streams_of("iLoRA", eval_mode="full", trie_nodes=16)
     samples = parts.test[np.arange(3)]
