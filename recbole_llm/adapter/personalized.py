@@ -57,7 +57,7 @@ class PersonalizedAdapter:
 
     # ------------------------------------------------------------------ the instance
 
-    def set_instance(self, z: Tensor | None, tokens: Tensor | None = None) -> None:
+    def set_instance(self, z: Tensor | None, tokens: Tensor | None = None, *, shuffle: bool = True) -> None:
         """Say whose batch comes next. Stays until the next call. Has no effect with mixer ``identity``.
 
         In training, gate ``cnn`` counts the rows of each call once in its running statistics.
@@ -69,6 +69,8 @@ class PersonalizedAdapter:
                 which no token belongs to, are never looked at. With gate ``shuffled`` the caller gives the instances
                 of other users: the sequence before may be a later one of the same user.
             tokens: which interaction of its sequence each token belongs to, int64 ``[B, T]`` in ``[0, S)``.
+            shuffle: ``False``: with gate ``shuffled`` the caller gave the instances of others, as he does with
+                ``tokens``.
 
         Raises:
             ValueError: if ``z`` is not a floating-point tensor ``[B, H]`` with H = ``config.instance_size``, or
@@ -84,7 +86,7 @@ class PersonalizedAdapter:
                 places = tokens + z.shape[1] * torch.arange(len(z), device=tokens.device).unsqueeze(1)
                 used, tokens = torch.unique(places, return_inverse=True)
                 z = z.flatten(0, 1)[used.to(z.device)]
-            elif self.config.gate == "shuffled":
+            elif self.config.gate == "shuffled" and shuffle:
                 if z.shape[0] == 1 and not self._warned_single_row:
                     self._warned_single_row = True
                     logger.warning("gate 'shuffled': a batch of one row keeps its own instance")

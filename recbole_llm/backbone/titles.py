@@ -27,7 +27,7 @@ float32 too), in float64 where the model is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +212,8 @@ def score_titles(
     tries: TitleTrie | Sequence[TitleTrie],
     *,
     max_nodes: int = 512,
+    before_titles: Callable[[], None] | None = None,
+    attention: Mapping[str, Tensor] | None = None,
 ) -> TitleScores:
     """How likely the model is to write each title behind each prompt.
 
@@ -223,6 +225,10 @@ def score_titles(
         tries: The answers; one trie for all rows, or one for each.
         max_nodes: Tree nodes of a row computed at once. A piece needs about B x max_nodes x vocabulary x 4
             bytes for its logits.
+        before_titles: Called once, when the prompts went through and before any title does: where an adapter has an
+            instance per token, it sets that of the titles.
+        attention: ``attention_mask`` [B, 1, P, P] bool and ``position_ids`` [B, P] of the prompts, where causal
+            attention is not exact. Titles see all of their prompt.
 
     Returns:
         The scores; a row does not depend on the others, nor on the padding.
@@ -239,7 +245,9 @@ def score_titles(
     chained = _reads_positions_from_mask(unwrapped(model))
     pieces = [trie.chains() if chained else trie.chunks(max_nodes) for trie in trees]
     longest = max(int(trie.lengths.max()) for trie in trees)
-    prompts = _Prompts(model, prompt_embeds, prompt_lengths, longest)
+    prompts = _Prompts(model, prompt_embeds, prompt_lengths, longest, attention)
+    if before_titles is not None:
+        before_titles()
     vocabulary = prompts.logits.shape[-1]
     if (largest := max(int(trie.tokens.max()) for trie in trees)) >= vocabulary:
         raise ValueError(f"a title has token {largest}, but the model's vocabulary has {vocabulary} tokens")
@@ -349,6 +357,40 @@ def answer_log_likelihood(
     return -loss.view(targets.shape).sum(dim=1)
 
 
+def token_log_likelihood(
+    model: nn.Module, embeds: Tensor, rows: Tensor, places: Tensor, tokens: Tensor, **attention: Tensor
+) -> Tensor:
+    """The likelihood of tokens behind any places of a batch: of all titles of a text in one pass.
+
+    Only these places go through the output head.
+
+    Args:
+        model: A causal LM of transformers, plain or with PEFT layers in it.
+        embeds: [B, T, d] input embeddings, right-padded.
+        rows, places: [n], the sequence and the place in it that each token follows.
+        tokens: [n] int64.
+        attention: ``attention_mask`` [B, 1, T, T] bool and ``position_ids`` [B, T], where causal attention is not
+            exact.
+
+    Returns:
+        [n] log p, float32 (float64 where the model is); differentiable. Sequences do not depend on each other, nor on
+        the padding.
+    """
+    inner = unwrapped(model)
+    check_length(inner, embeds.shape[1])
+    weight = inner.get_input_embeddings().weight
+    embeds = embeds.to(weight.device, weight.dtype)
+
+    def select(hidden: Tensor) -> Tensor:
+        return hidden[rows.to(hidden.device), places.to(hidden.device)].unsqueeze(0)  # [1, n, d]
+
+    with precise_head(model, embeds.shape[:2], select):
+        given = {name: tensor.to(weight.device) for name, tensor in attention.items()}
+        logits = model(inputs_embeds=embeds, **given, use_cache=False, return_dict=True).logits[0]
+    logits = logits.to(at_least_float32(logits.dtype))
+    return -functional.cross_entropy(logits, tokens.to(logits.device), reduction="none")
+
+
 @torch.no_grad()
 def generate_titles(
     model: nn.Module,
@@ -357,6 +399,8 @@ def generate_titles(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
+    before_titles: Callable[[], None] | None = None,
+    attention: Mapping[str, Tensor] | None = None,
 ) -> list[np.ndarray]:
     """What the model writes behind each prompt, always taking the most likely token.
 
@@ -369,13 +413,16 @@ def generate_titles(
         prompt_lengths: [B], the number of real positions of each row, between 1 and P.
         stop_ids: Tokens that end a text; they are not part of it.
         max_new_tokens: The most tokens of a text, at least 1.
+        before_titles, attention: As in ``score_titles``.
 
     Returns:
         B int64 arrays of at most ``max_new_tokens`` token ids, each what its prompt gives alone.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    prompts = _Prompts(model, prompt_embeds, prompt_lengths, max_new_tokens)
+    prompts = _Prompts(model, prompt_embeds, prompt_lengths, max_new_tokens, attention)
+    if before_titles is not None:
+        before_titles()
     logits = prompts.logits
     stops = torch.as_tensor(list(stop_ids), dtype=torch.int64, device=logits.device)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
@@ -400,13 +447,21 @@ class _Prompts:
     Args:
         model: see ``score_titles``; so are the next two.
         longest: the most tokens that will stand behind a prompt, the last of which is no input.
+        attention: see ``score_titles``.
 
     Attributes:
         lengths: [B].
         logits: [B, 1, V] those behind each prompt.
     """
 
-    def __init__(self, model: nn.Module, embeds: Tensor, lengths: Tensor, longest: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        embeds: Tensor,
+        lengths: Tensor,
+        longest: int,
+        attention: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if embeds.dim() != 3 or lengths.shape != embeds.shape[:1] or not len(lengths):
             raise ValueError(
                 f"prompt_embeds [B, P, d] and prompt_lengths [B] expected, got {list(embeds.shape)} and "
@@ -432,8 +487,18 @@ class _Prompts:
         # Told nothing of the architecture, it keeps all keys also of layers with a sliding window.
         self._cache = DynamicCache()
         last = self.lengths[:, None] - 1
+        own: dict[str, Any] = {}
+        if attention:
+            if self._chained:
+                raise ValueError(
+                    f"{type(_base(inner)).__name__} takes positions from a mask of padding alone, so parts of a text "
+                    "cannot be hidden from others (history_ties: strict): set history_ties: order"
+                )
+            places = attention["position_ids"].to(self._device)
+            mask = attention["attention_mask"][:, 0].to(self._device)
+            own = {"attention_mask": self._as_model_wants(mask, places, places), "position_ids": places}
         with precise_head(model, embeds.shape[:2], lambda hidden: at_places(hidden, last)):
-            self.logits = self._run(embeds)
+            self.logits = self._run(embeds, **own)
         if self._cache.get_seq_length() != self._width:
             raise ValueError(
                 f"{type(inner).__name__} left {self._cache.get_seq_length()} of {self._width} positions in the cache: "

@@ -212,7 +212,7 @@ class Config(RecBoleConfig):
         of_preset = load_preset(preset, model, self.spec.is_llm) if preset else {}
         if self.spec.is_llm:
             layout = user.get("layout", {**defaults, **of_model}["layout"])
-            of_layout = layout_defaults(layout, model)
+            of_layout = layout_defaults(layout, task, model)
             internal.update({**defaults, **of_model, **of_layout, **of_dataset, **of_preset})
             return
         internal.update({key: defaults[key] for key, known in KEYS.items() if reads(key, known)})

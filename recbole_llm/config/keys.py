@@ -146,8 +146,8 @@ TABLE: dict[str, dict[str, Key]] = {
         "semantic_vectors": Key("item vectors for semantic retrieval", Choice("backbone", "lens"), **_CTR),
     },
     "streams": {
-        "layout": Key("what the LLM reads", Choice("prompt", "stream"), **_CTR, neutral="prompt"),
-        "stream_lead": Key("earlier interactions before the first target of a training chunk", Whole(0), **_CTR),
+        "layout": Key("what the LLM reads", Choice("prompt", "stream")),
+        "stream_lead": Key("earlier interactions before the first target of a training chunk", Whole(0)),
         "stream_context": Key("earlier interactions before the first target of an evaluation chunk", Whole(0), **_CTR),
         "rating_scale": Key("all values that a rating may have", ListOf(Number()), optional=True, **_CTR),
     },

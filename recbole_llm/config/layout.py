@@ -8,12 +8,13 @@ from typing import Any, Protocol
 from recbole_llm.utils.yaml_files import PROPERTIES, load_yaml
 
 
-def layout_defaults(layout: str | None, model: str) -> dict[str, Any]:
-    """``properties/layout/LAYOUT.yaml``, with what it has for a single model; nothing for ``prompt``."""
+def layout_defaults(layout: str | None, task: str | None, model: str) -> dict[str, Any]:
+    """``properties/layout/LAYOUT.yaml``, with what it has for a task and a single model; nothing for ``prompt``."""
     file = PROPERTIES / "layout" / f"{layout}.yaml"
     values = load_yaml(file) if file.is_file() else {}
     by_model = values.pop("models", None) or {}
-    return values | (by_model.get(model) or {})
+    of_next_item = values.pop("next_item", None) or {}
+    return values | (of_next_item if task == "next_item" else {}) | (by_model.get(model) or {})
 
 
 class _Readable(Protocol):
@@ -47,7 +48,13 @@ def check_stream(final: _Readable, said: Callable[[str], str]) -> None:
     ):
         if final[key] != wanted:
             raise ValueError(f"{said(key)} with {layout}: {why}; set {key}: {wanted}, or layout: prompt")
-    if final["stream_context"] < final["stream_lead"]:
+    if final["task"] == "next_item":
+        if final["gate"] == "token":
+            raise ValueError(
+                f"{said('gate')} with {layout}: it reads a whole prompt, and a gate of a stream, one per interaction, "
+                "must not see what comes later; set gate: linear, or layout: prompt"
+            )
+    elif final["stream_context"] < final["stream_lead"]:
         raise ValueError(
             f"{said('stream_context')} is less than {said('stream_lead')}: evaluation would show shorter histories "
             "than training"

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
@@ -96,8 +97,8 @@ class StreamCutter:
     ) -> None:
         if history.row_start is not None:
             raise ValueError(
-                "history_scope: split hides the interactions of other splits from a sample, and a stream shows all "
-                "earlier ones; set history_scope: all, or layout: prompt"
+                "history_scope: split, or ready-made lists (benchmark_filename), hides interactions from a sample, and "
+                "a stream shows all earlier ones; set history_scope: all, or layout: prompt"
             )
         if not 0 <= lead <= context:
             raise ValueError(
@@ -255,6 +256,23 @@ def interactions_at(dataset: HistoryDataset, positions: np.ndarray) -> Interacti
     return dataset.join(table({dataset.uid_field: users, dataset.iid_field: items, HISTORY_END: positions}))
 
 
+def others_positions(
+    history: HistoryIndex, positions: np.ndarray, users: np.ndarray | None = None
+) -> np.ndarray:
+    """For each interaction one of the next user, the same for it at every time: whose states gate ``shuffled`` reads.
+
+    Args:
+        history: the interactions of all users.
+        positions: positions in it, ``[n]``.
+        users: whose they are, ``[n]``; only needed for an interaction still to come, at the end of its user's.
+    """
+    start = history.user_start
+    others = np.flatnonzero(np.diff(start))
+    owner = np.searchsorted(start, positions, side="right") - 1 if users is None else users
+    donor = others[(np.searchsorted(others, owner) + 1) % len(others)]
+    return start[donor] + (positions - start[owner]) % (start[donor + 1] - start[donor])
+
+
 def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:
     """For each interaction of a chunk how many of those before it it may see, int64 ``[S]``.
 
@@ -270,6 +288,41 @@ def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:
         return None
     found = np.maximum(history.tie_start[chunk.positions] - chunk.start, 0)
     return None if np.array_equal(found, np.arange(len(chunk))) else found
+
+
+def attention_inputs(
+    places: Sequence[np.ndarray], until: Sequence[np.ndarray | None]
+) -> dict[str, torch.Tensor]:
+    """Mask and positions for sequences whose interactions must not all see what stands before them.
+
+    With ``history_ties: strict`` a token of interaction j sees the header, the interactions ``[0, n_j)`` with an
+    earlier timestamp, and j itself up to its own place. Its position id counts what it sees: it is the token's place in
+    the text without the interactions that are hidden from it.
+
+    Args:
+        places: of each sequence, which interaction each token belongs to, -1 for the header, ``[T_i]``.
+        until: the numbers ``n_j`` of each sequence as :func:`visible_until` gives them.
+
+    Returns:
+        ``attention_mask`` bool ``[b, 1, T, T]`` and ``position_ids`` int64 ``[b, T]``; nothing where plain causal
+        attention is exact, which is faster.
+    """
+    if all(found is None for found in until):
+        return {}
+    width = max(map(len, places))
+    mask = np.zeros((len(places), 1, width, width), dtype=bool)
+    position = np.tile(np.arange(width), (len(places), 1))
+    for row, (of, seen) in enumerate(zip(places, until, strict=True)):
+        seen, n = np.arange(of.max() + 1) if seen is None else seen, len(of)
+        last_seen = np.where(of < 0, 0, seen[np.maximum(of, 0)])
+        earlier = of[None, :] < last_seen[:, None]  # the header, -1, is before all
+        own = (of[None, :] == of[:, None]) & np.tri(n, dtype=bool)
+        mask[row, 0, :n, :n] = np.where((of < 0)[:, None], own, earlier | own)
+        mask[row, 0, np.arange(n, width), np.arange(n, width)] = (
+            True  # padding sees itself: no row without a key
+        )
+        position[row, :n] = mask[row, 0, :n, :n].sum(axis=1) - 1
+    return {"attention_mask": torch.from_numpy(mask), "position_ids": torch.from_numpy(position)}
 
 
 def optimizer_steps(chunks: Sequence[Chunk], labels: int, seed: int, epoch: int) -> list[list[Chunk]]:

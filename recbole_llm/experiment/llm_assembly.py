@@ -18,6 +18,7 @@ from recbole_llm.data.prompts.ctr import CTR_TEMPLATE, PromptBuilder
 from recbole_llm.data.prompts.lines import TemplateKind
 from recbole_llm.data.prompts.next_item import TITLE_TEMPLATE, TitlePromptBuilder
 from recbole_llm.data.prompts.stream import STREAM_TEMPLATE, StreamPrompts
+from recbole_llm.data.prompts.title_stream import TITLE_STREAM_TEMPLATE, TitleStreamPrompts
 from recbole_llm.data.retriever import (
     MixedRetriever,
     RecentRetriever,
@@ -51,9 +52,12 @@ from recbole_llm.lens.fit import fit_lens
 from recbole_llm.lens.lens import Lens
 from recbole_llm.model.base import LLMRecommender
 from recbole_llm.model.stream_ctr import streamed
+from recbole_llm.model.title_stream import streamed_titles
 from recbole_llm.trainer.warm_start import SHAPE, read_plain_lora
 from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.timing import stage
+
+AnyPrompts = PromptBuilder | TitlePromptBuilder | StreamPrompts | TitleStreamPrompts
 
 
 @dataclass(kw_only=True, repr=False)
@@ -67,7 +71,7 @@ class LLMAssembly(Assembly):
     model: LLMRecommender
     backbone: Backbone
     lens: Lens | None
-    prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts
+    prompts: AnyPrompts
     item_counts: np.ndarray
 
 
@@ -109,7 +113,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
         lora.check({"data": splits.dataset.content_hash(), "backbone": backbone.sha256}, config["eval_args"])
     check_adapter(config, backbone)
     candidates = None
-    prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts
+    prompts: AnyPrompts
     if config["task"] == "ctr":
         prompts, lens = _ctr_prompts(config, splits, backbone, train_lens, seconds)
     else:
@@ -138,8 +142,11 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
 
     train = splits.train.mixed() if config["mixed_training"] else splits.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
-    streams = isinstance(prompts, StreamPrompts)
-    model_class = streamed(config.model_class) if streams else config.model_class
+    model_class = config.model_class
+    if isinstance(prompts, StreamPrompts):
+        model_class = streamed(model_class)
+    elif isinstance(prompts, TitleStreamPrompts):
+        model_class = streamed_titles(model_class)
     model = model_class(config, splits.train, backbone=backbone, prompts=prompts, lens=lens)
     model.to(config["device"])
     identities = {
@@ -168,7 +175,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
         candidates=candidates,
         item_counts=item_counts(splits.full_train),
         train_data=StreamLoader(config, train, prompts.cutter)
-        if isinstance(prompts, StreamPrompts)
+        if isinstance(prompts, (StreamPrompts, TitleStreamPrompts))
         else TrainDataLoader(config, train, None, shuffle=len(train) > 0),
         valid_data=eval_loader(config, splits.dataset, splits.valid, candidates, "valid"),
         test_data=eval_loader(config, splits.dataset, splits.test, candidates, "test"),
@@ -264,8 +271,17 @@ def _ctr_prompts(
 
 def _title_prompts(
     config: Config, splits: Splits, backbone: Backbone, candidates: dict[str, CandidateSet] | None
-) -> TitlePromptBuilder:
-    """Prompts of the next-item task; they may list each sample's candidates where these are stored."""
+) -> TitlePromptBuilder | TitleStreamPrompts:
+    """Prompts of the next-item task; single ones may list each sample's candidates where these are stored."""
+    if config["layout"] == "stream":
+        return TitleStreamPrompts(
+            splits.dataset,
+            backbone.tokenizer,
+            template(config, TITLE_STREAM_TEMPLATE),
+            max_prompt_tokens=config["max_prompt_tokens"],
+            lead=config["stream_lead"],
+            history_length=config["text_history_length"],
+        )
     listed = None
     if candidates is not None:  # the splits have no sample in common
         sets = list(candidates.values())

@@ -66,7 +66,9 @@ def split(config: Config, dataset: HistoryDataset) -> Splits:
     by_few_shot = config.spec.is_llm or config["train_rows"] == "few_shot"
     train = few_shot_samples(config, full_train) if by_few_shot else full_train
     valid, test = bounded(config, full_valid, "valid"), bounded(config, full_test, "test")
-    if config["layout"] == "stream":  # samples of one chunk in one evaluation batch
+    if (
+        config["layout"] == "stream" and config["task"] == "ctr"
+    ):  # samples of one chunk in one evaluation batch
         valid, test = (
             samples.subset(np.argsort(samples.inter_feat[HISTORY_END].numpy())) for samples in (valid, test)
         )

@@ -22,7 +22,7 @@ the batch nor on which other samples are scored.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -35,9 +35,14 @@ from torch import Tensor
 
 from recbole_llm.backbone.answers import logits_at, pad_right
 from recbole_llm.data.dataset import HISTORY_END
-from recbole_llm.data.history import HistoryIndex
-from recbole_llm.data.prompts.stream import EncodedStream, EncodedStreams, StreamPrompts
-from recbole_llm.data.streams import StreamBatch, interactions_at, visible_until
+from recbole_llm.data.prompts.stream import EncodedStreams, StreamPrompts
+from recbole_llm.data.streams import (
+    StreamBatch,
+    attention_inputs,
+    interactions_at,
+    others_positions,
+    visible_until,
+)
 from recbole_llm.model.answer_ctr import AnswerCTR
 
 logger = logging.getLogger(__name__)
@@ -69,36 +74,6 @@ class StreamMicroBatch:
     answers: Tensor
     positions: list[np.ndarray]
     attention: dict[str, Tensor]
-
-
-def attention_inputs(history: HistoryIndex, streams: Sequence[EncodedStream]) -> dict[str, Tensor]:
-    """Mask and positions for chunks whose interactions must not all see what stands before them.
-
-    With ``history_ties: strict`` a token of interaction j sees the header, the interactions ``[0, n_j)`` with an
-    earlier timestamp, and j itself up to its own place. Its position id counts what it sees: it is the token's place in
-    the text without the interactions that are hidden from it.
-
-    Returns:
-        ``attention_mask`` bool ``[b, 1, T, T]`` and ``position_ids`` int64 ``[b, T]``; nothing where plain causal
-        attention is exact, which is faster.
-    """
-    until = [visible_until(history, stream.chunk) for stream in streams]
-    if all(found is None for found in until):
-        return {}
-    width = max(len(stream.input_ids) for stream in streams)
-    mask = np.zeros((len(streams), 1, width, width), dtype=bool)
-    position = np.tile(np.arange(width), (len(streams), 1))
-    for row, (stream, seen) in enumerate(zip(streams, until, strict=True)):
-        seen = np.arange(len(stream.chunk)) if seen is None else seen
-        of, n = stream.places, len(stream.input_ids)
-        last_seen = np.where(of < 0, 0, seen[np.maximum(of, 0)])
-        earlier = of[None, :] < last_seen[:, None]  # the header, -1, is before all
-        own = (of[None, :] == of[:, None]) & np.tri(n, dtype=bool)
-        mask[row, 0, :n, :n] = np.where((of < 0)[:, None], own, earlier | own)
-        padding = np.arange(n, width)
-        mask[row, 0, padding, padding] = True  # it sees itself: no row without a key
-        position[row, :n] = mask[row, 0, :n, :n].sum(axis=1) - 1
-    return {"attention_mask": torch.from_numpy(mask), "position_ids": torch.from_numpy(position)}
 
 
 class StreamCTR(AnswerCTR):
@@ -172,7 +147,8 @@ class StreamCTR(AnswerCTR):
             answers_at = np.concatenate([stream.answers_at for stream in mine])
             self.counts["tokens"] += int(lengths[piece].sum())
             self.counts["labels"] += len(targets)
-            attention = attention_inputs(self._dataset.history, mine)
+            until = [visible_until(self._dataset.history, stream.chunk) for stream in mine]
+            attention = attention_inputs([stream.places for stream in mine], until)
             yield StreamMicroBatch(
                 rows=of_targets,
                 interaction=interaction[torch.from_numpy(of_targets)].to(self.device),
@@ -191,11 +167,7 @@ class StreamCTR(AnswerCTR):
         """Whose states the gate reads: each interaction's own, with gate ``shuffled`` one of the next user's."""
         if self.adapter.config.gate != "shuffled":
             return positions
-        start = self._dataset.history.user_start
-        others = np.flatnonzero(np.diff(start))
-        owner = np.searchsorted(start, positions, side="right") - 1
-        donor = others[(np.searchsorted(others, owner) + 1) % len(others)]
-        return start[donor] + (positions - start[owner]) % (start[donor + 1] - start[donor])
+        return others_positions(self._dataset.history, positions)
 
     def _read_lens(self, batch: StreamMicroBatch) -> Tensor | None:
         """Set the instance of every interaction; returns the lens's logit of every target ``[k]`` where it is read."""

@@ -15,7 +15,7 @@ the candidate, so a gate that has seen the target is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
@@ -148,6 +148,26 @@ class TitleRanker(LLMRecommender):
         state, _ = self.lens.represent(interaction)
         self.adapter.set_instance(state)
 
+    def _prompt_attention(self, encoded: EncodedPrompts, rows: np.ndarray) -> dict[str, Tensor]:
+        """Mask and positions of the prompts ``rows`` of ``encoded``, padded together; none: plain causal attention."""
+        return {}
+
+    def _set_prompt_instances(
+        self,
+        encoded: EncodedPrompts,
+        rows: np.ndarray,
+        interaction: Interaction,
+        input_ids: Tensor,
+        lengths: Tensor,
+    ) -> Callable[[], None] | None:
+        """Give the gate its input for the prompts ``rows`` of ``encoded``, padded together.
+
+        Returns:
+            What gives it that of the titles behind them, where it is another one (streams).
+        """
+        self._set_instance(interaction[torch.from_numpy(rows)].to(self.device), input_ids, lengths)
+        return None
+
     # ------------------------------------------------------------------ training
 
     def micro_batches(self, interaction: Interaction) -> Iterator[MicroBatch]:
@@ -220,16 +240,20 @@ class TitleRanker(LLMRecommender):
             else:
                 tries = [TitleTrie([self.prompts.answers[i] for i in items[row]]) for row in rows]
                 edges = sum(trie.n_edges for trie in tries)
+            before_titles, attention = None, self._prompt_attention(encoded, rows)
             with nullcontext() if adapted else self.adapter.disabled():
                 if adapted:
-                    batch = interaction[torch.from_numpy(rows)].to(self.device)
-                    self._set_instance(batch, input_ids, row_lengths)
+                    before_titles = self._set_prompt_instances(
+                        encoded, rows, interaction, input_ids, row_lengths
+                    )
                 found = score_titles(
                     self.adapter.peft_model,
                     self.embed(input_ids, hybrid=self.hybrid),
                     row_lengths,
                     tries,
                     max_nodes=self.scoring.trie_nodes,
+                    before_titles=before_titles,
+                    attention=attention,
                 )
             self.counts["tokens"] += found.tokens
             self.counts["scored_rows"] += len(rows)
@@ -297,13 +321,15 @@ class TitleRanker(LLMRecommender):
         for rows in self.pieces(lengths, self.micro_batch_size):
             input_ids, row_lengths = pad_right([encoded.input_ids[i] for i in rows], self.pad_id)
             input_ids, row_lengths = input_ids.to(self.device), row_lengths.to(self.device)
-            self._set_instance(interaction[torch.from_numpy(rows)].to(self.device), input_ids, row_lengths)
+            before_titles = self._set_prompt_instances(encoded, rows, interaction, input_ids, row_lengths)
             written = generate_titles(
                 self.adapter.peft_model,
                 self.embed(input_ids, hybrid=self.hybrid),
                 row_lengths,
                 stop_ids=self.prompts.stop_ids,
                 max_new_tokens=max_new_tokens,
+                before_titles=before_titles,
+                attention=self._prompt_attention(encoded, rows),
             )
             self.counts["tokens"] += int(lengths[rows].sum()) + sum(map(len, written))
             for row, ids in zip(rows, written, strict=True):

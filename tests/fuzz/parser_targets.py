@@ -16,9 +16,9 @@ from recbole_llm.comparison.search import read_space
 from recbole_llm.config.command_line import parse_command_line, parse_model, parse_value, split_models
 from recbole_llm.data.atomic_files import AtomicFiles
 from recbole_llm.data.item_text import TextSettings, clean, natural_order, shorten
-from recbole_llm.data.prompts.ctr import load_prompt_config
-from recbole_llm.data.prompts.next_item import load_title_prompt_config
-from recbole_llm.data.prompts.stream import load_stream_config
+from recbole_llm.data.prompts.ctr import CTR_TEMPLATE
+from recbole_llm.data.prompts.next_item import TITLE_TEMPLATE
+from recbole_llm.data.prompts.stream import STREAM_TEMPLATE
 from recbole_llm.utils.yaml_files import load_yaml
 
 MAX_SENTENCE = 4000
@@ -70,7 +70,7 @@ def template(data: bytes) -> None:
         path = Path(scratch) / "mine.yaml"
         path.write_bytes(data)
         refused(load_yaml, path)
-        for load in (load_prompt_config, load_title_prompt_config, load_stream_config):
+        for load in (CTR_TEMPLATE.load, TITLE_TEMPLATE.load, STREAM_TEMPLATE.load):
             config = refused(load, path)
             assert config is None or isinstance(config, dict)
 

@@ -190,6 +190,20 @@ def tokenize_inert(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     return ids
 
 
+def tokenize_behind(
+    tokenizer: PreTrainedTokenizerBase, before: str, texts: Sequence[str]
+) -> list[np.ndarray]:
+    """Token ids of each text as it stands behind ``before``; alone, where the two are joined into a token.
+
+    For byte-level BPE both are the same; SentencePiece writes a blank before a text that stands alone.
+    """
+    lead, *whole = tokenize_inert(tokenizer, [before, *(before + text for text in texts)])
+    apart = [np.array_equal(ids[: len(lead)], lead) for ids in whole]
+    alone = tokenize_inert(tokenizer, [t for t, a in zip(texts, apart, strict=True) if not a])
+    rest = iter(alone)
+    return [ids[len(lead) :] if a else next(rest) for ids, a in zip(whole, apart, strict=True)]
+
+
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """The token that begins every text, where the tokenizer itself puts one; else nothing."""
     bos = tokenizer.bos_token_id

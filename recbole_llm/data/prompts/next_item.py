@@ -39,7 +39,7 @@ from recbole_llm.data.prompts.lines import (
     Line,
     LinePrompts,
     TemplateKind,
-    tokenize_inert,
+    tokenize_behind,
 )
 from recbole_llm.data.retriever import Retriever, SemanticRetriever
 from recbole_llm.utils.fields import ROW_ID
@@ -123,7 +123,7 @@ class TitlePromptBuilder(LinePrompts):
                 "auto or False, or rank among candidates"
             )
         self._check_retriever()
-        (self.terminator,) = self._behind("a", ["\n"])
+        (self.terminator,) = tokenize_behind(tokenizer, "a", ["\n"])
         if not len(self.terminator):
             raise ValueError(
                 "this tokenizer drops line breaks, which separate titles and end answers; use another backbone"
@@ -161,7 +161,9 @@ class TitlePromptBuilder(LinePrompts):
         have the same answer.
         """
         behind = "" if self.config["chat_template"] else self._line_text(("question",))
-        titles = self._behind(behind, [self.answer_text(item) for item in range(1, len(self._items.titles))])
+        titles = tokenize_behind(
+            self._tokenizer, behind, [self.answer_text(item) for item in range(1, len(self._items.titles))]
+        )
         return [self.terminator, *(np.concatenate([ids, self.terminator]) for ids in titles)]
 
     def answer_text(self, item: int) -> str:
@@ -175,17 +177,6 @@ class TitlePromptBuilder(LinePrompts):
         """
         text = self._tokenizer.decode(np.asarray(ids, dtype=np.int64), skip_special_tokens=True)
         return text.partition("\n")[0].strip()
-
-    def _behind(self, before: str, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text as it stands behind ``before``; alone, where the two are joined into a token.
-
-        For byte-level BPE both are the same; SentencePiece writes a blank before a text that stands alone.
-        """
-        lead, *whole = tokenize_inert(self._tokenizer, [before, *(before + text for text in texts)])
-        apart = [np.array_equal(ids[: len(lead)], lead) for ids in whole]
-        alone = tokenize_inert(self._tokenizer, [t for t, a in zip(texts, apart, strict=True) if not a])
-        rest = iter(alone)
-        return [ids[len(lead) :] if a else next(rest) for ids, a in zip(whole, apart, strict=True)]
 
     # ------------------------------------------------------------------ lines
 
