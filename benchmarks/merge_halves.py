@@ -2,10 +2,10 @@
 
     python benchmarks/merge_halves.py --output benchmarks/results/ml-100k-merge-halves.json --folder /tmp/halves
 
-TALLRec with ``layout: stream`` (one plain LoRA) on ml-100k. The training users are cut into two halves at random; from
+TALLRec with ``layout: stream`` (one plain LoRA) on ml-100k. The training users are cut into two halves at random; of
 each half whole users are drawn until there are ``--labels`` labels. One run is trained on each draw, one on both. Every
-method of ``recbole-llm merge`` makes one LoRA of the first two. All are tested on the same samples: whole test users, at
-most ``--test`` samples. 95% intervals are percentiles of 1,000 bootstrap draws of users, and differences are paired.
+method of ``recbole-llm merge`` makes one LoRA of the first two. All are tested on the same samples: whole test users,
+at most ``--test`` samples. 95% intervals are percentiles of 1,000 bootstrap draws of users, differences are paired.
 
 ``--folder`` keeps LoRAs and scores, so that an interrupted run goes on where it was.
 """
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="json")
     parser.add_argument("--folder", type=Path, required=True, help="for LoRAs and scores")
-    parser.add_argument("--backbone", default="auto")
+    parser.add_argument("--backbone", default="smollm2-135m-instruct")
     parser.add_argument("--labels", type=int, default=1536, help="of each half")
     parser.add_argument("--test", type=int, default=1500, help="samples, at most")
     parser.add_argument("--batch", type=int, default=64, help="labels per optimizer step")
@@ -212,9 +212,10 @@ def main() -> None:
         write_json(
             args.output,
             {
-                "what": f"LoRAs of two disjoint halves of the users, merged, against joint training: TALLRec, layout: stream, "
-                f"ml-100k; {len(test):,} of {len(parts.test):,} test samples, all those of {len(np.unique(users))} users "
-                f"drawn with seed {args.seed}; percentile intervals, 1,000 bootstrap draws of users, differences paired",
+                "what": "LoRAs of two disjoint halves of the users, merged, against joint training: TALLRec, layout: "
+                f"stream, ml-100k; {len(test):,} of {len(parts.test):,} test samples, all those of "
+                f"{len(np.unique(users))} users drawn with seed {args.seed}; percentile intervals, 1,000 bootstrap "
+                "draws of users, differences paired",
                 "command": "python benchmarks/merge_halves.py "
                 + " ".join(f"--{k}={v}" for k, v in vars(args).items() if k not in ("output", "folder")),
                 **environment(),

@@ -24,7 +24,7 @@ from recbole_llm.data.retriever import (
     SemanticRetriever,
     ShuffledRetriever,
 )
-from recbole_llm.data.streams import StreamLoader, interactions_at
+from recbole_llm.data.streams import StreamLoader, interactions_of
 from recbole_llm.experiment.assembly import (
     Assembly,
     backbone_of,
@@ -225,8 +225,8 @@ def _ctr_prompts(
                 "prompt"
             )
         if isinstance(prompts, StreamPrompts):
-            prompts.lens_scores = lambda places: (
-                lens.probability(interactions_at(dataset, places)).cpu().numpy()
+            prompts.lens_scores = lambda chunks: (
+                lens.probability(interactions_of(dataset, chunks)).cpu().numpy()
             )
         else:
             prompts.lens_scores = lambda interaction: lens.probability(interaction).cpu().numpy()

@@ -165,7 +165,7 @@ class AnswerCTR(LLMRecommender):
         inputs = batch.input_ids if state is None else self.embed(batch.input_ids, state)
         with nullcontext() if adapted else self.adapter.disabled():
             logits = answer_logits(self.adapter.peft_model, inputs, batch.lengths, self.answer_ids)
-        return logits[:, 0] - logits[:, 1]
+        return self.like_margin(logits)
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The model's logit, ``[b]`` float32 (see the module docstring)."""
@@ -175,9 +175,17 @@ class AnswerCTR(LLMRecommender):
         if self.gated:
             self.adapter.set_instance(self.gate_instance(state, lens_logit))
         margin = self.margin(batch, state if self.hybrid else None)
-        if self.residual:
-            return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
-        return margin
+        return self.with_residual(margin, lens_logit)
+
+    def with_residual(self, margin: Tensor, lens_logit: Tensor | None) -> Tensor:
+        """The model's logit, given the language model's and, with ``lens_residual``, the lens's; all ``[b]``."""
+        if not self.residual:
+            return margin
+        return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
+
+    def like_margin(self, logits: Tensor) -> Tensor:
+        """Logit of "yes" against "no", ``[b, 2] -> [b]``."""
+        return logits[:, 0] - logits[:, 1]
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Mean cross-entropy between the two answers, and the gate's penalty if there is one; scalar."""

@@ -22,13 +22,17 @@ from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.experiment.loading import complete, load_run, no_candidates_listed
 from recbole_llm.lens.lens import Lens
+from recbole_llm.model.stream import StreamRecommender
 from recbole_llm.model.title_ranker import TitleRanker
 from recbole_llm.serving.new_data import NewData, append
+from recbole_llm.serving.prefixes import PrefixScorer, why_not
 
 logger = logging.getLogger(__name__)
 
 RETRIEVED = 50
 """Items that the lens passes on to a language model that needs one prompt per item."""
+PREFIX_MEMORY = 1 << 30
+"""Bytes of keys and values of prompts that are kept."""
 PAIRS = 512
 """Pairs per call of a model."""
 
@@ -52,13 +56,20 @@ class ServedRun:
     Args:
         parts: a run as :func:`recbole_llm.experiment.loading.load_run` gives it.
         folder: where it lies, for messages.
+        prefix_memory: bytes of keys and values of prompts that are kept from one call to the next; ``None``: 1 GiB if
+            prompts can share them exactly, else none.
+
+    Raises:
+        ValueError: if the run has no end of a user's history, or ``prefix_memory`` is asked for and is not possible.
 
     Attributes:
         scale: what a score is: ``probability``, ``log-likelihood`` (mean over a title's tokens), or ``score``.
         new: what was appended to the data so far.
+        prefixes: scores the model with what all candidates of a user begin with shared; ``None`` where that is not
+            exact.
     """
 
-    def __init__(self, parts: Assembly, folder: Path) -> None:
+    def __init__(self, parts: Assembly, folder: Path, prefix_memory: int | None = None) -> None:
         self.parts, self.folder = parts, folder
         self.model, self.dataset, self.config = parts.model, parts.dataset, parts.config
         if self.config["benchmark_filename"]:
@@ -66,12 +77,12 @@ class ServedRun:
                 f"{folder} was trained on ready-made splits (benchmark_filename), which have no end of a user's "
                 "history to recommend after; train on one .inter file"
             )
-        if self.config["layout"] == "stream":
-            raise ValueError(
-                f"{folder} has layout: stream, which scores the samples of its data only; train with layout: prompt to "
-                "recommend, score and export"
-            )
         self.new = NewData.of(self.dataset)
+        self.prefixes: PrefixScorer | None = None
+        if prefix_memory or (prefix_memory is None and why_not(self.model) is None):
+            self.prefixes = PrefixScorer(
+                self.model, PREFIX_MEMORY if prefix_memory is None else prefix_memory
+            )
         if isinstance(self.model, TitleRanker):
             self.scale = "log-likelihood"
         else:
@@ -85,6 +96,7 @@ class ServedRun:
         interactions: str | Path | pd.DataFrame | None = None,
         items: str | Path | None = None,
         device: str | None = None,
+        prefix_memory: int | None = None,
         **changes,
     ) -> ServedRun:
         """Load a finished run.
@@ -94,9 +106,10 @@ class ServedRun:
             interactions: later interactions to append, an atomic file or a table (see :meth:`append`).
             items: an atomic ``.item`` file with the titles of items that the data does not have.
             device: where to put it; by default the device is chosen again, as ``auto``.
+            prefix_memory: of the class.
             **changes: configuration values to change, e.g. ``data_path``.
         """
-        run = cls(load_run(Path(folder), device=device, changes=changes), Path(folder))
+        run = cls(load_run(Path(folder), device=device, changes=changes), Path(folder), prefix_memory)
         if interactions is not None:
             run.append(interactions, items)
         return run
@@ -205,7 +218,10 @@ class ServedRun:
 
     def for_model(self, batch: Interaction) -> Interaction:
         """Samples as the model may see them: one with trained tables is not told ids that were appended."""
-        return batch if self.config.spec.is_llm else self.new.known_only(batch)
+        told = self.config.spec.is_llm or isinstance(self.model, StreamRecommender)
+        if told or getattr(self.model, "titles_suffice", False):
+            return batch
+        return self.new.known_only(batch)
 
     def check_users(self, users: np.ndarray) -> None:
         """Refuse users that were appended and that the model cannot know.
@@ -231,8 +247,8 @@ class ServedRun:
         if len(new) and not self.new.scores_new_items:
             names = ", ".join(self.tokens(self.dataset.iid_field, new[:10]))
             raise ValueError(
-                f"{self.config['model']} has trained parameters for every item, and none for {names}; only a "
-                "model that reads nothing but titles can score them (e.g. TALLRec)"
+                f"{self.config['model']} has trained parameters for every item, and none for {names}; only a model "
+                "that reads nothing but titles can score them (e.g. TALLRec, or HLLM without an ID table)"
             )
 
     @torch.no_grad()
@@ -246,6 +262,9 @@ class ServedRun:
         for start in range(0, len(order), PAIRS):
             at = order[start : start + PAIRS]
             batch = self.samples(users[at], items[at])
+            if self.prefixes is not None:
+                scores[at] = self.prefixes.score(batch).cpu().numpy()
+                continue
             with no_candidates_listed(self.parts):
                 scores[at] = self.model.predict(self.for_model(batch)).double().cpu().numpy()
         return scores

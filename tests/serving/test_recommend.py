@@ -13,7 +13,8 @@ from recbole_llm.quick_start import load_data_and_model
 from recbole_llm.serving.recommend import recommend
 from recbole_llm.serving.score import score
 
-MODELS = ["RecLoRA", "TALLRec", "iLoRA", "TALLRecNext", "SASRec", "DIN", "TitleKNN", "BPR"]
+MODELS = ["RecLoRA", "TALLRec", "iLoRA", "TALLRecNext", "SASRec", "DIN", "TitleKNN", "MoRec", "BPR"]
+STREAMS = ["TALLRec stream", "RecLoRA stream", "LensPrompt stream", "Stream", "HLLM"]
 
 
 def direct(run, user: str, items: list[str]) -> np.ndarray:
@@ -25,7 +26,7 @@ def direct(run, user: str, items: list[str]) -> np.ndarray:
     return run.model.predict(Interaction(columns)).double().cpu().numpy()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + STREAMS)
 def test_scores_are_those_of_the_model_in_the_order_of_the_pairs(name, served, finished):
     pairs = pd.DataFrame({"user_id": [3, 1, 3, 2], "item_id": [5, 9, 1, 5]})
     table = score(served(name), pairs)
@@ -35,7 +36,7 @@ def test_scores_are_those_of_the_model_in_the_order_of_the_pairs(name, served, f
     np.testing.assert_allclose(table["score"], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + STREAMS)
 def test_recommendations_are_the_best_unseen_items(name, served):
     run = served(name)
     table = recommend(run, ["4", "2"], top=5, retrieve=0)
@@ -98,7 +99,7 @@ def test_a_user_who_has_seen_everything_gets_nothing(served):
     assert recommend(run, ["4"], candidates=seen).empty
 
 
-@pytest.mark.parametrize("name", ["RecLoRA", "iLoRA", "TALLRec", "SASRec"])
+@pytest.mark.parametrize("name", ["RecLoRA", "RecLoRA stream", "iLoRA", "TALLRec", "SASRec"])
 def test_explanations_hold_prompt_lens_and_gate(name, served):
     run = served(name)
     table = recommend(
@@ -117,7 +118,7 @@ def test_explanations_hold_prompt_lens_and_gate(name, served):
     np.testing.assert_allclose(table["lens_score"].astype(float), run.lens_scores(users, items))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + STREAMS)
 def test_recboles_case_study_works_on_loaded_runs(name, finished, tmp_cwd):
     run = load_data_and_model(finished(name), device="cpu")
     users = run.dataset.token2id("user_id", ["1", "2"])
@@ -132,9 +133,13 @@ def test_recboles_case_study_works_on_loaded_runs(name, finished, tmp_cwd):
     assert torch.equal(best, scores.topk(3).values)
 
 
-def test_a_run_on_streams_is_refused_in_one_sentence(served):
-    with pytest.raises(ValueError, match="has layout: stream, .* train with layout: prompt"):
-        served("TALLRec stream")
+@pytest.mark.parametrize("name", ["TALLRec stream", "RecLoRA stream", "LensPrompt stream"])
+def test_the_stream_that_was_read_ends_with_the_candidate(name, served):
+    run = served(name)
+    table = score(run, pd.DataFrame({"user": ["4"], "item": ["1"]}), explained=True)
+    *earlier, last = table["prompt"][0].splitlines()
+    assert last.startswith(run.parts.prompts._items.titles[int(run.ids("item_id", ["1"]).known[0])])
+    assert last.endswith(":") and len(earlier) >= 6  # a header and the context of an evaluation
 
 
 @pytest.mark.parametrize("which", ["seen", "all"])

@@ -46,7 +46,9 @@ def client(served):
         one.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("name", ["RecLoRA", "TALLRec", "iLoRA", "SASRec", "BPR"])
+@pytest.mark.parametrize(
+    "name", ["RecLoRA", "RecLoRA user", "TALLRec", "RecLoRA stream", "iLoRA", "SASRec", "Stream", "BPR"]
+)
 def test_answers_equal_the_offline_ones(name, client, served):
     http, run = client(name), served(name)
     answer = http.post("/score", json={"pairs": [{"user": u, "item": i} for u, i in PAIRS]}).json()
