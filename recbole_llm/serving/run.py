@@ -67,10 +67,17 @@ class ServedRun:
         new: what was appended to the data so far.
         prefixes: scores the model with what all candidates of a user begin with shared; ``None`` where that is not
             exact.
+        retriever: another run on the same data whose first items this one ranks again; ``None``: the lens's.
     """
 
-    def __init__(self, parts: Assembly, folder: Path, prefix_memory: int | None = None) -> None:
-        self.parts, self.folder = parts, folder
+    def __init__(
+        self,
+        parts: Assembly,
+        folder: Path,
+        prefix_memory: int | None = None,
+        retriever: ServedRun | None = None,
+    ) -> None:
+        self.parts, self.folder, self.retriever = parts, folder, retriever
         self.model, self.dataset, self.config = parts.model, parts.dataset, parts.config
         if self.config["benchmark_filename"]:
             raise ValueError(
@@ -97,6 +104,7 @@ class ServedRun:
         items: str | Path | None = None,
         device: str | None = None,
         prefix_memory: int | None = None,
+        retriever: str | Path | None = None,
         **changes,
     ) -> ServedRun:
         """Load a finished run.
@@ -107,9 +115,16 @@ class ServedRun:
             items: an atomic ``.item`` file with the titles of items that the data does not have.
             device: where to put it; by default the device is chosen again, as ``auto``.
             prefix_memory: of the class.
+            retriever: the folder of a run whose first items this one ranks again.
             **changes: configuration values to change, e.g. ``data_path``.
         """
-        run = cls(load_run(Path(folder), device=device, changes=changes), Path(folder), prefix_memory)
+        first = None if retriever is None else cls.load(retriever, device=device)
+        run = cls(load_run(Path(folder), device=device, changes=changes), Path(folder), prefix_memory, first)
+        if first is not None and first.dataset.dataset_name != run.dataset.dataset_name:
+            raise ValueError(
+                f"the retriever {retriever} was trained on {first.dataset.dataset_name} and {folder} on "
+                f"{run.dataset.dataset_name}; name a run on the same data"
+            )
         if interactions is not None:
             run.append(interactions, items)
         return run
@@ -118,6 +133,8 @@ class ServedRun:
         self, interactions: str | Path | pd.DataFrame, items: str | Path | None = None
     ) -> dict[str, int]:
         """Append later interactions of known and unknown users; see :func:`recbole_llm.serving.new_data.append`."""
+        if self.retriever is not None:
+            self.retriever.append(interactions, items)
         return append(self.parts, self.new, interactions, items)
 
     # ------------------------------------------------------------------ what it is made of
@@ -138,15 +155,19 @@ class ServedRun:
         return f"llm ({self.config['model']})" if self.config.spec.is_llm else self.config["model"]
 
     @property
-    def lens_stage(self) -> str:
-        """What the lens's scores are called."""
-        return f"lens ({self.config['lens']})"
+    def first_stage(self) -> str | None:
+        """What the scores that choose the model's candidates are called; ``None``: nothing chooses."""
+        if self.retriever is not None:
+            return f"retriever ({self.retriever.config['model']})"
+        return None if self.lens is None else f"lens ({self.config['lens']})"
 
     @property
     def default_retrieved(self) -> int | None:
-        """How many items the lens passes on to the language model; ``None``: the model scores every item."""
-        if self.lens is None:
+        """How many items the first stage passes on to the model; ``None``: the model scores every item."""
+        if self.first_stage is None:
             return None
+        if self.retriever is not None and not self.lists_candidates:
+            return RETRIEVED
         if not isinstance(self.model, TitleRanker):
             return RETRIEVED
         if self.lists_candidates:
@@ -290,6 +311,25 @@ class ServedRun:
             logit = cast(Lens, self.lens).represent(batch)[1].double()
             found.append((torch.sigmoid(logit) if self.config["task"] == "ctr" else logit).cpu().numpy())
         return np.concatenate(found) if found else np.empty(0)
+
+    def retrievable(self, items: np.ndarray) -> np.ndarray:
+        """Which items the first stage can score, bool ``[n]``."""
+        if self.retriever is None:
+            return items < self.new.n_items
+        field, other = self.dataset.iid_field, self.retriever
+        table, known = other.dataset.field2token_id[other.dataset.iid_field], set(other.scorable().tolist())
+        return np.array([table.get(token) in known for token in self.tokens(field, items)], dtype=bool)
+
+    def first_scores(self, user: int, items: np.ndarray) -> np.ndarray:
+        """The first stage's scores of a user's items, which are :meth:`retrievable`, float64 ``[n]``."""
+        if self.retriever is None:
+            return self.lens_scores(np.full(len(items), user), items)
+        other = self.retriever
+        people = other.ids(other.dataset.uid_field, self.tokens(self.dataset.uid_field, [user]))
+        things = other.ids(other.dataset.iid_field, self.tokens(self.dataset.iid_field, items))
+        if people.unknown:
+            raise ValueError(f"user {people.unknown[0]} is not in the data of the retriever {other.folder}")
+        return other.score(np.full(len(things.known), people.known[0]), things.known)
 
     @torch.no_grad()
     def gate(self, users: np.ndarray, items: np.ndarray) -> np.ndarray | None:

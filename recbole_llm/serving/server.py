@@ -265,6 +265,14 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
         buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     )
     hits = Counter("recbole_llm_kept", "Recommendations that were kept", ["found"], registry=registry)
+    if run.prefixes is not None:
+        prefixes = run.prefixes.kept
+        for name, meaning, value in (
+            ("found", "Beginnings of prompts whose keys and values were kept", lambda: prefixes.found),
+            ("missed", "Beginnings of prompts that went through the model", lambda: prefixes.missed),
+            ("bytes", "Bytes of kept keys and values", lambda: prefixes.used),
+        ):
+            Gauge(f"recbole_llm_prefix_{name}", meaning, registry=registry).set_function(value)
     batcher, kept = Batcher(run, limits, sizes.observe), Kept(limits.users_kept)
 
     @contextlib.asynccontextmanager

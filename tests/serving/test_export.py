@@ -119,6 +119,7 @@ def test_a_gate_that_saw_the_target_needs_an_item(served, finished, tmp_path):
     [
         ("SASRec", {"mean": True}, "no adapter"),
         ("iLoRA", {"mean": True}, "slots"),
+        ("RecLoRA stream", {"users": ["4"]}, "layout: stream gives every interaction a gate of its own"),
         ("RecLoRA user", {}, "exactly one"),
         ("RecLoRA user", {"mean": True, "clusters": 2}, "exactly one"),
         ("RecLoRA user", {"users": ["nobody"]}, "none of the users"),

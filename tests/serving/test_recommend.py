@@ -11,6 +11,7 @@ from recbole.utils.case_study import full_sort_scores, full_sort_topk
 
 from recbole_llm.quick_start import load_data_and_model
 from recbole_llm.serving.recommend import recommend
+from recbole_llm.serving.run import ServedRun
 from recbole_llm.serving.score import score
 
 MODELS = ["RecLoRA", "TALLRec", "iLoRA", "TALLRecNext", "SASRec", "DIN", "TitleKNN", "MoRec", "BPR"]
@@ -59,6 +60,37 @@ def test_two_stages_name_the_one_that_ranked(served):
     assert set(table["item"][:5]) == set(run.tokens("item_id", best[:5]))
     assert table["item"][5:].tolist() == run.tokens("item_id", best[5:8])
     assert table["title"].str.contains(r" \(\d{4}\)$").all()
+
+
+@pytest.mark.parametrize("name", ["TALLRec", "TALLRec stream", "iLoRA"])
+def test_another_run_retrieves_and_the_llm_ranks_again(name, served, finished):
+    run, first = served(name, retriever=finished("HLLM")), served("HLLM")
+    table = recommend(run, ["4", "2"], top=6, retrieve=4)
+    stage = f"llm ({name.split()[0]})"
+    assert table["stage"].tolist() == ([stage] * 4 + ["retriever (HLLM)"] * 2) * 2
+    for user, part in table.groupby("user"):
+        expected = recommend(first, [user], top=6)
+        assert set(part["item"][:4]) == set(expected["item"][:4])
+        assert part["item"].tolist()[4:] == expected["item"].tolist()[4:]
+        np.testing.assert_allclose(part["score"][4:], expected["score"][4:], atol=1e-6)
+        assert part["score"][:4].is_monotonic_decreasing
+    again = score(run, table[table["stage"] == stage][["user", "item"]])
+    if name != "iLoRA":  # whose prompt lists what was retrieved
+        np.testing.assert_allclose(again["score"], table["score"][table["stage"] == stage], atol=1e-6)
+    assert run.default_retrieved == (4 if name == "iLoRA" else 50)
+
+
+def test_a_retriever_on_other_data_is_refused(served, finished, monkeypatch):
+    load = ServedRun.load.__func__
+
+    def elsewhere(cls, folder, **options):
+        run = load(cls, folder, **options)
+        run.dataset.dataset_name = "other" if folder == finished("HLLM") else "toy"
+        return run
+
+    monkeypatch.setattr(ServedRun, "load", classmethod(elsewhere))
+    with pytest.raises(ValueError, match="was trained on other and .* on toy; name a run on the same data"):
+        ServedRun.load(finished("TALLRec"), retriever=finished("HLLM"), device="cpu")
 
 
 def test_prompts_that_listed_candidates_list_those_of_the_first_stage(served, monkeypatch):
