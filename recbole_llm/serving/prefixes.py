@@ -117,13 +117,14 @@ class Pair:
     Attributes:
         key: of its prefix.
         prefix, suffix: token ids.
-        chunk: of a stream.
+        chunk, places: of a stream, and which interaction of it each token of the prefix belongs to.
     """
 
     key: Key
     prefix: np.ndarray
     suffix: np.ndarray
     chunk: Chunk | None = None
+    places: np.ndarray | None = None
 
 
 @dataclass
@@ -167,17 +168,17 @@ class PrefixScorer:
         alone = [i for i, pair in enumerate(pairs) if pair is None]
         if alone:
             scores[alone] = self.model.score_rows(interaction[torch.as_tensor(alone)]).to(scores)
-        whole = [(i, pair) for i, pair in enumerate(pairs) if pair is not None]
+        whole = {i: pair for i, pair in enumerate(pairs) if pair is not None}
         if not whole:
             return scores
-        instances, lens_logit = self._read_lens(interaction, dict(whole))
+        instances, lens_logit = self._read_lens(interaction)
         margins = torch.zeros(len(interaction), device=self.model.device)
-        for rows in self._batches(dict(whole)):
-            prefixes = self._prefixes(rows, dict(whole), instances)
-            members, found = self._branches(rows, dict(whole), prefixes, instances)
+        for rows in self._batches(whole):
+            prefixes = self._prefixes(rows, whole, instances)
+            members, found = self._branches(rows, whole, prefixes, instances)
             margins[members] = self.model.like_margin(found).to(margins)
         total = torch.sigmoid(self.model.with_residual(margins, lens_logit).double())
-        chosen = [i for i, _ in whole]
+        chosen = list(whole)
         scores[chosen] = total[chosen]
         return scores
 
@@ -206,7 +207,7 @@ class PrefixScorer:
             tied = visible_until(self.model.prompts._history, chunk) is not None
             whole = None if mixed or tied else self._pair(chunk.user, *np.split(stream.input_ids, [size]))
             if whole is not None:
-                whole.chunk = chunk
+                whole.chunk, whole.places = chunk, np.maximum(stream.places[:size], 0)
             pairs.append(whole)
         return pairs
 
@@ -234,9 +235,7 @@ class PrefixScorer:
 
     # ------------------------------------------------------------------ passes
 
-    def _read_lens(
-        self, interaction: Interaction, pairs: dict[int, Pair]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _read_lens(self, interaction: Interaction) -> tuple[Tensor | None, Tensor | None]:
         """The gate's instances of all pairs ``[B, H]`` and the lens's logits ``[B]``, of what is read."""
         model = self.model
         if not (model.gated or model.residual):
@@ -286,12 +285,8 @@ class PrefixScorer:
         earlier = [Chunk(pair.chunk.user, pair.chunk.start, pair.chunk.targets - 1) for pair in firsts]
         z = model.gate_instance(*model.lens.represent(model.gate_samples(earlier)))
         padded = torch.nn.utils.rnn.pad_sequence(z.split(list(map(len, earlier))), batch_first=True)
-        streams = model.prompts.encode_chunks([pair.chunk for pair in firsts]).streams
-        places = [
-            np.maximum(stream.places[: len(pair.prefix)], 0)
-            for stream, pair in zip(streams, firsts, strict=True)
-        ]
-        model.adapter.set_instance(padded.to(model.device), pad_right(places, 0)[0].to(model.device))
+        places, _ = pad_right([pair.places for pair in firsts], 0)
+        model.adapter.set_instance(padded.to(model.device), places.to(model.device))
 
     def _branches(
         self,
