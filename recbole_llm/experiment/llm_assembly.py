@@ -99,6 +99,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
                 if config["lens_rows"] == "without_few_shot"
                 else None,
                 fit=fit,
+                saved=saved is not None,
             )
             return lens.to(config["device"])
 

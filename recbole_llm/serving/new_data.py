@@ -170,7 +170,7 @@ def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset
     Raises:
         FileNotFoundError, ValueError: naming the columns or cells that are wrong.
     """
-    file, history = _cells(source, dataset), cast(HistoryIndex, dataset.history)
+    file, history = _cells(source, "interactions", dataset), cast(HistoryIndex, dataset.history)
     timed = dataset.time_field in dataset._loaded(dataset._files.interactions[0])
     columns = {"user": dataset.uid_field, "item": dataset.iid_field}
     if timed:
@@ -211,15 +211,15 @@ def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset
     return _without_duplicates(found, dataset) if timed else found
 
 
-def _cells(source: str | Path | pd.DataFrame, dataset: HistoryDataset) -> AtomicFile:
+def _cells(source: str | Path | pd.DataFrame, what: str, dataset: HistoryDataset) -> AtomicFile:
     if not isinstance(source, pd.DataFrame):
-        return _read(source, "interactions", dataset)
+        return _read(source, what, dataset)
     types = {
         str(name): "float" if pd.api.types.is_float_dtype(column) else "token"
         for name, column in source.items()
     }
     table = source.where(source.notna(), "").astype(str).set_axis(list(types), axis=1).reset_index(drop=True)
-    return AtomicFile(Path("the interactions"), types, table, np.arange(1, len(table) + 1))
+    return AtomicFile(Path(f"the {what}"), types, table, np.arange(1, len(table) + 1))
 
 
 def _read(path: str | Path, what: str, dataset: HistoryDataset) -> AtomicFile:
@@ -255,7 +255,10 @@ def _without_duplicates(table: pd.DataFrame, dataset: HistoryDataset) -> pd.Data
 
 
 def append(
-    parts: Assembly, new: NewData, source: str | Path | pd.DataFrame, items: str | Path | None = None
+    parts: Assembly,
+    new: NewData,
+    source: str | Path | pd.DataFrame,
+    items: str | Path | pd.DataFrame | None = None,
 ) -> dict[str, int]:
     """Append interactions to the histories of a loaded run. Its loaders keep their samples.
 
@@ -263,7 +266,7 @@ def append(
         parts: the run.
         new: what it has been given so far; changed.
         source: see :func:`read_interactions`. May hold users and items that the data does not have.
-        items: an atomic ``.item`` file with the titles of such items, beside the data's own.
+        items: an atomic ``.item`` file, or a table, with the titles of such items, beside the data's own.
 
     Returns:
         Numbers: ``interactions``, ``new_users``, ``new_items``, and ``late`` ones, which are older than the newest
@@ -288,7 +291,7 @@ def append(
     if by_titles and not set(table["item"]) <= dataset.field2token_id[dataset.iid_field].keys():
         new.titles = new.titles or TitleVectors(parts)
     if items is not None:
-        titles = _read(items, "items", dataset)
+        titles = _cells(items, "items", dataset)
         if dataset.iid_field not in titles.types:
             raise ValueError(
                 f"{titles.path} has no column {dataset.iid_field!r}; it has {list(titles.types)}"

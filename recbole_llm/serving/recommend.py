@@ -27,7 +27,7 @@ def recommend(
     candidates: Iterable[object] | None = None,
     interactions: str | Path | pd.DataFrame | None = None,
     *,
-    items: str | Path | None = None,
+    items: str | Path | pd.DataFrame | None = None,
     retrieve: int | None = None,
     explained: bool = False,
 ) -> pd.DataFrame:
@@ -89,7 +89,7 @@ def recommend(
 def opened(
     run: ServedRun | str | Path,
     interactions: str | Path | pd.DataFrame | None = None,
-    items: str | Path | None = None,
+    items: str | Path | pd.DataFrame | None = None,
 ) -> ServedRun:
     """A run, loaded if its folder is given, with interactions appended if there are any."""
     if not isinstance(run, ServedRun):

@@ -101,7 +101,7 @@ class ServedRun:
         folder: str | Path,
         *,
         interactions: str | Path | pd.DataFrame | None = None,
-        items: str | Path | None = None,
+        items: str | Path | pd.DataFrame | None = None,
         device: str | None = None,
         prefix_memory: int | None = None,
         retriever: str | Path | None = None,
@@ -130,7 +130,7 @@ class ServedRun:
         return run
 
     def append(
-        self, interactions: str | Path | pd.DataFrame, items: str | Path | None = None
+        self, interactions: str | Path | pd.DataFrame, items: str | Path | pd.DataFrame | None = None
     ) -> dict[str, int]:
         """Append later interactions of known and unknown users; see :func:`recbole_llm.serving.new_data.append`."""
         if self.retriever is not None:

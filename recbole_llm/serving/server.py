@@ -237,6 +237,9 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
         interactions: Annotated[
             list[dict[str, str | float | int]], Field(min_length=1, max_length=limits.interactions)
         ]
+        items: Annotated[
+            list[dict[str, str | float | int]] | None, Field(min_length=1, max_length=limits.interactions)
+        ] = None
 
     class InteractionsAnswer(BaseModel):
         interactions: int
@@ -392,9 +395,14 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
 
     @app.post("/interactions", dependencies=guard)
     async def interactions(request: InteractionsRequest) -> InteractionsAnswer:
-        """Append later interactions, with the column names of the data's ``.inter`` file; kept in memory only."""
+        """Append later interactions; kept in memory only.
+
+        Column names are those of the data's ``.inter`` file; ``items`` has the titles of new items, with the column
+        names of its ``.item`` file.
+        """
         table = pd.DataFrame(request.interactions)
-        counts = await batcher.call(lambda: run.append(table))
+        titles = None if request.items is None else pd.DataFrame(request.items)
+        counts = await batcher.call(lambda: run.append(table, titles))
         kept.forget(None if counts["new_items"] else set(table[user_field].astype(str)))
         return InteractionsAnswer(**counts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -172,6 +174,50 @@ def test_the_stream_that_was_read_ends_with_the_candidate(name, served):
     *earlier, last = table["prompt"][0].splitlines()
     assert last.startswith(run.parts.prompts._items.titles[int(run.ids("item_id", ["1"]).known[0])])
     assert last.endswith(":") and len(earlier) >= 6  # a header and the context of an evaluation
+
+
+EMPTY = [
+    "RecLoRA",
+    "TALLRec",
+    "RecLoRA stream",
+    "TALLRec stream",
+    "iLoRA",
+    "SASRec",
+    "Stream",
+    "HLLM",
+    "TitleKNN",
+]
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_user_without_any_history_is_answered(name, served):
+    run = served(name)
+    history = run.dataset.history
+    last = int(history.user_start[-2])  # where the interactions of the last user begin
+    for column in ("item_ids", "labels", "timestamps", "ratings"):
+        values = getattr(history, column)
+        setattr(history, column, None if values is None else values[:last])
+    history.user_start[-1] = last
+    history.__dict__.pop("tie_start", None)
+    if hasattr(run.model, "follow_history"):
+        run.model.follow_history()
+    elif name.endswith("stream"):
+        run.parts.prompts.refresh()
+    user = run.tokens("user_id", [run.dataset.user_num - 1])
+    table = recommend(run, user, top=3, retrieve=0, candidates=["1", "2", "3"])
+    assert len(table) == 3 and np.isfinite(table["score"]).all()
+    assert recommend(run, user, top=1, explained=True)["history"].tolist() == [0]
+
+
+def test_a_run_whose_lens_or_backbone_is_missing_is_refused(finished, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(finished("RecLoRA"), copied)
+    shutil.rmtree(copied / "lens")
+    with pytest.raises(ValueError, match="the run was copied without its lens"):
+        ServedRun.load(copied, device="cpu")
+    assert not list(copied.rglob("lens.json"))  # nothing was trained in its place
+    with pytest.raises(FileNotFoundError, match="backbone: there is no file or folder .*none"):
+        ServedRun.load(finished("TALLRec"), device="cpu", backbone="./none/model")
 
 
 @pytest.mark.parametrize("which", ["seen", "all"])
