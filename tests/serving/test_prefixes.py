@@ -67,7 +67,7 @@ def test_a_prefix_that_has_changed_is_not_found(name, served):
     assert (np.abs(after - before)[mine] > 1e-6).all() and np.abs(after - before)[~mine].max() < 1e-6
 
 
-@pytest.mark.parametrize("memory", [0, 1, 60_000])
+@pytest.mark.parametrize("memory", [0, 1, 200_000])
 @pytest.mark.parametrize("name", ["TALLRec", "RecLoRA stream"])
 def test_memory_is_bounded_and_changes_no_score(name, memory, served):
     run = stir(served(name))
