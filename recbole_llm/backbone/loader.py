@@ -38,6 +38,9 @@ from recbole_llm.utils.hashing import hash_file
 
 logger = logging.getLogger(__name__)
 
+DEQUANTISED = "dequantised"
+"""Folder in the cache with plain copies of packed weights."""
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -252,7 +255,7 @@ def _dequantised(gguf: Path, sha256: str, cache_dir: Path) -> Path:
     Float32 holds the values of a packed file without rounding. The folder's name carries the version of
     transformers, whose configuration files and conversions change between versions.
     """
-    folder = cache_dir / "dequantised" / f"{sha256}-transformers-{transformers.__version__}"
+    folder = cache_dir / DEQUANTISED / f"{sha256}-transformers-{transformers.__version__}"
     with locked(folder):
         if not (folder / "model.safetensors").is_file():
             _dequantise(gguf, folder, cache_dir)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,10 @@ class TitleTrie:
         return np.array(found[::-1], dtype=np.int64)
 
 
+KeptPrompt = list[tuple[Tensor, Tensor]]
+"""Keys and values ``[heads, P, d]`` of one prompt, layer by layer."""
+
+
 @dataclass
 class TitleScores:
     """What ``score_titles`` found, for each of the B prompts.
@@ -245,7 +250,7 @@ def score_titles(
     chained = _reads_positions_from_mask(unwrapped(model))
     pieces = [trie.chains() if chained else trie.chunks(max_nodes) for trie in trees]
     longest = max(int(trie.lengths.max()) for trie in trees)
-    prompts = _Prompts(model, prompt_embeds, prompt_lengths, longest, attention)
+    prompts = CachedPrompts(model, prompt_embeds, prompt_lengths, longest, attention=attention)
     if before_titles is not None:
         before_titles()
     vocabulary = prompts.logits.shape[-1]
@@ -420,7 +425,7 @@ def generate_titles(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    prompts = _Prompts(model, prompt_embeds, prompt_lengths, max_new_tokens, attention)
+    prompts = CachedPrompts(model, prompt_embeds, prompt_lengths, max_new_tokens, attention=attention)
     if before_titles is not None:
         before_titles()
     logits = prompts.logits
@@ -441,18 +446,21 @@ def generate_titles(
     return [row[row >= 0] for row in torch.stack(written, dim=1).cpu().numpy()]
 
 
-class _Prompts:
+class CachedPrompts:
     """Prompts that went through the model, with their keys and values, ready for tokens behind them.
 
     Args:
         model: see ``score_titles``; so are the next two.
         longest: the most tokens that will stand behind a prompt, the last of which is no input.
+        token_ids: [w] the tokens whose logits are wanted; ``None``: all of the vocabulary.
         attention: see ``score_titles``.
 
     Attributes:
         lengths: [B].
-        logits: [B, 1, V] those behind each prompt.
+        logits: [B, 1, V] those behind each prompt, or [B, 1, w].
     """
+
+    logits: Tensor
 
     def __init__(
         self,
@@ -460,6 +468,7 @@ class _Prompts:
         embeds: Tensor,
         lengths: Tensor,
         longest: int,
+        token_ids: Tensor | None = None,
         attention: Mapping[str, Tensor] | None = None,
     ) -> None:
         if embeds.dim() != 3 or lengths.shape != embeds.shape[:1] or not len(lengths):
@@ -472,20 +481,9 @@ class _Prompts:
                 f"prompt_lengths must lie between 1 and the prompts' width {embeds.shape[1]}, got "
                 f"{lengths.tolist()}"
             )
+        self._prepare(model, lengths, longest, token_ids)
         inner = unwrapped(model)
-        _check_model(inner)
-        check_length(inner, int(lengths.max()) + longest - 1)
-        self._model = model
-        self._chained = _reads_positions_from_mask(inner)
-        self._cache_argument = "cache" if "cache" in _forward_arguments(inner) else "past_key_values"
-        self._config = inner.config.get_text_config()
-        self._embedding = inner.get_input_embeddings()
-        self._device, self._dtype = self._embedding.weight.device, self._embedding.weight.dtype
-        self.lengths = lengths.to(self._device)
-        embeds = embeds[:, : int(lengths.max())].to(self._device, self._dtype)
-        self._width = embeds.shape[1]
-        # Told nothing of the architecture, it keeps all keys also of layers with a sliding window.
-        self._cache = DynamicCache()
+        embeds = embeds[:, : self._width].to(self._device, self._dtype)
         last = self.lengths[:, None] - 1
         own: dict[str, Any] = {}
         if attention:
@@ -497,7 +495,7 @@ class _Prompts:
             places = attention["position_ids"].to(self._device)
             mask = attention["attention_mask"][:, 0].to(self._device)
             own = {"attention_mask": self._as_model_wants(mask, places, places), "position_ids": places}
-        with precise_head(model, embeds.shape[:2], lambda hidden: at_places(hidden, last)):
+        with self._precise(embeds, last):
             self.logits = self._run(embeds, **own)
         if self._cache.get_seq_length() != self._width:
             raise ValueError(
@@ -505,6 +503,60 @@ class _Prompts:
                 "titles need a model that keeps the keys and values of its prompt (with gradient "
                 "checkpointing, call model.eval() first)"
             )
+
+    def _prepare(self, model: nn.Module, lengths: Tensor, longest: int, token_ids: Tensor | None) -> None:
+        inner = unwrapped(model)
+        _check_model(inner)
+        check_length(inner, int(lengths.max()) + longest - 1)
+        self._model = model
+        self._chained = _reads_positions_from_mask(inner)
+        self._cache_argument = "cache" if "cache" in _forward_arguments(inner) else "past_key_values"
+        self._config = inner.config.get_text_config()
+        self._embedding = inner.get_input_embeddings()
+        self._device, self._dtype = self._embedding.weight.device, self._embedding.weight.dtype
+        self.lengths = lengths.to(self._device)
+        self._width = int(lengths.max())
+        self._token_ids = None if token_ids is None else token_ids.to(self._device)
+        # Told nothing of the architecture, it keeps all keys also of layers with a sliding window.
+        self._cache = DynamicCache()
+
+    def _precise(self, embeds: Tensor, places: Tensor) -> AbstractContextManager[None]:
+        return precise_head(
+            self._model, embeds.shape[:2], lambda hidden: at_places(hidden, places), self._token_ids
+        )
+
+    def kept(self) -> list[KeptPrompt]:
+        """The keys and values of each prompt, without its padding, as :meth:`restored` takes them."""
+        return [
+            [
+                (layer.keys[row, :, :size].clone(), layer.values[row, :, :size].clone())
+                for layer in self._cache.layers
+            ]
+            for row, size in enumerate(self.lengths.tolist())
+        ]
+
+    @classmethod
+    def restored(
+        cls, model: nn.Module, kept: Sequence[KeptPrompt], longest: int, token_ids: Tensor | None = None
+    ) -> CachedPrompts:
+        """Prompts that went through the model earlier, whatever their batch was; they have no ``logits``.
+
+        Args:
+            model, longest, token_ids: as of the class.
+            kept: B prompts of :meth:`kept`.
+        """
+        found = cls.__new__(cls)
+        lengths = torch.tensor([prompt[0][0].shape[1] for prompt in kept])
+        found._prepare(model, lengths, longest, token_ids)
+        for layer in range(len(kept[0])):
+            keys, values = (
+                nn.utils.rnn.pad_sequence(
+                    [prompt[layer][part].transpose(0, 1) for prompt in kept], batch_first=True
+                ).transpose(1, 2)
+                for part in (0, 1)
+            )
+            found._cache.update(keys, values, layer)
+        return found
 
     def forward(self, tokens: Tensor, depth: Tensor, key_depth: Tensor, sees: Tensor, keep: Tensor) -> Tensor:
         """Logits behind ``tokens``, whose keys and values join the cache. All b are 1 (the same for each row) or B.
@@ -525,7 +577,7 @@ class _Prompts:
             for tensor in (tokens, depth, key_depth, sees, keep)
         )
         embeds = self._embedding(tokens).to(self._dtype)
-        precise = precise_head(self._model, embeds.shape[:2], lambda hidden: at_places(hidden, keep))
+        precise = self._precise(embeds, keep)
         places, key_places = self.lengths[:, None] + depth, self.lengths[:, None] + key_depth
         width = torch.arange(self._width, device=self._device).expand(batch, -1)
         real = width < self.lengths[:, None]
@@ -565,6 +617,15 @@ class _Prompts:
         if kinds is None:
             return four(near)
         return {"full_attention": four(mask), "sliding_attention": four(near)}
+
+
+def takes_branches(model: nn.Module) -> bool:
+    """Whether several texts can stand behind one prompt in one pass (:meth:`CachedPrompts.forward`)."""
+    try:
+        _check_model(unwrapped(model))
+    except ValueError:
+        return False
+    return not _reads_positions_from_mask(unwrapped(model))
 
 
 def _check_model(model: nn.Module) -> None:

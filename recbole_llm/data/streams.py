@@ -48,11 +48,14 @@ class Chunk:
         user: internal user id.
         start: position of the first interaction in the :class:`HistoryIndex`.
         targets: positions to be predicted, int64 ``[k]``, ascending; the last one ends the chunk.
+        item: what stands at the last position instead of what the history has there, if anything: an interaction that
+            may still come. Internal id; ``None``: all is as in the history.
     """
 
     user: int
     start: int
     targets: np.ndarray
+    item: int | None = None
 
     @property
     def positions(self) -> np.ndarray:
@@ -63,6 +66,13 @@ class Chunk:
     def target_places(self) -> np.ndarray:
         """Where in the chunk its targets are, int64 ``[k]`` in ``[0, S)``."""
         return self.targets - self.start
+
+    def items(self, history: HistoryIndex) -> np.ndarray:
+        """Internal item ids of all interactions, int64 ``[S]``."""
+        positions = self.positions
+        if self.item is None:
+            return history.item_ids[positions]
+        return np.append(history.item_ids[positions[:-1]], self.item)
 
     def __len__(self) -> int:
         return int(self.targets[-1]) + 1 - self.start
@@ -125,32 +135,39 @@ class StreamCutter:
 
     # ------------------------------------------------------------------ cutting
 
-    def _first_shown(self, user: int, body: int, n_context: int) -> int:
+    def _costs(self, user: int, end: int) -> np.ndarray:
+        """Cost of all interactions before each of a user's, up to that at ``end``, ``[m + 1]``."""
+        return self._before[self.history.user_start[user] : end + 1]
+
+    def _first_shown(self, before: np.ndarray, room: int, body: int, n_context: int) -> int:
         """First of at most ``n_context`` interactions before ``body`` that cost at most half of the room."""
-        first = max(int(self.history.user_start[user]), body - n_context)
-        least = self._before[body] - self._room[user] // 2
-        return max(first, min(body, int(np.searchsorted(self._before, least))))
+        least = before[body] - room // 2
+        return max(0, body - n_context, min(body, int(np.searchsorted(before, least))))
 
     def _cut(
-        self, user: int, end: int, n_context: int, first_share: float = 1.0
+        self, user: int, before: np.ndarray, n_context: int, first_share: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Cut a user's interactions up to ``end``: first position shown and end of the body, each ``[n_chunks]``.
+        """Cut a user's interactions: first position shown and end of the body of each chunk, each ``[n_chunks]``.
 
-        ``first_share`` of the room are given to the first body.
+        Args:
+            user: whose.
+            before: of :meth:`_costs`; where it ends is where the last chunk does.
+            n_context: interactions before the body.
+            first_share: of the room, given to the first body.
         """
-        body = int(self.history.user_start[user])
+        begin, whole, last = int(self.history.user_start[user]), int(self._room[user]), len(before) - 1
         starts: list[int] = []
         ends: list[int] = []
-        while body < end:
-            first = self._first_shown(user, body, n_context)
-            room = int(self._room[user] * (1.0 if starts else first_share))  # a float would convert all costs
-            stop = int(np.searchsorted(self._before, self._before[first] + room, side="right")) - 1
+        body = 0
+        while body < last:
+            first = self._first_shown(before, whole, body, n_context)
+            room = int(whole * (1.0 if starts else first_share))  # a float would convert all costs
+            stop = int(np.searchsorted(before, before[first] + room, side="right")) - 1
             if stop <= body:  # the next interaction is too long to stand behind this context
-                affordable = self._before[body + 1] - self._room[user]
-                first = max(first, int(np.searchsorted(self._before, affordable)))
-            stop = min(max(stop, body + 1), end)
-            starts.append(first)
-            ends.append(stop)
+                first = max(first, int(np.searchsorted(before, before[body + 1] - whole)))
+            stop = min(max(stop, body + 1), last)
+            starts.append(begin + first)
+            ends.append(begin + stop)
             body = stop
         return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
 
@@ -175,7 +192,7 @@ class StreamCutter:
         shares = rng.random(len(self._room))
         chunks = []
         for user, mine in self._by_user(targets):
-            starts, ends = self._cut(user, int(mine[-1]) + 1, self.lead, shares[user])
+            starts, ends = self._cut(user, self._costs(user, int(mine[-1]) + 1), self.lead, shares[user])
             chunks += self._chunks(user, mine, starts, ends)
         return chunks
 
@@ -191,9 +208,33 @@ class StreamCutter:
         chunks = []
         for user, mine in self._by_user(self._checked(targets)):
             if user not in self._windows:
-                self._windows[user] = self._cut(user, int(self.history.user_start[user + 1]), self.context)
+                end = int(self.history.user_start[user + 1])
+                self._windows[user] = self._cut(user, self._costs(user, end), self.context)
             chunks += self._chunks(user, mine, *self._windows[user])
         return chunks
+
+    def appended_chunk(self, user: int, end: int, item: int, cost: int) -> Chunk:
+        """The evaluation chunk of an item that stands at ``end`` of a user's stream, as if it came next there.
+
+        The chunk is that which :meth:`evaluation_chunks` would give if the history had this interaction.
+
+        Args:
+            user: internal id.
+            end: position; behind the user's last interaction for one that is still to come.
+            item: internal id.
+            cost: of this interaction.
+
+        Raises:
+            ValueError: if the interaction does not fit into a chunk.
+        """
+        if cost > self._room[user]:
+            raise ValueError(
+                f"an interaction of user {user} with item {item} (internal ids) needs {cost} and a chunk has room for "
+                f"{self._room[user]}; allow longer chunks or shorter titles"
+            )
+        before = self._costs(user, end)
+        starts, _ = self._cut(user, np.append(before, before[-1] + cost), self.context)
+        return Chunk(user, int(starts[-1]), np.array([end]), item)
 
     def _by_user(self, targets: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Users and their targets; ``targets`` are ascending, as are the users of positions."""
@@ -240,7 +281,12 @@ def draw_by_user(users: np.ndarray, size: int | float, seed: int, purpose: str =
     return np.sort(np.argsort(rank[owner], kind="stable")[:count])
 
 
-def interactions_at(dataset: HistoryDataset, positions: np.ndarray) -> Interaction:
+def interactions_at(
+    dataset: HistoryDataset,
+    positions: np.ndarray,
+    users: np.ndarray | None = None,
+    items: np.ndarray | None = None,
+) -> Interaction:
     """Any interactions as a batch of samples with their histories, as a lens reads them.
 
     Unlike samples of a split they may have fewer earlier interactions than ``min_history``, or none; an empty history
@@ -249,10 +295,14 @@ def interactions_at(dataset: HistoryDataset, positions: np.ndarray) -> Interacti
 
     Args:
         positions: positions in its history, ``[n]``.
+        users, items: whose and of what they are, ``[n]``; by default as the history has it. Needed for interactions
+            that are still to come.
     """
     history = dataset.history
-    users = np.searchsorted(history.user_start, positions, side="right") - 1
-    items = history.item_ids[positions]
+    if users is None:
+        users = np.searchsorted(history.user_start, positions, side="right") - 1
+    if items is None:
+        items = history.item_ids[positions]
     return dataset.join(table({dataset.uid_field: users, dataset.iid_field: items, HISTORY_END: positions}))
 
 
@@ -273,6 +323,22 @@ def others_positions(
     return start[donor] + (positions - start[owner]) % (start[donor + 1] - start[donor])
 
 
+def interactions_of(dataset: HistoryDataset, chunks: Sequence[Chunk]) -> Interaction:
+    """All interactions of some chunks, one after another, as :func:`interactions_at` gives them."""
+    return interactions_at(
+        dataset,
+        np.concatenate([chunk.positions for chunk in chunks]),
+        np.repeat([chunk.user for chunk in chunks], [len(chunk) for chunk in chunks]),
+        np.concatenate([chunk.items(dataset.history) for chunk in chunks]),
+    )
+
+
+def stored(history: HistoryIndex, users: np.ndarray, items: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Which samples are interactions of the history, bool ``[B]``; the others stand where one may still come."""
+    inside = np.minimum(ends, len(history) - 1)
+    return (ends < history.user_start[users + 1]) & (history.item_ids[inside] == items)
+
+
 def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:
     """For each interaction of a chunk how many of those before it it may see, int64 ``[S]``.
 
@@ -286,7 +352,10 @@ def visible_until(history: HistoryIndex, chunk: Chunk) -> np.ndarray | None:
     """
     if history.ties == "order":
         return None
-    found = np.maximum(history.tie_start[chunk.positions] - chunk.start, 0)
+    positions, end = chunk.positions, history.user_start[chunk.user + 1]
+    # What comes behind the user's last interaction has a time of its own.
+    found = np.where(positions < end, history.tie_start[np.minimum(positions, len(history) - 1)], positions)
+    found = np.maximum(found - chunk.start, 0)
     return None if np.array_equal(found, np.arange(len(chunk))) else found
 
 

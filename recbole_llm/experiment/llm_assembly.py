@@ -26,7 +26,7 @@ from recbole_llm.data.retriever import (
     SemanticRetriever,
     ShuffledRetriever,
 )
-from recbole_llm.data.streams import StreamLoader, interactions_at
+from recbole_llm.data.streams import StreamLoader, interactions_of
 from recbole_llm.experiment.assembly import (
     Assembly,
     backbone_of,
@@ -106,6 +106,7 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
                 cache_dir=saved or cache_folder(config),
                 exclude_rows=hidden_from_lens(config, splits),
                 fit=fit,
+                saved=saved is not None,
             )
             return lens.to(config["device"])
 
@@ -261,8 +262,8 @@ def _ctr_prompts(
                 "prompt"
             )
         if isinstance(prompts, StreamPrompts):
-            prompts.lens_scores = lambda places: (
-                lens.probability(interactions_at(dataset, places)).cpu().numpy()
+            prompts.lens_scores = lambda chunks: (
+                lens.probability(interactions_of(dataset, chunks)).cpu().numpy()
             )
         else:
             prompts.lens_scores = lambda interaction: lens.probability(interaction).cpu().numpy()

@@ -44,6 +44,7 @@ def fit_lens(
     cache_dir: Path,
     exclude_rows: np.ndarray | None = None,
     fit: bool = True,
+    saved: bool = False,
 ) -> Lens:
     """Train the lens of a configuration, or take it from the cache.
 
@@ -60,6 +61,7 @@ def fit_lens(
             without_few_shot``: the samples that will tune the LLM, as stacking requires). They remain part of the
             histories of later samples.
         fit: ``False``: random weights, no training and no cache (dry runs).
+        saved: ``cache_dir`` is the folder of a finished run, which has its lens: nothing is trained.
 
     Returns:
         The frozen lens, on the configuration's device.
@@ -99,7 +101,14 @@ def fit_lens(
                     lens.info["from_cache"] = True
                     return lens
                 except LensError as error:
+                    if saved:
+                        raise
                     logger.warning("lens %s is trained again: %s", name, error)
+            elif saved:
+                raise LensError(
+                    f"{folder} is missing: the run was copied without its lens, or data or configuration of the lens "
+                    "are not those of its training"
+                )
             training = folder.with_name(folder.name + TRAINING_SUFFIX)
             info = _train(settings, model, train, valid, training, identity)
             lens = Lens(model, name=name, gate_scope=scope, identity=identity, info=info)

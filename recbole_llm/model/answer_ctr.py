@@ -175,7 +175,7 @@ class AnswerCTR(LLMRecommender):
         inputs = batch.input_ids if state is None else self.embed(batch.input_ids, state)
         with nullcontext() if adapted else self.adapter.disabled():
             logits = answer_logits(self.adapter.peft_model, inputs, batch.lengths, self.answer_ids)
-        return logits[:, 0] - logits[:, 1]
+        return self.like_margin(logits)
 
     def terms(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """The adapted language model's margin, and with ``lens_residual`` the lens's logit, ``[b]`` float32 each."""
@@ -187,15 +187,19 @@ class AnswerCTR(LLMRecommender):
         margin = self.margin(batch, state if self.hybrid else None)
         return margin, lens_logit if self.residual else None
 
-    def combined(self, margin: Tensor, lens_logit: Tensor | None) -> Tensor:
-        """The model's logit of both terms, ``[b]`` (see the module docstring)."""
-        if lens_logit is None:
+    def with_residual(self, margin: Tensor, lens_logit: Tensor | None) -> Tensor:
+        """The model's logit, given the language model's and, with ``lens_residual``, the lens's; all ``[b]``."""
+        if lens_logit is None or not self.residual:
             return margin
         return self.lens_scale * lens_logit + self.answer_scale * margin + self.bias
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The model's logit, ``[b]`` float32."""
-        return self.combined(*self.terms(batch))
+        return self.with_residual(*self.terms(batch))
+
+    def like_margin(self, logits: Tensor) -> Tensor:
+        """Logit of "yes" against "no", ``[b, 2] -> [b]``."""
+        return logits[:, 0] - logits[:, 1]
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """Mean cross-entropy between the two answers, and the gate's penalty if there is one; scalar."""

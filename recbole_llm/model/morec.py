@@ -6,8 +6,11 @@ Revisited" in SIGIR 2023.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from recbole.model.sequential_recommender.sasrec import SASRec
+from torch import nn
 
 from recbole_llm.config.keys import Key
 from recbole_llm.config.kinds import Choice, Whole
@@ -27,7 +30,24 @@ def use_titles(model: SASRec, config, item_vectors: np.ndarray) -> None:
     ).apply(model._init_weights)
 
 
-class LabelledMoRec(LensSASRec):
+class ItemsByTitle:
+    """What MoRec adds to a SASRec: items that came after the training are known by their titles, if all items are."""
+
+    n_items: int
+    item_embedding: nn.Module
+
+    @property
+    def titles_suffice(self) -> bool:
+        """Whether an item is its title's vector, and nothing else was trained for it."""
+        return isinstance(self.item_embedding, TitleEmbedding) and self.item_embedding.ids is None
+
+    def append_items(self, item_vectors: np.ndarray, others: np.ndarray) -> None:
+        """See :meth:`TitleEmbedding.append`."""
+        cast(TitleEmbedding, self.item_embedding).append(item_vectors, others)
+        self.n_items += len(others)
+
+
+class LabelledMoRec(ItemsByTitle, LensSASRec):
     """The lens SASRec, which is trained on labels and sees past ratings, with the item embedding of :class:`MoRec`."""
 
     def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
@@ -35,7 +55,7 @@ class LabelledMoRec(LensSASRec):
         use_titles(self, config, item_vectors)
 
 
-class MoRec(SASRec):
+class MoRec(ItemsByTitle, SASRec):
     """RecBole's SASRec with another item embedding ``e``, of the history and of the items that are scored.
 
     With ``v`` the LLM's mean-pooled vectors of the titles, standardised, ``P`` a trained projector and ``E`` a trained

@@ -40,7 +40,7 @@ from recbole_llm.model.stream_network import (
     like_logit,
     sampled_softmax,
 )
-from recbole_llm.model.title_embedding import standardised
+from recbole_llm.model.title_embedding import standardised, standardised_like
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +111,12 @@ class StreamRecommender(SequentialRecommender):
                 f"id_retrieval: {config['id_retrieval']} is not possible with {name}, which reads the whole stream; "
                 "set id_retrieval: recent"
             )
-        self.register_buffer("stream_begin", torch.from_numpy(self.history.user_start), persistent=False)
-        self.register_buffer("stream_items", torch.from_numpy(self.history.item_ids), persistent=False)
-        self.register_buffer("stream_levels", torch.from_numpy(self._levels(config)), persistent=False)
-        gaps = time_buckets(self.history) if config["time_gaps"] else np.zeros(len(self.history), np.uint8)
-        self.register_buffer("stream_gaps", torch.from_numpy(gaps), persistent=False)
+        self.reads_gaps = bool(config["time_gaps"])
+        self.known_users, self.known_items = dataset.user_num, self.n_items
+        ratings = self.history.ratings
+        # The method alone: a module would be part of what is saved.
+        self.level_of = None if ratings is None else RatingLevels(ratings).forward
+        self.follow_history()
 
         user_model = self.build_user_model(config, backbone)
         width = user_model.width
@@ -148,6 +149,38 @@ class StreamRecommender(SequentialRecommender):
             self.of_user = nn.Linear(self.user_fields.width("user"), width, bias=False)
         self.user_model = user_model
 
+    # ------------------------------------------------------------------ the history, and what comes later
+
+    def _stream_tensors(self) -> dict[str, np.ndarray]:
+        """What is read of the history, by the name of its buffer."""
+        history = self.history
+        # Nothing is known of an item that came later, unless titles suffice: the padding item stands for it.
+        items = np.where(history.item_ids < self.known_items, history.item_ids, 0)
+        gaps = time_buckets(history) if self.reads_gaps else np.zeros(len(history), np.uint8)
+        return {
+            "stream_begin": history.user_start,
+            "stream_items": items,
+            "stream_levels": self._levels(),
+            "stream_gaps": gaps,
+        }
+
+    def follow_history(self) -> None:
+        """Read the history, to which interactions may have been appended since."""
+        for name, values in self._stream_tensors().items():
+            device = getattr(self, name).device if hasattr(self, name) else None
+            self.register_buffer(name, torch.from_numpy(values).to(device), persistent=False)
+
+    @property
+    def titles_suffice(self) -> bool:
+        """Whether items that came later are known by their titles."""
+        return self.inputs.items.titles_suffice
+
+    def append_items(self, item_vectors: np.ndarray, others: np.ndarray) -> None:
+        """Know more items: ``others [m, d]``, beside those of the training, ``item_vectors [n_items, d]``."""
+        self.inputs.items.append(standardised_like(item_vectors, others))
+        self.n_items += len(others)
+        self.known_items += len(others)
+
     # ------------------------------------------------------------------ what the network is made of
 
     def build_user_model(self, config, backbone: Backbone | None) -> nn.Module:
@@ -164,12 +197,12 @@ class StreamRecommender(SequentialRecommender):
         """Whether past stars (or labels, where there are no stars) are an input."""
         return self.history.ratings is None or bool(config["lens_ratings"])
 
-    def _levels(self, config) -> np.ndarray:
+    def _levels(self) -> np.ndarray:
         """The level of stars of every interaction, from 1, ``[n]``; of labels where the data has no stars."""
         history = self.history
         if history.ratings is not None:
             ratings = torch.from_numpy(history.ratings)
-            return RatingLevels(history.ratings)(ratings, torch.ones_like(ratings, dtype=torch.bool)).numpy()
+            return self.level_of(ratings, torch.ones_like(ratings, dtype=torch.bool)).numpy()
         if history.labels is not None:
             return history.labels.astype(np.int64) + 1
         return np.zeros(len(history), dtype=np.int64)
@@ -209,11 +242,12 @@ class StreamRecommender(SequentialRecommender):
             items,
             self.stream_items[before] * follows,
             self.stream_levels[before] * follows,
-            self.stream_gaps[known].long() * follows,
+            self.stream_gaps[known].long() * (follows & (positions < self.stream_begin[users + 1][:, None])),
         )
         first = self.before.expand(len(users), -1)
         if self.user_fields is not None:
-            first = first + self.of_user(self.user_fields("user", users))
+            known = users * (users < self.known_users)
+            first = first + self.of_user(self.user_fields("user", known))
         return self.user_model(torch.cat([first.unsqueeze(1).to(x.dtype), x], dim=1)), items
 
     def _target_states(self, batch: Interaction, before: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -426,7 +460,8 @@ class Stream(StreamRecommender):
             chunk,
             ends - low + 1,
         )
-        logits = self.head(states, interaction[self.ITEM_ID].to(states.device))
+        targets = interaction[self.ITEM_ID].to(states.device)
+        logits = self.head(states, targets * (targets < self.head.of_item.num_embeddings))
         return states, like_logit(logits, self.liked)
 
     def predict(self, interaction: Interaction) -> Tensor:

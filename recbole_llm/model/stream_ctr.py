@@ -22,7 +22,7 @@ the batch nor on which other samples are scored.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -34,13 +34,15 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_llm.backbone.answers import logits_at, pad_right
-from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.prompts.stream import EncodedStreams, StreamPrompts
 from recbole_llm.data.streams import (
+    Chunk,
     StreamBatch,
     attention_inputs,
     interactions_at,
+    interactions_of,
     others_positions,
+    stored,
     visible_until,
 )
 from recbole_llm.model.answer_ctr import AnswerCTR
@@ -61,7 +63,7 @@ class StreamMicroBatch:
         places: which interaction of its chunk each token belongs to, ``[b, T]``; 0 for header and padding.
         answer_rows, answer_tokens: where the answers of the targets follow, ``[k]`` each.
         answers: the right ones, ``[k]`` in ``[0, K)``.
-        positions: the interactions of each chunk, as positions in the history.
+        chunks: what the sequences are made of.
         attention: mask and position ids where causal attention is not exact, else empty.
     """
 
@@ -72,7 +74,7 @@ class StreamMicroBatch:
     answer_rows: Tensor
     answer_tokens: Tensor
     answers: Tensor
-    positions: list[np.ndarray]
+    chunks: list[Chunk]
     attention: dict[str, Tensor]
 
 
@@ -125,8 +127,13 @@ class StreamCTR(AnswerCTR):
             encoded = self.prompts.encode_chunks(interaction.chunks, slots=self.hybrid)
             yield from self._pad(interaction.interaction, encoded, np.arange(len(interaction)))
         else:
-            order = np.argsort(interaction[HISTORY_END].cpu().numpy(), kind="stable")
-            yield from self._pad(interaction, self.encode(interaction), order)
+            yield from self._pad(interaction, self.encode(interaction), self._order(interaction))
+
+    def _order(self, interaction: Interaction) -> np.ndarray:
+        """Samples in the order in which :meth:`encode` has them as targets."""
+        users, items, ends = self.prompts.samples(interaction)
+        mine = stored(self._dataset.history, users, items, ends)
+        return np.lexsort((np.where(mine, ends, 0), ~mine))
 
     def _pad(
         self, interaction: Interaction, encoded: EncodedStreams, rows: np.ndarray
@@ -135,6 +142,7 @@ class StreamCTR(AnswerCTR):
         streams = encoded.streams
         lengths = np.array([len(stream.input_ids) for stream in streams])
         ends = np.cumsum([len(stream.answers_at) for stream in streams])
+        n = len(self._dataset.history)  # what is still to come has no answer: any will do
         for piece in self.pieces(lengths, self.micro_batch_size):
             mine = [streams[i] for i in piece]
             counts = [len(stream.answers_at) for stream in mine]
@@ -156,33 +164,33 @@ class StreamCTR(AnswerCTR):
                 places=places.to(self.device),
                 answer_rows=torch.from_numpy(np.repeat(np.arange(len(mine)), counts)).to(self.device),
                 answer_tokens=torch.from_numpy(answers_at).to(self.device),
-                answers=torch.from_numpy(self.prompts.classes[targets]).to(self.device),
-                positions=[stream.chunk.positions for stream in mine],
+                answers=torch.from_numpy(self.prompts.classes[np.minimum(targets, n - 1)]).to(self.device),
+                chunks=[stream.chunk for stream in mine],
                 attention={name: tensor.to(self.device) for name, tensor in attention.items()},
             )
 
     # ------------------------------------------------------------------ forward
 
-    def _gate_positions(self, positions: np.ndarray) -> np.ndarray:
+    def gate_samples(self, chunks: Sequence[Chunk]) -> Interaction:
         """Whose states the gate reads: each interaction's own, with gate ``shuffled`` one of the next user's."""
         if self.adapter.config.gate != "shuffled":
-            return positions
-        return others_positions(self._dataset.history, positions)
+            return interactions_of(self._dataset, chunks)
+        owner = np.repeat([chunk.user for chunk in chunks], [len(chunk) for chunk in chunks])
+        positions = np.concatenate([chunk.positions for chunk in chunks])
+        return interactions_at(self._dataset, others_positions(self._dataset.history, positions, owner))
+
+    def target_logits(self, interaction: Interaction) -> Tensor:
+        """The lens's logit of samples, ``[B]``."""
+        users, items, ends = self.prompts.samples(interaction)
+        return self.lens.represent(interactions_at(self._dataset, ends, users, items))[1].to(self.device)
 
     def _read_lens(self, batch: StreamMicroBatch) -> Tensor | None:
         """Set the instance of every interaction; returns the lens's logit of every target ``[k]`` where it is read."""
-        shown = np.concatenate(batch.positions)
-        lens_logit = None
         if self.gated:
-            positions = self._gate_positions(shown)
-            z = self.gate_instance(*self.lens.represent(interactions_at(self._dataset, positions)))
-            sizes = [len(own) for own in batch.positions]
-            padded = torch.nn.utils.rnn.pad_sequence(z.split(sizes), batch_first=True)
+            z = self.gate_instance(*self.lens.represent(self.gate_samples(batch.chunks)))
+            padded = torch.nn.utils.rnn.pad_sequence(z.split(list(map(len, batch.chunks))), batch_first=True)
             self.adapter.set_instance(padded.to(self.device), batch.places)
-        if self.residual:
-            targets = batch.interaction[HISTORY_END].cpu().numpy()
-            lens_logit = self.lens.represent(interactions_at(self._dataset, targets))[1].to(self.device)
-        return lens_logit
+        return self.target_logits(batch.interaction) if self.residual else None
 
     def answer_logits(self, batch: StreamMicroBatch, *, adapted: bool = True) -> Tensor:
         """Logits of the K answers behind every target, ``[k, K]`` float32."""
@@ -215,7 +223,7 @@ class StreamCTR(AnswerCTR):
         loss = F.cross_entropy(logits, batch.answers)
         if lens_logit is not None:
             labels = torch.isin(batch.answers, self._like).float()
-            total = self.combined(self.like_margin(logits), lens_logit)
+            total = self.with_residual(self.like_margin(logits), lens_logit)
             loss = loss + F.binary_cross_entropy_with_logits(total, labels)
         return self.with_gate_penalty(loss)
 
@@ -228,12 +236,14 @@ class StreamCTR(AnswerCTR):
     def _score(  # type: ignore[override]  # of chunks, as encode gives them
         self, interaction: Interaction, encoded: EncodedStreams, logit_of
     ) -> Tensor:
-        positions = interaction[HISTORY_END].cpu().numpy()
-        # a sample may occur twice
-        _, first, place = np.unique(positions, return_index=True, return_inverse=True)
+        samples = self.prompts.samples(interaction)
+        mine = stored(self._dataset.history, *samples)
+        # A stored sample may occur twice, and is one target; any other has a chunk of its own.
+        key = np.where(mine, samples[2], len(self._dataset.history) + np.arange(len(mine)))
+        _, first, place = np.unique(key, return_index=True, return_inverse=True)
         scores = torch.empty(len(first), dtype=torch.float64, device=self.device)
         once = interaction[torch.from_numpy(first)]
-        for batch in self._pad(once, encoded, np.arange(len(first))):
+        for batch in self._pad(once, encoded, self._order(once)):
             scores[torch.from_numpy(batch.rows).to(self.device)] = logit_of(batch).double()
         return scores[torch.from_numpy(place).to(self.device)]
 

@@ -68,6 +68,15 @@ class ItemEmbedding(nn.Module):
             with torch.no_grad():
                 self.ids.weight[0] = 0
 
+    @property
+    def titles_suffice(self) -> bool:
+        """Whether an item is its text's vector, and nothing else is known of it."""
+        return self.project is not None and self.ids is None and self.fields is None
+
+    def append(self, vectors: Tensor) -> None:
+        """Know more items by their text vectors, ``[m, d]``."""
+        self.vectors = torch.cat([self.vectors, vectors.to(self.vectors.device)])
+
     def embed(self, items: Tensor) -> Tensor:
         """``e`` of items, ``[N] -> [N, width]``, each computed for itself."""
         parts = []

@@ -18,10 +18,18 @@ from torch import Tensor, nn
 def standardised(item_vectors: np.ndarray) -> Tensor:
     """``[n_items, d]`` float32: every column with mean 0 and variance 1 over the items; row 0, the padding, is 0."""
     vectors = torch.as_tensor(item_vectors, dtype=torch.float64)
-    items = vectors[1:]
+    return torch.cat([torch.zeros_like(vectors[:1]), _scaled(vectors[1:], vectors[1:])]).float()
+
+
+def standardised_like(item_vectors: np.ndarray, others: np.ndarray) -> Tensor:
+    """``[m, d]`` float32: the vectors of other items, scaled as :func:`standardised` scales ``item_vectors``."""
+    return _scaled(torch.as_tensor(others), torch.as_tensor(item_vectors)[1:]).float()
+
+
+def _scaled(vectors: Tensor, items: Tensor) -> Tensor:
+    vectors, items = vectors.double(), items.double()
     spread = items.std(dim=0, correction=0)
-    scaled = (items - items.mean(dim=0)) / torch.where(spread > 0, spread, 1)
-    return torch.cat([torch.zeros_like(vectors[:1]), scaled]).float()
+    return (vectors - items.mean(dim=0)) / torch.where(spread > 0, spread, 1)
 
 
 class TitleEmbedding(nn.Module):
@@ -53,6 +61,11 @@ class TitleEmbedding(nn.Module):
         if self.ids is not None:
             embedded = embedded + self.ids(items)
         return embedded * (items != 0).unsqueeze(-1)
+
+    def append(self, item_vectors: np.ndarray, others: np.ndarray) -> None:
+        """Know more items: ``others [m, d]``, beside those of the training, ``item_vectors [n_items, d]``."""
+        added = standardised_like(item_vectors, others).to(self.vectors.device)
+        self.vectors = torch.cat([self.vectors, added])
 
     @property
     def weight(self) -> Tensor:

@@ -46,12 +46,26 @@ class TitleKNN(SequentialRecommender):
     def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
         super().__init__(config, dataset)
         self.LABEL_SEQ = config["LABEL_FIELD"] + config["LIST_SUFFIX"] if config["task"] == "ctr" else None
-        vectors = torch.as_tensor(item_vectors, dtype=torch.float64).clone()
-        if config["center_vectors"]:
-            vectors[1:] -= vectors[1:].mean(dim=0)
-        vectors[0] = 0
-        self.register_buffer("unit", F.normalize(vectors, dim=1), persistent=False)
+        self._centered = config["center_vectors"]
+        unit = self._unit(item_vectors, item_vectors)
+        unit[0] = 0
+        self.register_buffer("unit", unit, persistent=False)
         self.nothing = nn.Parameter(torch.zeros(()))  # RecBole's Trainer wants something to optimise
+
+    titles_suffice = True
+    """Nothing is trained for an item."""
+
+    def _unit(self, item_vectors: np.ndarray, of: np.ndarray) -> Tensor:
+        """Unit vectors of some items, float64 ``[m, d]``, less the mean of ``item_vectors``."""
+        vectors = torch.as_tensor(of, dtype=torch.float64)
+        if self._centered:
+            vectors = vectors - torch.as_tensor(item_vectors, dtype=torch.float64)[1:].mean(dim=0)
+        return F.normalize(vectors, dim=1)
+
+    def append_items(self, item_vectors: np.ndarray, others: np.ndarray) -> None:
+        """Know more items: ``others [m, d]``, beside those of the training, ``item_vectors [n_items, d]``."""
+        self.unit = torch.cat([self.unit, self._unit(item_vectors, others).to(self.unit.device)])
+        self.n_items += len(others)
 
     def interest(self, interaction: Interaction) -> Tensor:
         """``1/n sum_j y_j v(i_j) / |v(i_j)|`` of every sample, ``[B, d]``: its product with a unit vector is ``s``."""

@@ -51,6 +51,12 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _retriever_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--retriever", metavar="RUN", help="another run, e.g. of HLLM, that retrieves instead of the lens"
+    )
+
+
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="add the prompt, the lens's score and the gate"
@@ -68,6 +74,8 @@ def _load(args: argparse.Namespace) -> ServedRun:
         interactions=getattr(args, "interactions", None),
         items=getattr(args, "items", None),
         device=args.device,
+        retriever=getattr(args, "retriever", None),
+        prefix_memory=None if getattr(args, "prefix_memory", None) is None else args.prefix_memory << 20,
         **changes,
     )
 
@@ -152,8 +160,9 @@ def _recommend(argv: Sequence[str]) -> int:
         "--retrieve",
         type=int,
         metavar="N",
-        help="the lens passes its first N items on to the LLM; 0: the LLM scores all (default: 50 with a lens)",
+        help="the lens, or the retriever, passes its first N items on to the LLM; 0: the LLM scores all (default: 50)",
     )
+    _retriever_argument(parser)
     _data_arguments(parser)
     _output_arguments(parser)
     args = parser.parse_args(argv)
@@ -279,6 +288,13 @@ def _serve(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--max_users_kept", type=int, default=10_000, help="recommendations kept (default: 10000)"
     )
+    parser.add_argument(
+        "--prefix_memory",
+        type=int,
+        metavar="MIB",
+        help="for keys and values of users' prompts; 0: keep none (default: 1024 where they can be shared exactly)",
+    )
+    _retriever_argument(parser)
     parser.add_argument("--batch", type=int, default=256, help="pairs scored in one call (default: 256)")
     _data_arguments(parser)
     args = parser.parse_args(argv)

@@ -28,6 +28,7 @@ from torch import Tensor
 from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.export import write_plain_lora
 from recbole_llm.adapter.merge import PlainLora, applied, padded
+from recbole_llm.backbone.loader import DEQUANTISED
 from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.serving.run import ServedRun, report_unknown
 from recbole_llm.utils.files import read_json, write_json
@@ -174,6 +175,11 @@ def check_exportable(run: ServedRun, item: object | None = None) -> None:
         )
     if not model.gated:
         return
+    if run.config["layout"] == "stream":
+        raise ValueError(
+            "layout: stream gives every interaction a gate of its own, so there is no adapter of a user; train with "
+            "layout: prompt"
+        )
     if run.config["gate"] == "token":
         raise ValueError(
             "gate: token reads each prompt, so there is no adapter of a user; train with another gate"
@@ -187,8 +193,9 @@ def check_exportable(run: ServedRun, item: object | None = None) -> None:
 
 
 def base_name(run: ServedRun) -> str:
-    """Name or path of the base model."""
-    return run.backbone.name
+    """What PEFT and serving engines load: the base model's name; of packed weights the folder of their plain copy."""
+    path = run.backbone.model.name_or_path
+    return path if Path(path).parent.name == DEQUANTISED else run.backbone.name
 
 
 def _users(run: ServedRun, users: Iterable[object] | None) -> tuple[np.ndarray, list[str]]:

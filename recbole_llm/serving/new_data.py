@@ -5,8 +5,9 @@ has, appending and preparing again give the same histories, prompts and scores. 
 
 - a new user has no profile; where the lens embeds users, the mean of all users stands for this one; a model with a
   trained vector per user refuses;
-- a new item stands in prompts by its title; lenses and conventional models, which have a trained vector per item, are
-  not told of it, and as a target it is refused by every model that reads one.
+- a new item stands in prompts by its title, and vector models that know items by their titles alone (TitleKNN, MoRec
+  with ``item_vectors: replace``, HLLM without an ID table) get its vector; lenses and other conventional models, which
+  have something trained per item, are not told of it, and as a target it is refused by every model that reads one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +31,15 @@ from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText
-from recbole_llm.data.prompts.lines import LinePrompts
+from recbole_llm.data.prompts.lines import LinePrompts, item_token_ids
+from recbole_llm.data.prompts.stream import StreamPrompts
 from recbole_llm.data.retriever import RecentRetriever, Retriever, ShuffledRetriever
-from recbole_llm.experiment.assembly import Assembly
+from recbole_llm.data.streams import StreamLoader
+from recbole_llm.experiment.assembly import Assembly, backbone_of, cache_folder, item_vectors
 from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.lens.din import LensDIN
+from recbole_llm.lens.lens import Lens
+from recbole_llm.model.stream import StreamRecommender
 from recbole_llm.model.title_ranker import TitleRanker
 
 logger = logging.getLogger(__name__)
@@ -50,6 +56,7 @@ class NewData:
         interactions: how many were appended.
         guarded: whether lenses are kept from ids that were appended.
         retrievers: those that are kept from items that were appended.
+        titles: makes vectors of titles, for models that know items by them.
     """
 
     n_users: int
@@ -61,6 +68,7 @@ class NewData:
     interactions: int = 0
     guarded: bool = False
     retrievers: list[KnownItemsRetriever] = field(default_factory=list)
+    titles: TitleVectors | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> NewData:
@@ -74,6 +82,25 @@ class NewData:
             if name in interaction and bool((interaction[name] >= size).any()):
                 changed[name] = interaction[name].masked_fill(interaction[name] >= size, 0)
         return Interaction({**interaction.interaction, **changed}) if changed else interaction
+
+
+class TitleVectors:
+    """The language model's vectors of titles, for a conventional model that was trained on them.
+
+    Args:
+        parts: the run, before anything is appended.
+    """
+
+    def __init__(self, parts: Assembly) -> None:
+        dataset, config = parts.dataset, parts.config
+        backbone = backbone_of(config, dataset.item_texts())
+        self._vectors = partial(item_vectors, backbone, cache_dir=cache_folder(config))
+        self._tokens = partial(item_token_ids, tokenizer=backbone.tokenizer)
+        self._trained = self._vectors(self._tokens(dataset.item_text()))  # from the cache
+
+    def append(self, model: Any, items: ItemText, first: int) -> None:
+        """Let a model know the items from ``first`` on."""
+        model.append_items(self._trained, self._vectors(self._tokens(items)[first:]))
 
 
 class KnownItemsRetriever(Retriever):
@@ -143,7 +170,7 @@ def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset
     Raises:
         FileNotFoundError, ValueError: naming the columns or cells that are wrong.
     """
-    file, history = _cells(source, dataset), cast(HistoryIndex, dataset.history)
+    file, history = _cells(source, "interactions", dataset), cast(HistoryIndex, dataset.history)
     timed = dataset.time_field in dataset._loaded(dataset._files.interactions[0])
     columns = {"user": dataset.uid_field, "item": dataset.iid_field}
     if timed:
@@ -184,15 +211,15 @@ def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset
     return _without_duplicates(found, dataset) if timed else found
 
 
-def _cells(source: str | Path | pd.DataFrame, dataset: HistoryDataset) -> AtomicFile:
+def _cells(source: str | Path | pd.DataFrame, what: str, dataset: HistoryDataset) -> AtomicFile:
     if not isinstance(source, pd.DataFrame):
-        return _read(source, "interactions", dataset)
+        return _read(source, what, dataset)
     types = {
         str(name): "float" if pd.api.types.is_float_dtype(column) else "token"
         for name, column in source.items()
     }
     table = source.where(source.notna(), "").astype(str).set_axis(list(types), axis=1).reset_index(drop=True)
-    return AtomicFile(Path("the interactions"), types, table, np.arange(1, len(table) + 1))
+    return AtomicFile(Path(f"the {what}"), types, table, np.arange(1, len(table) + 1))
 
 
 def _read(path: str | Path, what: str, dataset: HistoryDataset) -> AtomicFile:
@@ -228,7 +255,10 @@ def _without_duplicates(table: pd.DataFrame, dataset: HistoryDataset) -> pd.Data
 
 
 def append(
-    parts: Assembly, new: NewData, source: str | Path | pd.DataFrame, items: str | Path | None = None
+    parts: Assembly,
+    new: NewData,
+    source: str | Path | pd.DataFrame,
+    items: str | Path | pd.DataFrame | None = None,
 ) -> dict[str, int]:
     """Append interactions to the histories of a loaded run. Its loaders keep their samples.
 
@@ -236,7 +266,7 @@ def append(
         parts: the run.
         new: what it has been given so far; changed.
         source: see :func:`read_interactions`. May hold users and items that the data does not have.
-        items: an atomic ``.item`` file with the titles of such items, beside the data's own.
+        items: an atomic ``.item`` file, or a table, with the titles of such items, beside the data's own.
 
     Returns:
         Numbers: ``interactions``, ``new_users``, ``new_items``, and ``late`` ones, which are older than the newest
@@ -253,9 +283,15 @@ def append(
             "protocol (task: ~)"
         )
     table = read_interactions(source, dataset)
+    streams = _streams(parts)
+    if streams is not None and "rating" in table:
+        streams.check_later(table["rating"].to_numpy())
     before = {f: len(dataset.field2id_token[f]) for f in (dataset.uid_field, dataset.iid_field)}
+    by_titles = _by_titles(parts)
+    if by_titles and not set(table["item"]) <= dataset.field2token_id[dataset.iid_field].keys():
+        new.titles = new.titles or TitleVectors(parts)
     if items is not None:
-        titles = _read(items, "items", dataset)
+        titles = _cells(items, "items", dataset)
         if dataset.iid_field not in titles.types:
             raise ValueError(
                 f"{titles.path} has no column {dataset.iid_field!r}; it has {list(titles.types)}"
@@ -276,6 +312,8 @@ def append(
         raise
     late = int((table["time"] < cast(HistoryIndex, dataset.history).timestamps.max()).sum())
     _extend_features(parts)
+    if by_titles and new.titles is not None and dataset.item_num > before[dataset.iid_field]:
+        new.titles.append(parts.model, dataset.item_text(), before[dataset.iid_field])
     _insert(parts, table)
     _adapt_model(parts, new)
     new.interactions += len(table)
@@ -326,23 +364,30 @@ def _refresh_titles(parts: Assembly, size: int) -> None:
     """Read the titles again, and let prompts use them; items from ``size`` on are new."""
     dataset = parts.dataset
     _forget_titles(dataset)
-    prompts = _line_prompts(parts)
-    if prompts is not None:
-        hidden, old = prompts.config["obfuscate_titles"], prompts._items
-        titles = dataset.item_text(obfuscate=hidden)
-        untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
-        if untitled and dataset.text_settings.missing_title == "error" and titles.titled and not hidden:
-            names = ", ".join(str(dataset.id2token(dataset.iid_field, i)) for i in untitled[:10])
-            raise ValueError(
-                f"the new items {names} have no titles; give an .item file that has them (--items)"
-            )
-        _keep_placeholders(titles, old, size)
-        prompts._items = titles
+    prompts = _line_prompts(parts) or _streams(parts)
+    if prompts is None and not _by_titles(parts):
+        return
+    hidden = prompts is not None and prompts.config["obfuscate_titles"]
+    titles = dataset.item_text(obfuscate=hidden)
+    untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
+    if untitled and dataset.text_settings.missing_title == "error" and titles.titled and not hidden:
+        names = ", ".join(str(dataset.id2token(dataset.iid_field, i)) for i in untitled[:10])
+        raise ValueError(f"the new items {names} have no titles; give an .item file that has them (--items)")
+    if prompts is None:
+        return
+    _keep_placeholders(titles, prompts._items, size)
+    prompts._items = titles
+    if isinstance(prompts, LinePrompts):
         prompts._pieces.clear()
         prompts.__dict__.pop("answers", None)
-        if isinstance(parts.model, TitleRanker):
-            parts.model._catalogue = None
-        parts.model.n_items = dataset.item_num
+    if isinstance(parts.model, TitleRanker):
+        parts.model._catalogue = None
+    parts.model.n_items = dataset.item_num
+
+
+def _by_titles(parts: Assembly) -> bool:
+    """Whether a conventional model knows items by nothing but vectors of their titles."""
+    return bool(getattr(parts.model, "titles_suffice", False))
 
 
 def _keep_placeholders(titles: ItemText, old: ItemText, size: int) -> None:
@@ -364,6 +409,12 @@ def _line_prompts(parts: Assembly) -> LinePrompts | None:
     """The prompts of an LLM recommender, else ``None``."""
     prompts = parts.prompts if isinstance(parts, LLMAssembly) else None
     return prompts if isinstance(prompts, LinePrompts) else None
+
+
+def _streams(parts: Assembly) -> StreamPrompts | None:
+    """The streams of a run with ``layout: stream``, else ``None``."""
+    prompts = parts.prompts if isinstance(parts, LLMAssembly) else None
+    return prompts if isinstance(prompts, StreamPrompts) else None
 
 
 def _extend_features(parts: Assembly) -> None:
@@ -423,6 +474,13 @@ def _insert(parts: Assembly, table: pd.DataFrame) -> None:
         prompts._number_stars()
         if getattr(prompts, "_star_texts", None) != stars:
             prompts._pieces.clear()
+    streams = _streams(parts)
+    if streams is not None:
+        streams.refresh()
+        parts.train_data = StreamLoader(parts.config, parts.train, streams.cutter)
+    for network in (parts.model, *(lens.model for lens in _lenses(parts))):
+        if isinstance(network, StreamRecommender):
+            network.follow_history()
 
 
 # ---------------------------------------------------------------------- what models are told
@@ -434,11 +492,11 @@ def _adapt_model(parts: Assembly, new: NewData) -> None:
     new.scores_new_users, new.scores_new_items = _can_score(parts)
     if not new.guarded and isinstance(parts, LLMAssembly):
         new.guarded = True
-        for lens in {id(part): part for part in (parts.lens, parts.model.lens) if part is not None}.values():
+        for lens in _lenses(parts):
             _guard(lens, new)
     for retriever in new.retrievers:
         retriever.refresh()
-    if dataset.item_num == new.n_items or new.retrievers:
+    if dataset.item_num == new.n_items or new.retrievers or _by_titles(parts):
         return
     new.retrievers.append(KnownItemsRetriever(dataset.id_retriever, dataset.history, new.n_items))
     dataset.set_id_retriever(new.retrievers[-1])
@@ -452,16 +510,25 @@ def _adapt_model(parts: Assembly, new: NewData) -> None:
             prompts.retriever = new.retrievers[-1]
 
 
+def _lenses(parts: Assembly) -> list[Lens]:
+    """The lens of a run and the model's tuned copy of it, each once."""
+    if not isinstance(parts, LLMAssembly):
+        return []
+    return list({id(part): part for part in (parts.lens, parts.model.lens) if part is not None}.values())
+
+
 def _can_score(parts: Assembly) -> tuple[bool, bool]:
     """Whether the model can score users, and items, that it was not trained with."""
     model = parts.model
+    if isinstance(model, StreamRecommender):  # users are their streams
+        return True, _by_titles(parts)
     if not isinstance(parts, LLMAssembly):
         named = any("user" in name for name, _ in model.named_parameters())
-        return model.type.name == "SEQUENTIAL" and not named, False
+        return model.type.name == "SEQUENTIAL" and not named, _by_titles(parts)
     lens = model.lens
     users = (
         lens is None
-        or isinstance(lens.model, LensDIN)
+        or isinstance(lens.model, (LensDIN, StreamRecommender))
         or lens.model.USER_ID not in getattr(lens.model, "input_fields", [lens.model.USER_ID])
     )
     if isinstance(model, TitleRanker):
@@ -477,6 +544,8 @@ def _can_score(parts: Assembly) -> tuple[bool, bool]:
 
 def _guard(lens: Any, new: NewData) -> None:
     """Let a lens see the padding's id for users and items it has no vector of, and a DIN the mean of its users."""
+    if isinstance(lens.model, StreamRecommender):  # which sees to it itself
+        return
     represent, score_items = lens.represent, lens.score_items
     lens.represent = lambda interaction: represent(new.known_only(interaction))
     lens.score_items = lambda interaction: score_items(new.known_only(interaction))

@@ -27,7 +27,7 @@ def recommend(
     candidates: Iterable[object] | None = None,
     interactions: str | Path | pd.DataFrame | None = None,
     *,
-    items: str | Path | None = None,
+    items: str | Path | pd.DataFrame | None = None,
     retrieve: int | None = None,
     explained: bool = False,
 ) -> pd.DataFrame:
@@ -89,7 +89,7 @@ def recommend(
 def opened(
     run: ServedRun | str | Path,
     interactions: str | Path | pd.DataFrame | None = None,
-    items: str | Path | None = None,
+    items: str | Path | pd.DataFrame | None = None,
 ) -> ServedRun:
     """A run, loaded if its folder is given, with interactions appended if there are any."""
     if not isinstance(run, ServedRun):
@@ -106,7 +106,7 @@ class Choice:
     Attributes:
         user: internal id.
         items: internal ids, ascending, that the model scores.
-        rest: item and score of those that come behind, in the lens's order.
+        rest: item and score of those that come behind, in the first stage's order.
         listed: whether the prompt lists the items.
     """
 
@@ -125,12 +125,15 @@ def choose(
         items = np.setdiff1d(items, run.seen(user))
     retrieve = run.default_retrieved if retrieve is None else retrieve
     rest: list[tuple[int, float]] = []
-    new = items[items >= run.new.n_items]  # of which the lens knows nothing: the model scores them
-    known = items[items < run.new.n_items]
-    if retrieve and run.lens is not None and len(known) > retrieve:
-        lens = run.lens_scores(np.full(len(known), user), known)
-        order = np.lexsort((known, -lens))
-        rest = [(int(known[i]), float(lens[i])) for i in order[retrieve : max(top, retrieve)]]
+    if retrieve and run.first_stage is not None and len(items) > retrieve:
+        there = run.retrievable(items)
+        known, new = (
+            items[there],
+            items[~there],
+        )  # of which the first stage knows nothing: the model scores them
+        first = run.first_scores(user, known)
+        order = np.lexsort((known, -first))
+        rest = [(int(known[i]), float(first[i])) for i in order[retrieve : max(top, retrieve)]]
         items = np.sort(np.concatenate([known[order[:retrieve]], new]))
     elif len(items) > 10 * top and run.config.spec.is_llm and run.config["task"] == "ctr":
         logger.info("%d prompts for one user; retrieve or candidates would need fewer", len(items))
@@ -162,7 +165,7 @@ def ranked(run: ServedRun, choice: Choice, scores: np.ndarray, top: int) -> pd.D
             "item": run.tokens(run.dataset.iid_field, ids),
             "title": run.titles(ids),
             "score": [*scores[order].tolist(), *(score for _, score in rest)],
-            "stage": [run.model_stage] * len(order) + [run.lens_stage] * len(rest),
+            "stage": [run.model_stage] * len(order) + [run.first_stage] * len(rest),
         },
         columns=RECOMMENDED,
     )

@@ -22,13 +22,17 @@ from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.llm_assembly import LLMAssembly
 from recbole_llm.experiment.loading import complete, load_run, no_candidates_listed
 from recbole_llm.lens.lens import Lens
+from recbole_llm.model.stream import StreamRecommender
 from recbole_llm.model.title_ranker import TitleRanker
 from recbole_llm.serving.new_data import NewData, append
+from recbole_llm.serving.prefixes import PrefixScorer, why_not
 
 logger = logging.getLogger(__name__)
 
 RETRIEVED = 50
 """Items that the lens passes on to a language model that needs one prompt per item."""
+PREFIX_MEMORY = 1 << 30
+"""Bytes of keys and values of prompts that are kept."""
 PAIRS = 512
 """Pairs per call of a model."""
 
@@ -52,26 +56,40 @@ class ServedRun:
     Args:
         parts: a run as :func:`recbole_llm.experiment.loading.load_run` gives it.
         folder: where it lies, for messages.
+        prefix_memory: bytes of keys and values of prompts that are kept from one call to the next; ``None``: 1 GiB if
+            prompts can share them exactly, else none.
+
+    Raises:
+        ValueError: if the run has no end of a user's history, or ``prefix_memory`` is asked for and is not possible.
 
     Attributes:
         scale: what a score is: ``probability``, ``log-likelihood`` (mean over a title's tokens), or ``score``.
         new: what was appended to the data so far.
+        prefixes: scores the model with what all candidates of a user begin with shared; ``None`` where that is not
+            exact.
+        retriever: another run on the same data whose first items this one ranks again; ``None``: the lens's.
     """
 
-    def __init__(self, parts: Assembly, folder: Path) -> None:
-        self.parts, self.folder = parts, folder
+    def __init__(
+        self,
+        parts: Assembly,
+        folder: Path,
+        prefix_memory: int | None = None,
+        retriever: ServedRun | None = None,
+    ) -> None:
+        self.parts, self.folder, self.retriever = parts, folder, retriever
         self.model, self.dataset, self.config = parts.model, parts.dataset, parts.config
         if self.config["benchmark_filename"]:
             raise ValueError(
                 f"{folder} was trained on ready-made splits (benchmark_filename), which have no end of a user's "
                 "history to recommend after; train on one .inter file"
             )
-        if self.config["layout"] == "stream":
-            raise ValueError(
-                f"{folder} has layout: stream, which scores the samples of its data only; train with layout: prompt to "
-                "recommend, score and export"
-            )
         self.new = NewData.of(self.dataset)
+        self.prefixes: PrefixScorer | None = None
+        if prefix_memory or (prefix_memory is None and why_not(self.model) is None):
+            self.prefixes = PrefixScorer(
+                self.model, PREFIX_MEMORY if prefix_memory is None else prefix_memory
+            )
         if isinstance(self.model, TitleRanker):
             self.scale = "log-likelihood"
         else:
@@ -83,8 +101,10 @@ class ServedRun:
         folder: str | Path,
         *,
         interactions: str | Path | pd.DataFrame | None = None,
-        items: str | Path | None = None,
+        items: str | Path | pd.DataFrame | None = None,
         device: str | None = None,
+        prefix_memory: int | None = None,
+        retriever: str | Path | None = None,
         **changes,
     ) -> ServedRun:
         """Load a finished run.
@@ -94,17 +114,27 @@ class ServedRun:
             interactions: later interactions to append, an atomic file or a table (see :meth:`append`).
             items: an atomic ``.item`` file with the titles of items that the data does not have.
             device: where to put it; by default the device is chosen again, as ``auto``.
+            prefix_memory: of the class.
+            retriever: the folder of a run whose first items this one ranks again.
             **changes: configuration values to change, e.g. ``data_path``.
         """
-        run = cls(load_run(Path(folder), device=device, changes=changes), Path(folder))
+        first = None if retriever is None else cls.load(retriever, device=device)
+        run = cls(load_run(Path(folder), device=device, changes=changes), Path(folder), prefix_memory, first)
+        if first is not None and first.dataset.dataset_name != run.dataset.dataset_name:
+            raise ValueError(
+                f"the retriever {retriever} was trained on {first.dataset.dataset_name} and {folder} on "
+                f"{run.dataset.dataset_name}; name a run on the same data"
+            )
         if interactions is not None:
             run.append(interactions, items)
         return run
 
     def append(
-        self, interactions: str | Path | pd.DataFrame, items: str | Path | None = None
+        self, interactions: str | Path | pd.DataFrame, items: str | Path | pd.DataFrame | None = None
     ) -> dict[str, int]:
         """Append later interactions of known and unknown users; see :func:`recbole_llm.serving.new_data.append`."""
+        if self.retriever is not None:
+            self.retriever.append(interactions, items)
         return append(self.parts, self.new, interactions, items)
 
     # ------------------------------------------------------------------ what it is made of
@@ -125,15 +155,19 @@ class ServedRun:
         return f"llm ({self.config['model']})" if self.config.spec.is_llm else self.config["model"]
 
     @property
-    def lens_stage(self) -> str:
-        """What the lens's scores are called."""
-        return f"lens ({self.config['lens']})"
+    def first_stage(self) -> str | None:
+        """What the scores that choose the model's candidates are called; ``None``: nothing chooses."""
+        if self.retriever is not None:
+            return f"retriever ({self.retriever.config['model']})"
+        return None if self.lens is None else f"lens ({self.config['lens']})"
 
     @property
     def default_retrieved(self) -> int | None:
-        """How many items the lens passes on to the language model; ``None``: the model scores every item."""
-        if self.lens is None:
+        """How many items the first stage passes on to the model; ``None``: the model scores every item."""
+        if self.first_stage is None:
             return None
+        if self.retriever is not None and not self.lists_candidates:
+            return RETRIEVED
         if not isinstance(self.model, TitleRanker):
             return RETRIEVED
         if self.lists_candidates:
@@ -211,7 +245,10 @@ class ServedRun:
 
     def for_model(self, batch: Interaction) -> Interaction:
         """Samples as the model may see them: one with trained tables is not told ids that were appended."""
-        return batch if self.config.spec.is_llm else self.new.known_only(batch)
+        told = self.config.spec.is_llm or isinstance(self.model, StreamRecommender)
+        if told or getattr(self.model, "titles_suffice", False):
+            return batch
+        return self.new.known_only(batch)
 
     def check_users(self, users: np.ndarray) -> None:
         """Refuse users that were appended and that the model cannot know.
@@ -237,8 +274,8 @@ class ServedRun:
         if len(new) and not self.new.scores_new_items:
             names = ", ".join(self.tokens(self.dataset.iid_field, new[:10]))
             raise ValueError(
-                f"{self.config['model']} has trained parameters for every item, and none for {names}; only a "
-                "model that reads nothing but titles can score them (e.g. TALLRec)"
+                f"{self.config['model']} has trained parameters for every item, and none for {names}; only a model "
+                "that reads nothing but titles can score them (e.g. TALLRec, or HLLM without an ID table)"
             )
 
     @torch.no_grad()
@@ -252,6 +289,9 @@ class ServedRun:
         for start in range(0, len(order), PAIRS):
             at = order[start : start + PAIRS]
             batch = self.samples(users[at], items[at])
+            if self.prefixes is not None:
+                scores[at] = self.prefixes.score(batch).cpu().numpy()
+                continue
             with no_candidates_listed(self.parts):
                 scores[at] = self.model.predict(self.for_model(batch)).double().cpu().numpy()
         return scores
@@ -277,6 +317,25 @@ class ServedRun:
             logit = cast(Lens, self.lens).represent(batch)[1].double()
             found.append((torch.sigmoid(logit) if self.config["task"] == "ctr" else logit).cpu().numpy())
         return np.concatenate(found) if found else np.empty(0)
+
+    def retrievable(self, items: np.ndarray) -> np.ndarray:
+        """Which items the first stage can score, bool ``[n]``."""
+        if self.retriever is None:
+            return items < self.new.n_items
+        field, other = self.dataset.iid_field, self.retriever
+        table, known = other.dataset.field2token_id[other.dataset.iid_field], set(other.scorable().tolist())
+        return np.array([table.get(token) in known for token in self.tokens(field, items)], dtype=bool)
+
+    def first_scores(self, user: int, items: np.ndarray) -> np.ndarray:
+        """The first stage's scores of a user's items, which are :meth:`retrievable`, float64 ``[n]``."""
+        if self.retriever is None:
+            return self.lens_scores(np.full(len(items), user), items)
+        other = self.retriever
+        people = other.ids(other.dataset.uid_field, self.tokens(self.dataset.uid_field, [user]))
+        things = other.ids(other.dataset.iid_field, self.tokens(self.dataset.iid_field, items))
+        if people.unknown:
+            raise ValueError(f"user {people.unknown[0]} is not in the data of the retriever {other.folder}")
+        return other.score(np.full(len(things.known), people.known[0]), things.known)
 
     @torch.no_grad()
     def gate(self, users: np.ndarray, items: np.ndarray) -> np.ndarray | None:

@@ -17,7 +17,7 @@ def score(
     pairs: pd.DataFrame,
     interactions: str | Path | pd.DataFrame | None = None,
     *,
-    items: str | Path | None = None,
+    items: str | Path | pd.DataFrame | None = None,
     explained: bool = False,
 ) -> pd.DataFrame:
     """The score of every pair, after everything the data has of its user.

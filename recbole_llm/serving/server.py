@@ -236,6 +236,9 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
         interactions: Annotated[
             list[dict[str, str | float | int]], Field(min_length=1, max_length=limits.interactions)
         ]
+        items: Annotated[
+            list[dict[str, str | float | int]] | None, Field(min_length=1, max_length=limits.interactions)
+        ] = None
 
     class InteractionsAnswer(BaseModel):
         interactions: int
@@ -264,6 +267,14 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
         buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     )
     hits = Counter("recbole_llm_kept", "Recommendations that were kept", ["found"], registry=registry)
+    if run.prefixes is not None:
+        prefixes = run.prefixes.kept
+        for name, meaning, value in (
+            ("found", "Beginnings of prompts whose keys and values were kept", lambda: prefixes.found),
+            ("missed", "Beginnings of prompts that went through the model", lambda: prefixes.missed),
+            ("bytes", "Bytes of kept keys and values", lambda: prefixes.used),
+        ):
+            Gauge(f"recbole_llm_prefix_{name}", meaning, registry=registry).set_function(value)
     batcher, kept = Batcher(run, limits, sizes.observe), Kept(limits.users_kept)
 
     @contextlib.asynccontextmanager
@@ -383,9 +394,14 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
 
     @app.post("/interactions", dependencies=guard)
     async def interactions(request: InteractionsRequest) -> InteractionsAnswer:
-        """Append later interactions, with the column names of the data's ``.inter`` file; kept in memory only."""
+        """Append later interactions; kept in memory only.
+
+        Column names are those of the data's ``.inter`` file; ``items`` has the titles of new items, with the column
+        names of its ``.item`` file.
+        """
         table = pd.DataFrame(request.interactions)
-        counts = await batcher.call(lambda: run.append(table))
+        titles = None if request.items is None else pd.DataFrame(request.items)
+        counts = await batcher.call(lambda: run.append(table, titles))
         kept.forget(None if counts["new_items"] else set(table[user_field].astype(str)))
         return InteractionsAnswer(**counts)
 

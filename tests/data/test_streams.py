@@ -235,3 +235,20 @@ def test_loader_without_samples(toy):
     nothing = train.subset(np.array([], dtype=np.int64))
     loader = StreamLoader(train.config, nothing, StreamCutter(train.history, budget=8, lead=2, context=3))
     assert loader.epoch_batches(0) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_appended_item_has_the_chunk_that_it_would_have_in_the_history(seed):
+    rng = np.random.default_rng(seed)
+    costs, prefix = rng.integers(1, 9, 60), np.array([0, 3, 2])
+    sizes = {"budget": 30, "lead": 1, "context": 4}
+    for size in range(1, 40):
+        whole = StreamCutter(history_of([size, 5]), costs=costs[: size + 5], prefix_costs=prefix, **sizes)
+        shorter = np.delete(costs[: size + 5], size - 1)  # without the last interaction of user 1
+        cutter = StreamCutter(history_of([size - 1, 5]), costs=shorter, prefix_costs=prefix, **sizes)
+        (expected,) = whole.evaluation_chunks(np.array([size - 1]))
+        found = cutter.appended_chunk(1, size - 1, 7, int(costs[size - 1]))
+        assert (found.start, found.targets.tolist()) == (expected.start, expected.targets.tolist())
+        assert found.items(cutter.history)[-1] == 7 and len(found) == len(expected)
+    with pytest.raises(ValueError, match="needs 28 and a chunk has room for 27"):
+        cutter.appended_chunk(1, 3, 7, 28)

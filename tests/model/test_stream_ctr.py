@@ -92,6 +92,36 @@ def change_stars(parts, position: int) -> None:
     parts.prompts.classes[position] = int(np.searchsorted(parts.prompts.values, new))
 
 
+# ------------------------------------------------------------------ items that may come next
+
+
+@pytest.mark.parametrize("ties", TIES, ids=["order", "strict"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_item_appended_where_a_sample_stands_has_its_score(streams_of, name, ties, monkeypatch):
+    parts = streams_of(name, **ties)
+    samples = parts.test[np.arange(0, len(parts.test), 9)]
+    expected = parts.model.predict(samples)
+    nothing = lambda history, users, items, ends: np.zeros(len(users), dtype=bool)  # noqa: E731 - none is stored
+    for module in ("recbole_llm.data.prompts.stream", "recbole_llm.model.stream_ctr"):
+        monkeypatch.setattr(f"{module}.stored", nothing)
+    torch.testing.assert_close(parts.model.predict(samples), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["TALLRec", "RecLoRA", "LensPrompt"])
+def test_the_score_of_another_item_at_a_samples_place_is_its_own(streams_of, name):
+    parts = streams_of(name)
+    samples = parts.test[np.arange(4)]
+    other = samples[torch.arange(4)]
+    other.interaction["item_id"] = samples["item_id"] % 50 + 1
+    both = type(samples)(
+        {n: torch.cat([samples[n], other[n]]) for n in ("user_id", "item_id", HISTORY_END, "label")}
+    )
+    mixed = parts.dataset.join(both)[torch.tensor([4, 0, 5, 1, 6, 2, 7, 3])]
+    found = parts.model.predict(mixed)
+    torch.testing.assert_close(found[1::2], parts.model.predict(samples), atol=1e-6, rtol=0)
+    assert ((found[::2] - found[1::2]).abs() > 1e-6).all()
+
+
 # ------------------------------------------------------------------ exactness
 
 

@@ -14,6 +14,14 @@ from recbole_llm.serving.run import ServedRun
 NETWORK = {"hidden_size": 8, "inner_size": 8, "n_layers": 1, "n_heads": 1}
 LENS = {"epochs": 1, "embedding_size": 4, "mlp_hidden_size": [8], "attention_hidden_size": [4]}
 LLM = {"layout": "prompt", "few_shot": 16, "train_batch_size": 8, "learning_rate": 0.05}
+STREAM = {
+    "layout": "stream",
+    "lens_residual": False,
+    "max_prompt_tokens": 128,
+    "stream_lead": 2,
+    "stream_context": 5,
+}
+TITLES = {"backbone": "tiny", "text": TEXT}
 RUNS = {
     "RecLoRA": ("RecLoRA", {**LLM, "lens_config": LENS}),
     "RecLoRA user": ("RecLoRA", {**LLM, "lens_config": LENS, "gate_scope": "user"}),
@@ -26,7 +34,12 @@ RUNS = {
     "TALLRec other base": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "seed": 7}),
     "TALLRec v only": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "target_modules": ["v_proj"]}),
     "TALLRec hidden": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "obfuscate_titles": True}),
-    "TALLRec stream": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "layout": "stream"}),
+    "TALLRec stream": ("TALLRec", {**LLM, **STREAM, "lens": None, "lens_config": None}),
+    "RecLoRA stream": ("RecLoRA", {**LLM, **STREAM, "lens_config": LENS}),
+    "LensPrompt stream": ("LensPrompt", {**LLM, **STREAM, "lens_config": LENS}),
+    "Stream": ("Stream", {"task": "ctr", "stream_length": 16, "stream_context": 4, **NETWORK}),
+    "HLLM": ("HLLM", {**TITLES, **NETWORK, "task": "next_item", "num_negatives": 3, "id_size": 0}),
+    "MoRec": ("MoRec", {**TITLES, **NETWORK, "task": "ctr"}),
     "iLoRA": (
         "iLoRA",
         {**LLM, "lens_config": {"epochs": 1, **NETWORK}, "num_negatives": 3, "compare_with": None},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,6 +53,33 @@ def test_a_users_folder_gives_the_logits_of_the_run_in_plain_peft(name, served, 
     about = json.loads((done.folders["user-4"] / "recbole_llm.json").read_text())
     assert about["base_model"]["sha256"] == run.parts.backbone.sha256
     assert json.loads((done.folders["user-4"] / "adapter_config.json").read_text())["r"] == done.rank
+
+
+PLAIN_PEFT = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, adapter, ids = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+assert not any(name.startswith("recbole") for name in sys.modules)
+with torch.no_grad():
+    print(json.dumps(model(torch.tensor(json.loads(ids))).logits[:, -1].tolist()))
+"""
+
+
+def test_a_process_without_this_package_gets_the_same_logits(served, tmp_path):
+    run = served("RecLoRA user")
+    done = export(run, tmp_path / "out", users=["4"])
+    ids, expected = own_logits(run, "4")
+    load_data_and_model(run.folder, device="cpu").model.adapter.peft_model.unload().save_pretrained(
+        tmp_path / "base"
+    )
+    arguments = [str(tmp_path / "base"), str(done.folders["user-4"]), json.dumps(ids.tolist())]
+    ended = subprocess.run([sys.executable, "-c", PLAIN_PEFT, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    found = torch.tensor(json.loads(ended.stdout.splitlines()[-1]))
+    torch.testing.assert_close(found, expected[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_without_a_gate_has_one_adapter(served, finished, tmp_path):
@@ -119,6 +148,7 @@ def test_a_gate_that_saw_the_target_needs_an_item(served, finished, tmp_path):
     [
         ("SASRec", {"mean": True}, "no adapter"),
         ("iLoRA", {"mean": True}, "slots"),
+        ("RecLoRA stream", {"users": ["4"]}, "layout: stream gives every interaction a gate of its own"),
         ("RecLoRA user", {}, "exactly one"),
         ("RecLoRA user", {"mean": True, "clusters": 2}, "exactly one"),
         ("RecLoRA user", {"users": ["nobody"]}, "none of the users"),

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from synthetic import TEXT
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.experiment.run import experiment_class
@@ -57,7 +58,11 @@ def from_scratch(run: ServedRun, tmp_path: Path, rows) -> ServedRun:
     return ServedRun(parts, run.folder)
 
 
-@pytest.mark.parametrize("name", ["RecLoRA", "RecLoRA user", "TALLRec", "iLoRA", "SASRec", "DIN", "TitleKNN"])
+STREAMS = ["TALLRec stream", "RecLoRA stream", "LensPrompt stream", "Stream", "HLLM"]
+APPENDED = ["RecLoRA", "RecLoRA user", "TALLRec", "iLoRA", "SASRec", "DIN", "TitleKNN", "MoRec", *STREAMS]
+
+
+@pytest.mark.parametrize("name", APPENDED)
 def test_appending_equals_preparing_from_scratch(name, served, tmp_path):
     run = served(name)
     pairs = pd.DataFrame({"user_id": ["4", "2", "1", "4"], "item_id": ["1", "8", "3", "30"]})
@@ -102,7 +107,8 @@ NEW_USER = [("new", "7", 5, 990_000_001), ("new", "8", 1, 990_000_002)]
 
 
 @pytest.mark.parametrize(
-    "name", ["RecLoRA", "RecLoRA user", "TALLRec", "iLoRA", "TALLRecNext", "SASRec", "TitleKNN"]
+    "name",
+    ["RecLoRA", "RecLoRA user", "TALLRec", "iLoRA", "TALLRecNext", "SASRec", "TitleKNN", "MoRec", *STREAMS],
 )
 def test_a_new_user_gets_recommendations_from_the_new_history(name, served, tmp_path):
     run = served(name)
@@ -133,17 +139,63 @@ def new_item(tmp_path):
     return {"interactions": write(tmp_path / "new.inter", NEW_ITEM), "items": tmp_path / "new.item"}
 
 
-@pytest.mark.parametrize("name", ["TALLRec", "TALLRecNext"])
+@pytest.mark.parametrize("name", ["TALLRec", "TALLRecNext", "TALLRec stream"])
 def test_a_text_model_scores_a_new_item_by_its_title(name, served, new_item):
     run = served(name, **new_item)
     pairs = pd.DataFrame({"user": ["2", "4"], "item": ["900", "1"]})
     table = score(run, pairs, explained=True)
     assert table["title"][0] == "Silver Harbour (1999)" and np.isfinite(table["score"]).all()
-    if name == "TALLRec":
+    if name != "TALLRecNext":
         assert "Silver Harbour" in table["prompt"][0]
     assert "Silver Harbour" in table["prompt"][1]  # it is in the history of user 4
     best = recommend(run, ["2"], top=50, retrieve=0)
     assert "900" in set(best["item"])
+
+
+@pytest.mark.parametrize("name", ["TitleKNN", "MoRec", "HLLM"])
+def test_a_vector_model_knows_a_new_item_by_its_title(name, served, new_item, tmp_path):
+    """A new item that has the title and the genres of an item of the training is that item."""
+    run = served(name, text={**TEXT, "disambiguate": False})
+    twin = next(
+        i for i in run.scorable() if i not in run.seen(run.ids("user_id", ["4"]).known[0])
+    )  # one that user 4 has not met
+    texts = run.dataset.item_text()
+    genres = " ".join(texts.genre_lists[twin])
+    (tmp_path / "new.item").write_text(f"{ITEMS[0]}\n900\t{texts.titles[twin]}\t\t{genres}\n")
+    run.append(new_item["interactions"], tmp_path / "new.item")
+    pairs = pd.DataFrame({"user": ["2", "2"], "item": ["900", run.tokens("item_id", [twin])[0]]})
+    found = score(run, pairs)["score"]
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    other = score(run, pd.DataFrame({"user": ["2"], "item": [str(twin % 50 + 1)]}))["score"][0]
+    assert abs(found[0] - other) > 1e-6
+    assert "900" in set(recommend(run, ["2"], top=50, retrieve=0)["item"])
+    plain = served(name)  # the item is in the history of user 4, too
+    plain.append(pd.DataFrame(NEW_ITEM[1:], columns=["user_id", "item_id", "rating", "timestamp"]))
+    before, after = (score(one, pd.DataFrame({"user": ["4"], "item": ["1"]})) for one in (plain, run))
+    assert abs(before["score"][0] - after["score"][0]) > 1e-7
+
+
+@pytest.mark.parametrize("name", ["TitleKNN", "MoRec", "HLLM"])
+def test_a_vector_model_needs_the_title(name, served, tmp_path):
+    run = served(name)
+    with pytest.raises(ValueError, match="the new items 900 have no titles"):
+        run.append(write(tmp_path / "new.inter", NEW_ITEM))
+    assert run.dataset.item_num == 51 and len(recommend(run, ["4"], top=2)) == 2
+
+
+@pytest.mark.parametrize("name", ["Stream", "RecLoRA stream"])
+def test_a_stream_with_something_trained_per_item_names_new_ones(name, served, new_item):
+    run = served(name, **new_item)
+    assert np.isfinite(recommend(run, ["4", "2"], top=3)["score"]).all()
+    with pytest.raises(ValueError, match="every item, and none for 900"):
+        score(run, pd.DataFrame({"user": ["4"], "item": ["900"]}))
+
+
+def test_a_star_that_no_answer_stands_for_is_refused(served, tmp_path):
+    run = served("TALLRec stream")
+    with pytest.raises(ValueError, match=r"none of 1, 2, 3, 4, 5, .*: 2\.5"):
+        run.append(write(tmp_path / "half.inter", [("4", "7", 2.5, 990_000_000)]))
+    assert len(run.dataset.history) == 1000
 
 
 @pytest.mark.parametrize("name", ["RecLoRA", "RecLoRA user", "iLoRA", "SASRec"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,9 +13,11 @@ from recbole.utils.case_study import full_sort_scores, full_sort_topk
 
 from recbole_llm.quick_start import load_data_and_model
 from recbole_llm.serving.recommend import recommend
+from recbole_llm.serving.run import ServedRun
 from recbole_llm.serving.score import score
 
-MODELS = ["RecLoRA", "TALLRec", "iLoRA", "TALLRecNext", "SASRec", "DIN", "TitleKNN", "BPR"]
+MODELS = ["RecLoRA", "TALLRec", "iLoRA", "TALLRecNext", "SASRec", "DIN", "TitleKNN", "MoRec", "BPR"]
+STREAMS = ["TALLRec stream", "RecLoRA stream", "LensPrompt stream", "Stream", "HLLM"]
 
 
 def direct(run, user: str, items: list[str]) -> np.ndarray:
@@ -25,7 +29,7 @@ def direct(run, user: str, items: list[str]) -> np.ndarray:
     return run.model.predict(Interaction(columns)).double().cpu().numpy()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + STREAMS)
 def test_scores_are_those_of_the_model_in_the_order_of_the_pairs(name, served, finished):
     pairs = pd.DataFrame({"user_id": [3, 1, 3, 2], "item_id": [5, 9, 1, 5]})
     table = score(served(name), pairs)
@@ -35,7 +39,7 @@ def test_scores_are_those_of_the_model_in_the_order_of_the_pairs(name, served, f
     np.testing.assert_allclose(table["score"], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + STREAMS)
 def test_recommendations_are_the_best_unseen_items(name, served):
     run = served(name)
     table = recommend(run, ["4", "2"], top=5, retrieve=0)
@@ -58,6 +62,37 @@ def test_two_stages_name_the_one_that_ranked(served):
     assert set(table["item"][:5]) == set(run.tokens("item_id", best[:5]))
     assert table["item"][5:].tolist() == run.tokens("item_id", best[5:8])
     assert table["title"].str.contains(r" \(\d{4}\)$").all()
+
+
+@pytest.mark.parametrize("name", ["TALLRec", "TALLRec stream", "iLoRA"])
+def test_another_run_retrieves_and_the_llm_ranks_again(name, served, finished):
+    run, first = served(name, retriever=finished("HLLM")), served("HLLM")
+    table = recommend(run, ["4", "2"], top=6, retrieve=4)
+    stage = f"llm ({name.split()[0]})"
+    assert table["stage"].tolist() == ([stage] * 4 + ["retriever (HLLM)"] * 2) * 2
+    for user, part in table.groupby("user"):
+        expected = recommend(first, [user], top=6)
+        assert set(part["item"][:4]) == set(expected["item"][:4])
+        assert part["item"].tolist()[4:] == expected["item"].tolist()[4:]
+        np.testing.assert_allclose(part["score"][4:], expected["score"][4:], atol=1e-6)
+        assert part["score"][:4].is_monotonic_decreasing
+    again = score(run, table[table["stage"] == stage][["user", "item"]])
+    if name != "iLoRA":  # whose prompt lists what was retrieved
+        np.testing.assert_allclose(again["score"], table["score"][table["stage"] == stage], atol=1e-6)
+    assert run.default_retrieved == (4 if name == "iLoRA" else 50)
+
+
+def test_a_retriever_on_other_data_is_refused(served, finished, monkeypatch):
+    load = ServedRun.load.__func__
+
+    def elsewhere(cls, folder, **options):
+        run = load(cls, folder, **options)
+        run.dataset.dataset_name = "other" if folder == finished("HLLM") else "toy"
+        return run
+
+    monkeypatch.setattr(ServedRun, "load", classmethod(elsewhere))
+    with pytest.raises(ValueError, match="was trained on other and .* on toy; name a run on the same data"):
+        ServedRun.load(finished("TALLRec"), retriever=finished("HLLM"), device="cpu")
 
 
 def test_prompts_that_listed_candidates_list_those_of_the_first_stage(served, monkeypatch):
@@ -98,7 +133,7 @@ def test_a_user_who_has_seen_everything_gets_nothing(served):
     assert recommend(run, ["4"], candidates=seen).empty
 
 
-@pytest.mark.parametrize("name", ["RecLoRA", "iLoRA", "TALLRec", "SASRec"])
+@pytest.mark.parametrize("name", ["RecLoRA", "RecLoRA stream", "iLoRA", "TALLRec", "SASRec"])
 def test_explanations_hold_prompt_lens_and_gate(name, served):
     run = served(name)
     table = recommend(
@@ -117,7 +152,7 @@ def test_explanations_hold_prompt_lens_and_gate(name, served):
     np.testing.assert_allclose(table["lens_score"].astype(float), run.lens_scores(users, items))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + STREAMS)
 def test_recboles_case_study_works_on_loaded_runs(name, finished, tmp_cwd):
     run = load_data_and_model(finished(name), device="cpu")
     users = run.dataset.token2id("user_id", ["1", "2"])
@@ -132,9 +167,57 @@ def test_recboles_case_study_works_on_loaded_runs(name, finished, tmp_cwd):
     assert torch.equal(best, scores.topk(3).values)
 
 
-def test_a_run_on_streams_is_refused_in_one_sentence(served):
-    with pytest.raises(ValueError, match="has layout: stream, .* train with layout: prompt"):
-        served("TALLRec stream")
+@pytest.mark.parametrize("name", ["TALLRec stream", "RecLoRA stream", "LensPrompt stream"])
+def test_the_stream_that_was_read_ends_with_the_candidate(name, served):
+    run = served(name)
+    table = score(run, pd.DataFrame({"user": ["4"], "item": ["1"]}), explained=True)
+    *earlier, last = table["prompt"][0].splitlines()
+    assert last.startswith(run.parts.prompts._items.titles[int(run.ids("item_id", ["1"]).known[0])])
+    assert last.endswith(":") and len(earlier) >= 6  # a header and the context of an evaluation
+
+
+EMPTY = [
+    "RecLoRA",
+    "TALLRec",
+    "RecLoRA stream",
+    "TALLRec stream",
+    "iLoRA",
+    "SASRec",
+    "Stream",
+    "HLLM",
+    "TitleKNN",
+]
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_user_without_any_history_is_answered(name, served):
+    run = served(name)
+    history = run.dataset.history
+    last = int(history.user_start[-2])  # where the interactions of the last user begin
+    for column in ("item_ids", "labels", "timestamps", "ratings"):
+        values = getattr(history, column)
+        setattr(history, column, None if values is None else values[:last])
+    history.user_start[-1] = last
+    history.__dict__.pop("tie_start", None)
+    if hasattr(run.model, "follow_history"):
+        run.model.follow_history()
+    elif name.endswith("stream"):
+        run.parts.prompts.refresh()
+    user = run.tokens("user_id", [run.dataset.user_num - 1])
+    table = recommend(run, user, top=3, retrieve=0, candidates=["1", "2", "3"])
+    assert len(table) == 3 and np.isfinite(table["score"]).all()
+    assert recommend(run, user, top=1, explained=True)["history"].tolist() == [0]
+
+
+def test_a_run_whose_lens_or_backbone_is_missing_is_refused(finished, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(finished("RecLoRA"), copied)
+    shutil.rmtree(copied / "lens")
+    with pytest.raises(ValueError, match="the run was copied without its lens"):
+        ServedRun.load(copied, device="cpu")
+    assert not list(copied.rglob("lens.json"))  # nothing was trained in its place
+    with pytest.raises(FileNotFoundError, match="backbone: there is no file or folder .*none"):
+        ServedRun.load(finished("TALLRec"), device="cpu", backbone="./none/model")
 
 
 @pytest.mark.parametrize("which", ["seen", "all"])

@@ -46,7 +46,9 @@ def client(served):
         one.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("name", ["RecLoRA", "TALLRec", "iLoRA", "SASRec", "BPR"])
+@pytest.mark.parametrize(
+    "name", ["RecLoRA", "RecLoRA user", "TALLRec", "RecLoRA stream", "iLoRA", "SASRec", "Stream", "BPR"]
+)
 def test_answers_equal_the_offline_ones(name, client, served):
     http, run = client(name), served(name)
     answer = http.post("/score", json={"pairs": [{"user": u, "item": i} for u, i in PAIRS]}).json()
@@ -79,6 +81,17 @@ def test_interactions_change_what_follows_and_new_users_are_answered(client, ser
     for user, part in expected.groupby("user"):
         assert [row["item"] for row in after["users"][user]] == part["item"].tolist()
     assert http.post("/interactions", json={"interactions": [{"user_id": "4"}]}).status_code == 422
+
+
+def test_a_new_item_comes_with_its_title(client):
+    http = client("TALLRec stream")
+    later = [{"user_id": "2", "item_id": "900", "rating": 5, "timestamp": 990_000_000}]
+    titles = [{"item_id": "900", "movie_title": "Silver Harbour", "release_year": 1999, "class": "Drama"}]
+    assert http.post("/interactions", json={"interactions": later}).status_code == 422  # it has no title
+    assert http.post("/interactions", json={"interactions": later, "items": titles}).json()["new_items"] == 1
+    body = {"users": ["4"], "candidates": ["900", "1"], "exclude_seen": False}
+    found = http.post("/recommend", json=body).json()["users"]["4"]
+    assert {row["title"] for row in found} >= {"Silver Harbour (1999)"}
 
 
 def test_requests_that_wait_are_scored_in_one_call(served):

@@ -316,6 +316,19 @@ class PromptBuilder(LinePrompts):
         prompts = [self._fit_row(*row, slots=slots) for row in self._rows(interaction)]
         return EncodedPrompts([ids for ids, _, _ in prompts], sum(shortened for _, _, shortened in prompts))
 
+    def encode_shared(self, interaction: Interaction) -> tuple[list[np.ndarray], list[int]]:
+        """Token ids as of :meth:`encode`, and how many of each stand before the target's line.
+
+        These first tokens depend on the user alone, if the retriever does. Only of prompts that are ``assembled``.
+        """
+        ids, shared = [], []
+        for row in self._rows(interaction):
+            found, lines, _ = self._fit_row(*row, slots=False)
+            before = lines[: next(i for i, line in enumerate(lines) if line[0] == "target")]
+            ids.append(found)
+            shared.append(len(self._before) + sum(map(len, self._line_ids(before))))
+        return ids, shared
+
     def text(self, interaction: Interaction, i: int, *, slots: bool = True) -> str:
         """The prompt of sample ``i``, in full, as the LLM gets it (with the turns of a chat template).
 

@@ -36,7 +36,7 @@ from recbole_llm.data.prompts.lines import (
     sha256_of,
     tokenize_inert,
 )
-from recbole_llm.data.streams import Chunk, StreamCutter
+from recbole_llm.data.streams import Chunk, StreamCutter, stored
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,8 @@ class StreamPrompts:
         max_prompt_tokens: longest chunk, in tokens.
         lead, context: earlier interactions that a chunk shows, see :class:`~recbole_llm.data.streams.StreamCutter`.
         rating_scale: all values that a rating may have; ``None``: those that occur.
-        lens_scores: ``lens_scores(positions) -> probabilities``, what ``{lens_score}`` says of interactions. May be
-            given later, but before the first chunk is encoded.
+        lens_scores: ``lens_scores(chunks) -> probabilities``, what ``{lens_score}`` says of their interactions. May
+            be given later, but before the first chunk is encoded.
 
     Attributes:
         cutter: cuts users' interactions into chunks that fit.
@@ -164,7 +164,7 @@ class StreamPrompts:
         lead: int = 5,
         context: int = 25,
         rating_scale: Sequence[float] | None = None,
-        lens_scores: Callable[[np.ndarray], np.ndarray] | None = None,
+        lens_scores: Callable[[Sequence[Chunk]], np.ndarray] | None = None,
     ) -> None:
         if dataset.history is None:
             raise ValueError(f"{type(self).__name__} needs a dataset after build()")
@@ -173,22 +173,59 @@ class StreamPrompts:
         self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
         self.lens_scores = lens_scores
         self.item_slots: bool = self.config["item_slots"]
+        self._max_tokens, self._lead, self._context = max_prompt_tokens, lead, context
+        self._slotted_items = dataset.item_num
         self._choose_answers(rating_scale)
         self._tokenise_lines()
         self._tokenise_headers()
-        items, scored = self._history.item_ids, max(map(len, self._scores)) if self.tells_lens else 0
-        rest = len(self._colon) + len(self._between) + scored + self.item_slots + len(self._break)
+        self.cutter = self._new_cutter()
+
+    def _new_cutter(self) -> StreamCutter:
+        scored = max(map(len, self._scores)) if self.tells_lens else 0
+        self._rest = len(self._colon) + len(self._between) + scored + self.item_slots + len(self._break)
         lengths = np.array([len(title) for title in self._titles])
         answers = np.array([len(answer) for answer in self._answers])
-        self.cutter = StreamCutter(
+        return StreamCutter(
             self._history,
-            budget=max_prompt_tokens,
-            costs=lengths[items] + answers[self.classes] + rest,
+            budget=self._max_tokens,
+            costs=lengths[self._history.item_ids] + answers[self.classes] + self._rest,
             prefix_costs=np.array([len(header) for header in self._headers]),
-            lead=lead,
-            context=context,
+            lead=self._lead,
+            context=self._context,
             unit="tokens (max_prompt_tokens)",
         )
+
+    def check_later(self, ratings: np.ndarray | None) -> None:
+        """Whether later interactions have answers that the model was trained with.
+
+        Args:
+            ratings: theirs, float; ``None``: the data has none.
+
+        Raises:
+            ValueError: naming ratings that are not on the scale.
+        """
+        if self.values is None or ratings is None:
+            return
+        off = np.setdiff1d(np.asarray(ratings, dtype=np.float64).round(6), self.values)
+        if len(off):
+            raise ValueError(
+                f"ratings of the new interactions are none of {self._named_scale()}, the answers that the model was "
+                f"trained with: {', '.join(f'{value:g}' for value in off[:5])}"
+            )
+
+    def refresh(self) -> None:
+        """Follow interactions, users and items that were appended to the dataset; the answers stay what they are."""
+        self._items = self._dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+        self.classes = self._classes()
+        self._tokenise_lines()
+        self._tokenise_headers()
+        self.cutter = self._new_cutter()
+
+    def _classes(self) -> np.ndarray:
+        """The answer of every interaction, int64 ``[n]`` in ``[0, K)``."""
+        if self.values is None:
+            return np.where(self._history.labels > 0, 0, 1)
+        return np.searchsorted(self.values, self._history.ratings.astype(np.float64).round(6))
 
     # ------------------------------------------------------------------ once
 
@@ -218,7 +255,6 @@ class StreamPrompts:
             if wanted == "auto":
                 logger.info("labels are no threshold on ratings: the answers are %s", self.config["words"])
             self.values, self.answer_words = None, tuple(self.config["words"])
-            self.classes = np.where(history.labels > 0, 0, 1)
             self.likes, self._letters = np.array([True, False]), False
             self._answers = self._behind(before, self.answer_words)
             firsts = [int(ids[0]) for ids in self._answers]
@@ -229,7 +265,6 @@ class StreamPrompts:
                 )
         else:
             self.values = self._scale(rating_scale)
-            self.classes = np.searchsorted(self.values, history.ratings.astype(np.float64).round(6))
             cut = next(iter(threshold.values()))
             self.likes = self.values >= cut
             if self.likes.all() or not self.likes.any():
@@ -237,6 +272,7 @@ class StreamPrompts:
                     f"threshold: {threshold} makes all of the ratings {self._named_scale()} the same label"
                 )
             self._read_values(before)
+        self.classes = self._classes()
         self.class_ids = [int(ids[0]) for ids in self._answers]
 
     def _scale(self, rating_scale: Sequence[float] | None) -> np.ndarray:
@@ -298,17 +334,17 @@ class StreamPrompts:
         )
         self._scores = self._behind(between, _SCORES) if self.tells_lens else []
         limit = self.config["max_title_tokens"]
-        occurring = np.unique(self._history.item_ids)
-        self._titles = [np.array([], dtype=np.int64)] * len(self._items.titles)
-        texts = [opening + self._items.titles[item] for item in occurring]
+        items = range(1, len(self._items.titles))
+        texts = [opening + self._items.titles[item] for item in items]
+        self._titles = [np.array([], dtype=np.int64)]
         long = 0
-        for item, ids in zip(occurring, self._ids(*texts), strict=True):
+        for item, ids in zip(items, self._ids(*texts), strict=True):
             if not len(ids):
                 raise ValueError(
                     f"the title of item {self._dataset.id2token(self._dataset.iid_field, int(item))} is empty"
                 )
             long += len(ids) > limit
-            self._titles[item] = ids[:limit]
+            self._titles.append(ids[:limit])
         if long:
             logger.info("%d of %d titles are cut to %d tokens (max_title_tokens)", long, len(texts), limit)
 
@@ -355,12 +391,37 @@ class StreamPrompts:
     def encode(self, interaction: Interaction, *, slots: bool = False) -> EncodedStreams:
         """The chunks that samples are scored in, at most ``max_prompt_tokens`` long each.
 
+        Samples that are interactions of the history share chunks. Any other, of an item that the history has not at
+        this place, has a chunk of its own: that of the item appended there to the user's stream, its answer being
+        counted as long as the longest one.
+
         Args:
-            interaction: samples of the dataset, with ``history_end``.
+            interaction: samples of the dataset, with ``user_id``, ``item_id`` and ``history_end``.
             slots: hybrid streams, where the template has them.
+
+        Returns:
+            The chunks of stored samples, by user and time; then those of the others, in the order given.
         """
-        positions = interaction[HISTORY_END].cpu().numpy()
-        return self.encode_chunks(self.cutter.evaluation_chunks(positions), slots=slots)
+        users, items, ends = self.samples(interaction)
+        mine = stored(self._history, users, items, ends)
+        return self.encode_chunks(
+            [
+                *self.cutter.evaluation_chunks(ends[mine]),
+                *map(self.appended, users[~mine].tolist(), items[~mine].tolist(), ends[~mine].tolist()),
+            ],
+            slots=slots,
+        )
+
+    def samples(self, interaction: Interaction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Users, items and places of samples, int64 ``[B]`` each."""
+        fields = self._dataset.uid_field, self._dataset.iid_field, HISTORY_END
+        users, items, ends = (interaction[field].cpu().numpy() for field in fields)
+        return users, items, ends
+
+    def appended(self, user: int, item: int, end: int) -> Chunk:
+        """The chunk of an item at a place of a user's stream, where it may come next."""
+        longest = max(map(len, self._answers))
+        return self.cutter.appended_chunk(user, end, item, len(self._titles[item]) + longest + self._rest)
 
     def encode_chunks(self, chunks: Sequence[Chunk], *, slots: bool = False) -> EncodedStreams:
         """Token ids of chunks.
@@ -378,7 +439,7 @@ class StreamPrompts:
             return [None] * len(chunks)
         if self.lens_scores is None:
             raise ValueError("the prompt states the score of a lens, and there is none: set lens: DIN")
-        found = self.lens_scores(np.concatenate([chunk.positions for chunk in chunks]))
+        found = self.lens_scores(chunks)
         cents = np.rint(100 * np.asarray(found)).astype(np.int64)
         return [*np.split(cents, np.cumsum([len(chunk) for chunk in chunks])[:-1])]
 
@@ -386,11 +447,13 @@ class StreamPrompts:
         positions = chunk.positions
         parts, ends = [self._headers[chunk.user]], []  # of each interaction: the tokens up to its answer
         places, total = [np.full(len(parts[0]), -1)], len(parts[0])
-        items, classes = self._history.item_ids[positions].tolist(), self.classes[positions].tolist()
+        items, classes = chunk.items(self._history).tolist(), self.classes[positions[:-1]].tolist()
         last = len(positions) - 1
-        for place, (item, answer) in enumerate(zip(items, classes, strict=True)):
+        for place, item in enumerate(items):
             line = [self._titles[item]]
-            if slots and self.item_slots:
+            if (
+                slots and self.item_slots and item < self._slotted_items
+            ):  # no lens has a vector of later items
                 line.append(np.array([-item]))
             if cents is not None:
                 line += [self._between, self._scores[cents[place]]]
@@ -398,7 +461,7 @@ class StreamPrompts:
             total += sum(map(len, line))
             ends.append(total)
             if place < last:
-                line += [self._answers[answer], self._break]
+                line += [self._answers[classes[place]], self._break]
                 total += len(line[-2]) + len(line[-1])
             parts += line
             places.append(np.full(sum(map(len, line)), place))

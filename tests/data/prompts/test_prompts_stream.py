@@ -240,7 +240,7 @@ def test_the_lens_s_score_is_stated(small, tokenizer):
     prompts = prompts_of(dataset, tokenizer, name="stream_ctr_lens")
     with pytest.raises(ValueError, match="set lens: DIN"):
         prompts.encode(last_of(dataset, "1"))
-    prompts.lens_scores = lambda positions: positions / 100
+    prompts.lens_scores = lambda chunks: np.concatenate([chunk.positions for chunk in chunks]) / 100
     start = int(dataset.history.user_start[dataset.token2id("user_id", "2")])
     text = prompts.text(last_of(dataset, "2"), 0)
     assert f"Fargo (0.{start:02d}):4\nThe Matrix (0.{start + 1:02d}):5\n" in text
