@@ -88,6 +88,8 @@ class TitleRanker(LLMRecommender):
 
     spec = ModelSpec("llm", tasks=("next_item",), learns_from="next_item")
 
+    SCORED_IN = "scoring_batch_size"
+
     def __init__(
         self, config, dataset, *, backbone: Backbone, prompts: TitlePromptBuilder, lens: Lens | None = None
     ) -> None:

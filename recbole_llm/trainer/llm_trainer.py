@@ -40,6 +40,7 @@ from recbole_llm.trainer.checkpoint import (
 )
 from recbole_llm.trainer.score_cache import KeptScores
 from recbole_llm.utils.hashing import hash_tensors
+from recbole_llm.utils.memory import within_memory
 from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,23 @@ class LLMTrainer(Trainer):
         return [batch.tolist() for batch in order.split(self.config["train_batch_size"])]
 
     def _backward(self, interaction, step: int) -> float:
-        """Accumulate the gradient of a batch over its micro-batches; returns the batch's mean loss."""
+        """Accumulate the gradient of a batch over its micro-batches; returns the batch's mean loss.
+
+        Where memory does not suffice, the batch starts again with micro-batches of half the size, from the same random
+        numbers. (Running statistics of gate ``cnn`` have then seen some samples twice.)
+        """
+        counts, started = self.model.counts.copy(), rng_state()
+
+        def ask_less(reason: str) -> None:
+            self.optimizer.zero_grad()
+            self.model.halve("micro_batch_size", reason)
+            self.model.counts.clear()
+            self.model.counts.update(counts)
+            set_rng_state(started)
+
+        return within_memory(lambda: self._accumulate(interaction, step), ask_less)
+
+    def _accumulate(self, interaction, step: int) -> float:
         self.optimizer.zero_grad()
         n_rows, total = len(interaction), 0.0
         for batch in self.model.micro_batches(interaction):
