@@ -15,6 +15,7 @@ from recbole_llm.config.command_line import split_models
 from recbole_llm.experiment.table import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
 from recbole_llm.serving.commands import COMMANDS, run_command
+from recbole_llm.utils.processes import launched
 from recbole_llm.utils.text_output import write_any_text
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             result = compare_models(models, known.dataset, files, cmd_line=rest)
         else:
             result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)
-        print(result["dry_run"] if "dry_run" in result else report(result))
+        if launched().is_first:
+            print(result["dry_run"] if "dry_run" in result else report(result))
         return 1 if result.get("failed") else 0
 
     return guarded(run)

@@ -17,6 +17,7 @@ from recbole_llm.experiment.conventional import ConventionalExperiment
 from recbole_llm.experiment.llm import LLMExperiment
 from recbole_llm.experiment.result import write_result
 from recbole_llm.utils.machine import reset_peak_memory
+from recbole_llm.utils.processes import launched
 from recbole_llm.utils.run_files import RESULT_FILE
 from recbole_llm.utils.text_output import start_log
 
@@ -51,14 +52,20 @@ def run_one(config: Config, folder: Path, *, resume: bool | None = None) -> dict
         return {"dry_run": kind.describe(kind.assemble(config, fit=False))}
     # Every kind is made of a configuration; only their common base is made of parts.
     experiment = cast(Callable[[Config, Path], Experiment], kind)(config, folder)
-    write_configuration(folder, experiment.parts)
+    processes = launched()
+    if processes.is_first:
+        write_configuration(folder, experiment.parts)
     if config["resume"] if resume is None else resume:
         experiment.resume()
     experiment.fit()
     experiment.evaluate()
+    if not processes.is_first:
+        processes.wait()
+        return read_result(folder)
     result = experiment.result()
     path = write_result(folder, result, experiment.rows)
     experiment.clean_up()
+    processes.wait()
     return {**result, "path": str(path)}
 
 

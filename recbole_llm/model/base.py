@@ -27,6 +27,7 @@ from recbole_llm.trainer.score_cache import KeptScores, batch_key
 from recbole_llm.utils.causal_lm import decoder_layers
 from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.memory import within_memory
+from recbole_llm.utils.processes import launched
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.loader import Backbone
@@ -71,12 +72,15 @@ class LLMRecommender(SequentialRecommender):
         lora_given: whether A and B come from another run (``lora_from``) and are not trained.
         counts: of ``tokens`` that went through the LLM so far, padding not counted, and of ``prompts_shortened``, which
             lost history because they were too long.
+        processes: those that share an evaluation and a training step.
         kept_scores: keeps the scores of every batch of an evaluation, so that it can be resumed.
     """
 
     input_type = InputType.POINTWISE
     SCORED_IN = "micro_batch_size"
     """The attribute, and the key, that says how many samples are scored at once."""
+    SCORES = torch.float64
+    """The format of :meth:`score_rows`."""
 
     def __init__(
         self, config, dataset, *, backbone: Backbone, lens: Lens | None, instance_size: int | None = None
@@ -104,6 +108,7 @@ class LLMRecommender(SequentialRecommender):
                 layer.compile()
         self.counts: Counter[str] = Counter()
         self.kept_scores: KeptScores | None = None
+        self.processes = launched()
 
     # ------------------------------------------------------------------ the gate
 
@@ -185,11 +190,24 @@ class LLMRecommender(SequentialRecommender):
 
     def predict(self, interaction: Interaction) -> Tensor:
         """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before an interruption."""
+        if self.processes.several:
+            return self._shared(interaction)
         if self.kept_scores is None:
             return self.score_within_memory(lambda: self.score_rows(interaction))
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
         found = self.kept_scores(key, lambda: self.score_within_memory(lambda: self.score_rows(interaction)))
         return found.to(self.device)
+
+    def _shared(self, interaction: Interaction) -> Tensor:
+        """Every process scores some samples, and gets the scores of all. Candidates of one sample stay together."""
+        groups, group = np.unique(interaction[ROW_ID].cpu().numpy(), return_inverse=True)
+        mine = self.processes.mine(len(groups))
+        own = torch.from_numpy(np.flatnonzero((group >= mine.start) & (group < mine.stop)))
+        scores = torch.zeros(len(interaction), dtype=torch.float64, device=self.device)
+        if len(own):
+            found = self.score_within_memory(lambda: self.score_rows(interaction[own]))
+            scores[own.to(self.device)] = found.to(self.device, torch.float64)
+        return self.processes.add_up(scores).to(self.SCORES)
 
     def score_within_memory(self, score: Callable[[], Tensor]) -> Tensor:
         """What ``score()`` gives, with half as many samples at once as often as memory does not suffice."""
