@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+# Read when torch is loaded. A thread that waits for another one must not keep the processor busy: beside other work
+# that costs most of the speed (docs/performance.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from recbole_llm.comparison.plan import is_comparison
 from recbole_llm.comparison.report import report as work_out

@@ -7,7 +7,12 @@ same test samples.
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Read when torch is loaded. A thread that waits for another one must not keep the processor busy: beside other work
+# that costs most of the speed (docs/performance.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 

@@ -1,4 +1,4 @@
-"""One process of several in test_processes.py: ``python processes_worker.py CASES.json``."""
+"""A process of test_processes.py, alone or one of several: ``python processes_worker.py CASES.json``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from recbole_llm.trainer.llm_trainer import LLMTrainer
 
 torch.set_num_threads(1)
 for case in json.loads(Path(sys.argv[1]).read_text()):
-    if case["dies"] and os.environ["RANK"] == "1":
-        update, left = LLMTrainer._update, iter(range(2))
+    if case["dies"] and os.environ.get("RANK") == "1":
+        update, left = LLMTrainer._update, iter(range(1))
 
         def die(self, update=update, left=left) -> None:
             if next(left, None) is None:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from synthetic import TEXT
 
 from recbole_llm.config.configurator import Config
-from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.trainer.checkpoint import load_checkpoint
 from recbole_llm.utils.processes import Processes
 
@@ -59,52 +58,42 @@ CASES = {
 def runs(toy_data, tmp_path_factory):
     """The folder of each case's runs, by one process and by two, and how the last two ended."""
     folder = tmp_path_factory.mktemp("processes")
-    cases, settings = [], {}
+    cases = {"one": [], "two": []}
     for name, case in {**CASES, "dies": CASES["prompts"]}.items():
-        settings[name] = {
+        settings = {
             **COMMON,
             **case["settings"],
             "data_path": str(toy_data),
             "cache_dir": str(folder / "cache"),
+            "checkpoint_seconds": 1e6,
         }
-        of_two = {**settings[name], "output_dir": str(folder / "two" / name)}
-        if name == "dies":
-            of_two["checkpoint_seconds"] = 1e6
-        cases.append({"model": case["model"], "settings": of_two, "dies": name == "dies"})
-    (folder / "cases.json").write_text(json.dumps(cases))
+        for count in cases:
+            if name != "dies" or count == "two":
+                output = {"output_dir": str(folder / count / name)}
+                cases[count].append({**case, "settings": settings | output, "dies": name == "dies"})
+    for count, listed in cases.items():
+        (folder / f"{count}.json").write_text(json.dumps(listed))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    worker = Path(__file__).with_name("processes_worker.py")
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(folder / "cases.json")],
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def start(count: str, **environment: str) -> subprocess.Popen:
+        worker = Path(__file__).with_name("processes_worker.py")
+        return subprocess.Popen(
+            [sys.executable, str(worker), str(folder / f"{count}.json")],
             cwd=folder,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         )
-        for rank in (0, 1)
-    ]
-    previous = Path.cwd()
-    os.chdir(folder)
-    try:
-        for name, case in CASES.items():
-            output = {"output_dir": str(folder / "one" / name)}
-            run_recbole_llm(case["model"], "toy", config_dict={**settings[name], **output})
-    finally:
-        os.chdir(previous)
-        ended = [process.communicate(timeout=500) for process in started]
-    return folder, [process.returncode for process in started], [stderr for _, stderr in ended]
+
+    started = [start("two", RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in (0, 1)]
+    started.append(start("one"))
+    errors = [process.communicate(timeout=900)[1] for process in started]
+    assert started[2].returncode == 0, errors[2]
+    return folder, [process.returncode for process in started[:2]], errors
 
 
 def the_run(folder: Path) -> Path:
