@@ -3,7 +3,8 @@
 #
 #     benchmarks/gpu.sh --wheels FOLDER [--weights FOLDER] [--out FOLDER] [--python PYTHON] [--device=cpu --tiny]
 #
-# --wheels   a folder with the wheels of torch, this package's dependencies and recbole (pip download makes it)
+# --wheels   a folder with all wheels, made where there is a network, for the Python of the GPU machine:
+#            pip download -d FOLDER setuptools torch . && pip download -d FOLDER --no-deps recbole==1.2.1
 # --weights  a model folder of transformers for the rows of streams against prompts; without it random weights are used
 # --device=cpu --tiny   shows on any machine that the script runs
 set -euo pipefail
@@ -24,9 +25,10 @@ done
 if [ -n "$wheels" ]; then
   "$python" -m venv .venv-bench
   python=.venv-bench/bin/python
-  "$python" -m pip install --quiet --no-index --find-links "$wheels" torch transformers peft safetensors pandas \
-    pyyaml scipy tqdm colorama colorlog tensorboard thop tabulate plotly texttable psutil huggingface_hub gguf jinja2
-  "$python" -m pip install --quiet --no-index --find-links "$wheels" --no-deps recbole==1.2.1
+  install=("$python" -m pip install --quiet --no-index --find-links "$wheels")
+  "${install[@]}" setuptools
+  "${install[@]}" --no-build-isolation .
+  "${install[@]}" --no-deps recbole==1.2.1
 fi
 mkdir -p "$out"
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1
