@@ -25,6 +25,6 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
         LLMTrainer._update = die
     try:
         run_recbole_llm(case["model"], "toy", config_dict=case["settings"])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

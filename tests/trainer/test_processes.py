@@ -108,11 +108,15 @@ def test_two_processes_are_one(runs, name):
     expected, found = (json.loads((run / "result.json").read_text()) for run in (one, two))
     for split in ("valid", "test"):
         assert found["metrics"][split] == pytest.approx(expected["metrics"][split], abs=1e-6), errors[0]
-    for key in ("trained_on", "tokens", "identities", "scoring"):
+    for key in ("trained_on", "identities", "scoring"):
         assert found.get(key) == expected.get(key)
+    # Of a chunk whose samples two processes share each reads the tokens.
+    assert found["tokens"] == expected["tokens"] or (
+        name == "streams" and found["tokens"] > expected["tokens"]
+    )
     tensors, meta = load_checkpoint(two / "last.safetensors")
     of_one, meta_of_one = load_checkpoint(one / "last.safetensors")
-    assert (meta["step"], meta["tokens"]) == (meta_of_one["step"], meta_of_one["tokens"])
+    assert (meta["step"], meta["tokens"]["train"]) == (meta_of_one["step"], meta_of_one["tokens"]["train"])
     model = {name: tensor for name, tensor in of_one.items() if name.startswith("model/")}
     assert any(tensor.any() for name, tensor in model.items() if name.endswith("lora_B"))
     torch.testing.assert_close({name: tensors[name] for name in model}, model, rtol=1e-4, atol=1e-5)
