@@ -1,4 +1,5 @@
 # make demo    train and compare the models on a small data set, in minutes
+# make bench   measure speed and memory on this machine, in under 15 minutes (docs/performance.md)
 # make test    run all tests and docstring examples, two at a time  (make test ARGS="tests/test_install.py -x" runs some)
 # make lint    check style, format and types
 # make recbole-tests RECBOLE=path    run RecBole's own tests under the repairs, from a checkout of its tag v1.2.1
@@ -16,7 +17,7 @@ TORCH ?= torch==2.13.0
 # Without its dependencies, because RecBole requires an old ray that Python 3.12 cannot install and that is not used
 # here; setup.cfg lists what RecBole really needs.
 RECBOLE_PACKAGE ?= --no-deps recbole==1.2.1
-# Added to the command of `make demo`, `make test`, `make recbole-tests`, `make faults` or `make soak`.
+# Added to the command of `make demo`, `make bench`, `make test`, `make recbole-tests`, `make faults` or `make soak`.
 ARGS ?=
 
 VENV := .venv
@@ -28,13 +29,18 @@ quoted = $(foreach word,$(1),'$(word)')
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint recbole-tests faults soak install clean distclean
+.PHONY: help demo bench test lint recbole-tests faults soak install clean distclean
 
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)
 	$(RUN) -m recbole_llm.demo $(ARGS)
+
+bench: $(STAMP)
+	for name in compute training_step scoring streams data_scale; do \
+	  $(RUN) benchmarks/$$name.py $(ARGS) || exit 1; \
+	done
 
 test: $(STAMP)
 	$(RUN) -m pytest -n 2 --durations=15 $(ARGS)

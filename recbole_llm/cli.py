@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+# Read when torch is loaded. A thread that waits for another one must not keep the processor busy: beside other work
+# that costs most of the speed (docs/performance.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from recbole_llm.comparison.plan import is_comparison
 from recbole_llm.comparison.report import report as work_out
@@ -15,6 +20,7 @@ from recbole_llm.config.command_line import split_models
 from recbole_llm.experiment.table import result_table
 from recbole_llm.quick_start import compare_models, run_recbole_llm
 from recbole_llm.serving.commands import COMMANDS, run_command
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.text_output import write_any_text
 
 logger = logging.getLogger(__name__)
@@ -54,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             result = compare_models(models, known.dataset, files, cmd_line=rest)
         else:
             result = run_recbole_llm(known.model, known.dataset, files, cmd_line=rest)
-        print(result["dry_run"] if "dry_run" in result else report(result))
+        if launched().is_first:
+            print(result["dry_run"] if "dry_run" in result else report(result))
         return 1 if result.get("failed") else 0
 
     return guarded(run)

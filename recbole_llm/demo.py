@@ -6,7 +6,12 @@ recommender), the tuned language model alone, and RecLoRA, which adds the lens's
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Read when torch is loaded. A thread that waits for another one must not keep the processor busy: beside other work
+# that costs most of the speed (docs/performance.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 

@@ -19,6 +19,7 @@ from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.loading import load_run
 from recbole_llm.experiment.run import read_result, run_one
 from recbole_llm.experiment.run_folder import open_run_folder
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.run_files import RESULT_FILE
 from recbole_llm.utils.text_output import start_log
 
@@ -65,8 +66,11 @@ def run_recbole_llm(
             f"nproc: {config['nproc']} spreads the runs of a comparison (--model=A,B or --seeds=N) over processes, and "
             "this is one run"
         )
-    folder = open_run_folder(config)
-    others = compare.check_models(config, folder)
+    processes = launched()
+    folder = processes.from_first(lambda: open_run_folder(config))
+    others = [] if processes.several else compare.check_models(config, folder)
+    if processes.several and config["compare_with"]:
+        logger.warning("compare_with is left out: the %d processes train one model", processes.count)
     if config["resume"] and (folder / RESULT_FILE).is_file() and others:
         logger.info("%s is finished, continuing with the models to compare with", folder)
         result = read_result(folder)
@@ -100,6 +104,11 @@ def compare_models(
         The comparison (see :mod:`recbole_llm.comparison.analysis`) with ``files``, the report's paths; for a dry run,
         what would be run, under the key ``dry_run``.
     """
+    if (count := launched().count) > 1:
+        raise ValueError(
+            f"torchrun has started {count} processes, which train one model together; for the runs of a comparison "
+            "side by side start it without torchrun, with nproc"
+        )
     plan = compare.make_plan(models, dataset, config_file_list, config_dict, cmd_line)
     if plan.first["dry_run"]:
         return {"dry_run": compare.describe(plan)}

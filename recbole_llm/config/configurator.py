@@ -33,7 +33,7 @@ from recbole_llm.config.checks import (
     resolve_metrics,
 )
 from recbole_llm.config.command_line import NAMES, parse_command_line, parse_model, parse_value
-from recbole_llm.config.device import choose_device, join_process_group, resolve_auto_sizes
+from recbole_llm.config.device import choose_device, join_launched, join_process_group, resolve_auto_sizes
 from recbole_llm.config.keys import KEYS, RECBOLE_KEYS, check_values
 from recbole_llm.config.layout import layout_defaults
 from recbole_llm.config.model_spec import spec_of
@@ -47,6 +47,7 @@ from recbole_llm.config.sources import config_file, data_folder, load_preset
 from recbole_llm.evaluation.metrics import register_metrics
 from recbole_llm.registry import get_model
 from recbole_llm.utils import recbole_repairs
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.files import plain
 from recbole_llm.utils.names import nearest
 from recbole_llm.utils.yaml_files import PROPERTIES, RECBOLE_PROPERTIES, YamlLoader, load_yaml
@@ -297,6 +298,8 @@ class Config(RecBoleConfig):
         else:
             device = choose_device(final["device"], self.external_config_dict, values.said)
             final.update(device=device, single_spec=True, local_rank=0)
+            if launched().several:
+                join_launched(final, self.model, self.spec.is_llm)
         resolve_auto_sizes(final)
         # RecBole asks for the memory of a CUDA device wherever use_gpu is set.
         final["use_gpu"] = final["device"].type == "cuda"

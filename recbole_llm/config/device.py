@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from recbole_llm.utils.distributed import join, launched
+
 logger = logging.getLogger(__name__)
 
 SIZES: dict[str, dict[str, int | None]] = {
@@ -68,6 +70,46 @@ def choose_device(wanted: str, user: Mapping[str, Any], said: Callable[[str], st
     device = torch.device("cuda", int(index))
     torch.cuda.set_device(device)
     return device
+
+
+def join_launched(final: dict[str, Any], model: str, is_llm: bool) -> None:
+    """Become one process of several that ``torchrun`` has started: local rank r takes cuda:r, or a share of the CPU.
+
+    Raises:
+        ValueError: if there are more processes than GPUs, or the run cannot be shared among processes.
+    """
+    processes, local = launched(), int(os.environ.get("LOCAL_RANK", 0))
+    if not is_llm:
+        raise ValueError(
+            f"{model} is no LLM recommender: {processes.count} processes of torchrun can train those alone; start it "
+            "without torchrun"
+        )
+    if final["gate"] == "cnn" and final["mixer"] != "identity":
+        raise ValueError(
+            "gate: cnn normalises over a micro-batch and keeps running statistics, which several processes would not "
+            "share; set gate: cnn_groupnorm, or start it without torchrun"
+        )
+    pieces = -(-final["train_batch_size"] // final["micro_batch_size"])
+    if final["layout"] == "prompt" and pieces < processes.count:
+        raise ValueError(
+            f"train_batch_size: {final['train_batch_size']} in micro-batches of {final['micro_batch_size']} "
+            f"(micro_batch_size) gives {pieces} to {processes.count} processes: set micro_batch_size to "
+            f"{max(1, final['train_batch_size'] // processes.count)} or less, or start fewer processes"
+        )
+    device = final["device"]
+    if device.type == "cuda":
+        if device.index is None:
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"process {local} of torchrun on this machine needs the device cuda:{local}; torch sees "
+                    f"{torch.cuda.device_count()} CUDA devices: start as many processes as there are GPUs"
+                )
+            device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    join(device)
+    final["device"] = device
+    if not processes.is_first:
+        final.update(state="error", show_progress=False)
 
 
 def join_process_group(final: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.experiment.assembly import Assembly
 from recbole_llm.experiment.result import Cost, Evaluation, build_result
 from recbole_llm.experiment.splits import ranked_items
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.files import write_atomically
 from recbole_llm.utils.run_files import VALID_ROWS_FILE
@@ -114,6 +115,8 @@ class Experiment(ABC):
         self.trainer.evaluate(
             self.parts.valid_data, load_best_model=False, show_progress=self.config["show_progress"]
         )
+        if not launched().is_first:
+            return
         columns: dict[str, Any] = self._columns("valid")
         write_atomically(
             self.folder / VALID_ROWS_FILE,

@@ -22,6 +22,7 @@ from recbole_llm.experiment.result import Cost
 from recbole_llm.lens.fit import lens_folder
 from recbole_llm.trainer.checkpoint import check_origin, load_checkpoint
 from recbole_llm.trainer.llm_trainer import LLMTrainer
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.run_files import BEST_FILE
 from recbole_llm.utils.timing import stage
 
@@ -35,7 +36,9 @@ class LLMExperiment(Experiment):
     trainer: LLMTrainer
 
     def __init__(self, config: Config, folder: Path) -> None:
+        processes = launched()
         parts = self.assemble(config)
+        parts.identities = processes.from_first(lambda: parts.identities)  # `state` of the others differs
         trainer = LLMTrainer(
             parts.trainer_config,
             parts.model,
@@ -44,7 +47,7 @@ class LLMExperiment(Experiment):
             residual_samples=residual_samples(config, parts.valid),
         )
         super().__init__(parts, trainer, folder)
-        if parts.lens is not None:
+        if parts.lens is not None and processes.is_first:
             parts.lens.save(lens_folder(folder, parts.lens.name, parts.lens.identity))
 
     def resume(self) -> None:
@@ -55,7 +58,8 @@ class LLMExperiment(Experiment):
         """Score the test samples by what the model is compared with, then tune the adapter."""
         for line in dry_run.decisions(self.parts):
             logger.info("%s", line)
-        self._references = reference_columns(self.parts) if self.config["read_test"] else {}
+        writes = launched().is_first  # the others need no references: they write no result
+        self._references = reference_columns(self.parts) if self.config["read_test"] and writes else {}
         _, self.valid = self.trainer.fit(
             self.parts.train_data,
             self.parts.valid_data,

@@ -84,7 +84,12 @@ def untrained_scores(parts: LLMAssembly) -> np.ndarray:
     prompts = cast(PromptBuilder | StreamPrompts, parts.prompts)  # those of the ctr task
     for interaction in batches:
         _add(digest, prompts.encode(interaction).input_ids)
-    return _cached(parts, digest, batches, parts.model.predict_untrained)
+    return _cached(
+        parts,
+        digest,
+        batches,
+        lambda batch: parts.model.score_within_memory(lambda: parts.model.predict_untrained(batch)),
+    )
 
 
 # ---------------------------------------------------------------------- ranking
@@ -130,7 +135,8 @@ def untrained_ranks(parts: LLMAssembly) -> np.ndarray:
         return target_ranks(scores, interaction[parts.dataset.iid_field])
 
     batches = list(_test_batches(parts, parts.config["scoring_batch_size"]))
-    return _cached(parts, digest, batches, ranks).astype(np.int64)
+    found = _cached(parts, digest, batches, lambda batch: model.score_within_memory(lambda: ranks(batch)))
+    return found.astype(np.int64)
 
 
 def _test_batches(parts: LLMAssembly, size: int) -> Iterator[tuple[Interaction, Tensor | None]]:

@@ -15,6 +15,7 @@ from recbole_llm.experiment.base import Experiment
 from recbole_llm.experiment.conventional import ConventionalExperiment
 from recbole_llm.experiment.llm import LLMExperiment
 from recbole_llm.experiment.result import write_result
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.files import read_json
 from recbole_llm.utils.machine import reset_peak_memory
 from recbole_llm.utils.run_files import RESULT_FILE
@@ -49,15 +50,21 @@ def run_one(config: Config, folder: Path) -> dict:
         return {"dry_run": kind.describe(kind.assemble(config, fit=False))}
     # Every kind is made of a configuration; only their common base is made of parts.
     experiment = cast(Callable[[Config, Path], Experiment], kind)(config, folder)
+    processes = launched()
     try:
-        write_configuration(folder, experiment.parts)
+        if processes.is_first:
+            write_configuration(folder, experiment.parts)
         if config["resume"]:
             experiment.resume()
         experiment.fit()
         experiment.evaluate()
+        if not processes.is_first:
+            processes.wait()
+            return read_result(folder)
         result = experiment.result()
         path = write_result(folder, result, experiment.rows)
         experiment.clean_up()
+        processes.wait()
     finally:
         experiment.close()
     return {**result, "path": str(path)}

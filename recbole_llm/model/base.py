@@ -7,8 +7,9 @@ A model adds how prompts become scores (:mod:`~recbole_llm.model.answer_ctr`,
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,16 @@ from recbole_llm.config.configurator import SAVED_RUN
 from recbole_llm.config.settings import ModelSettings, adapter_config
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
 from recbole_llm.utils.causal_lm import decoder_layers
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.fields import ROW_ID
+from recbole_llm.utils.memory import within_memory
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.loader import Backbone
     from recbole_llm.data.prompts.lines import EncodedPrompts
     from recbole_llm.lens.lens import Lens
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,10 +70,15 @@ class LLMRecommender(SequentialRecommender):
         lora_given: whether A and B come from another run (``lora_from``) and are not trained.
         counts: of ``tokens`` that went through the LLM so far, padding not counted, and of ``prompts_shortened``, which
             lost history because they were too long.
+        processes: those that share an evaluation and a training step.
         kept_scores: keeps the scores of every batch of an evaluation, so that it can be resumed.
     """
 
     input_type = InputType.POINTWISE
+    SCORED_IN = "micro_batch_size"
+    """The attribute, and the key, that says how many samples are scored at once."""
+    SCORES = torch.float64
+    """The format of :meth:`score_rows`."""
 
     def __init__(
         self, config, dataset, *, backbone: Backbone, lens: Lens | None, instance_size: int | None = None
@@ -97,6 +107,7 @@ class LLMRecommender(SequentialRecommender):
                 layer.compile()
         self.counts: Counter[str] = Counter()
         self.kept_scores: KeptScores | None = None
+        self.processes = launched()
 
     # ------------------------------------------------------------------ the gate
 
@@ -178,10 +189,57 @@ class LLMRecommender(SequentialRecommender):
 
     def predict(self, interaction: Interaction) -> Tensor:
         """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before an interruption."""
+        if self.processes.several:
+            return self._shared(interaction)
         if self.kept_scores is None:
-            return self.score_rows(interaction)
+            return self.score_within_memory(lambda: self.score_rows(interaction))
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
-        return self.kept_scores(key, lambda: self.score_rows(interaction)).to(self.device)
+        found = self.kept_scores(key, lambda: self.score_within_memory(lambda: self.score_rows(interaction)))
+        return found.to(self.device)
+
+    def _shared(self, interaction: Interaction) -> Tensor:
+        """Every process scores some samples, and gets the scores of all. Candidates of one sample stay together."""
+        groups, group = np.unique(interaction[ROW_ID].cpu().numpy(), return_inverse=True)
+        mine = self.processes.mine(len(groups))
+        own = torch.from_numpy(np.flatnonzero((group >= mine.start) & (group < mine.stop)))
+        scores = torch.zeros(len(interaction), dtype=torch.float64, device=self.device)
+        if len(own):
+            found = self.score_within_memory(lambda: self.score_rows(interaction[own]))
+            scores[own.to(self.device)] = found.to(self.device, torch.float64)
+        return self.processes.add_up(scores).to(self.SCORES)
+
+    def score_within_memory(self, score: Callable[[], Tensor]) -> Tensor:
+        """What ``score()`` gives, with half as many samples at once as often as memory does not suffice."""
+        before = self.counts.copy()
+
+        def ask_less(reason: str) -> None:
+            self.halve(self.SCORED_IN, reason)
+            self.counts.clear()
+            self.counts.update(before)
+
+        return within_memory(score, ask_less)
+
+    def halve(self, key: str, reason: str) -> None:
+        """Go on with half as many samples at once, because memory did not suffice.
+
+        Args:
+            key: ``micro_batch_size`` or another key of that kind.
+            reason: what the error said.
+
+        Raises:
+            ValueError: if it is one already.
+        """
+        size = getattr(self, key)
+        if size == 1:
+            raise ValueError(
+                f"memory does not suffice for a single sample ({key}: 1): {reason} Set max_prompt_tokens lower, use "
+                "gradient_checkpointing: True, a smaller backbone, fewer backbone_layers or, on a GPU, quantization"
+            )
+        setattr(self, key, size // 2)
+        logger.warning(
+            "memory does not suffice for %s: %d; going on with %d, optimizer steps have as many samples as before (%s)",
+            *(key, size, size // 2, reason),
+        )
 
     def score_rows(self, interaction: Interaction) -> Tensor:
         """One score per sample, ``[B]``, which must not depend on what else is in the batch."""

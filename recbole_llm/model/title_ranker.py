@@ -65,6 +65,9 @@ class TitleRanker(LLMRecommender):
 
     spec = ModelSpec("llm", tasks=("next_item",), learns_from="next_item")
 
+    SCORED_IN = "scoring_batch_size"
+    SCORES = torch.float32  # as RecBole's Trainer puts them into a float32 table
+
     def __init__(
         self, config, dataset, *, backbone: Backbone, prompts: TitlePromptBuilder, lens: Lens | None = None
     ) -> None:
@@ -298,6 +301,15 @@ class TitleRanker(LLMRecommender):
         With ``two_stage`` the LLM scores the lens's first ``two_stage`` items and these come first; the others follow
         in the lens's order.
         """
+        if not (self.processes.several and adapted):  # the untrained model is asked in one process alone
+            return self._score_all(interaction, adapted)
+        scores = torch.zeros((len(interaction), self.n_items), dtype=torch.float64, device=self.device)
+        mine = self.processes.mine(len(interaction))
+        if mine.start < mine.stop:
+            scores[mine] = self._score_all(interaction[mine], adapted)
+        return self.processes.add_up(scores)
+
+    def _score_all(self, interaction: Interaction, adapted: bool) -> Tensor:
         scores = torch.full(
             (len(interaction), self.n_items), -torch.inf, dtype=torch.float64, device=self.device
         )

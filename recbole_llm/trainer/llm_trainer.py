@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -41,7 +42,9 @@ from recbole_llm.trainer.checkpoint import (
     set_rng_state,
 )
 from recbole_llm.trainer.score_cache import KeptScores
+from recbole_llm.utils.distributed import ProcessLost
 from recbole_llm.utils.hashing import hash_tensors
+from recbole_llm.utils.memory import is_out_of_memory, within_memory
 from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
 
 logger = logging.getLogger(__name__)
@@ -109,6 +112,7 @@ class LLMTrainer(Trainer):
         self.best_file = run_folder / BEST_FILE
         self.last_file = run_folder / LAST_FILE
         self.scores_folder = run_folder / "scores"
+        self.processes = model.processes
         self.saved_model_file = str(self.best_file)
         self.eval_collector = RowCollector(config)
         self.checkpoint_seconds = config["checkpoint_seconds"]
@@ -224,10 +228,50 @@ class LLMTrainer(Trainer):
         return [batch.tolist() for batch in order.split(self.config["train_batch_size"])]
 
     def _backward(self, interaction, step: int) -> float:
-        """Accumulate the gradient of a batch over its micro-batches; returns the batch's mean loss."""
+        """Accumulate the gradient of a batch over its micro-batches; returns the batch's mean loss.
+
+        Where memory does not suffice, the batch starts again with micro-batches of half the size, from the same random
+        numbers. (Running statistics of gate ``cnn`` have then seen some samples twice.)
+        """
+        counts, started = self.model.counts.copy(), rng_state()
+
+        def ask_less(reason: str) -> None:
+            self.optimizer.zero_grad()
+            self.model.halve("micro_batch_size", reason)
+            self.model.counts.clear()
+            self.model.counts.update(counts)
+            set_rng_state(started)
+
+        return within_memory(lambda: self._together(interaction, step), ask_less)
+
+    def _together(self, interaction, step: int) -> float:
+        """Each process accumulates its share; then all have the sums, or all fail."""
+        if not self.processes.several:
+            return self._accumulate(interaction, step)
+        error, loss = None, 0.0
+        try:
+            loss = self._accumulate(interaction, step)
+        except Exception as raised:
+            error = raised
+        trouble = 0 if error is None else 1 if is_out_of_memory(error) else 2
+        worst = self.processes.largest(trouble, self.device)
+        if trouble == worst and error is not None:
+            raise error
+        if worst:
+            kinds = {1: torch.OutOfMemoryError, 2: ProcessLost}
+            raise kinds[worst](
+                f"another of the {self.processes.count} processes has failed, and has said why"
+            )
+        self.processes.sum_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
+        return float(self.processes.add_up(torch.tensor(loss, dtype=torch.float64, device=self.device)))
+
+    def _accumulate(self, interaction, step: int) -> float:
         self.optimizer.zero_grad()
         n_rows, total = len(interaction), 0.0
-        for batch in self.model.micro_batches(interaction):
+        for number, batch in enumerate(self.model.micro_batches(interaction)):
+            # Neighbours are of similar length, so that in turn all processes have as much to do.
+            if number % self.processes.count != self.processes.rank:
+                continue
             with self._autocast():
                 loss = self.model.loss(batch) * (len(batch.rows) / n_rows)
             if not torch.isfinite(loss):
@@ -279,6 +323,13 @@ class LLMTrainer(Trainer):
                 self.run_folder,
             )
             raise
+        except ProcessLost as error:
+            with deferred_interrupt():
+                self._save_last()
+            raise ProcessLost(
+                f"{error}. The last good state is in {self.last_file}: repeat the command with "
+                f"--resume={self.run_folder} to resume"
+            ) from error
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -299,12 +350,16 @@ class LLMTrainer(Trainer):
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs) -> None:
         """The best model so far: what was trained, without the optimizer (RecBole calls this on improvement)."""
+        if not self.processes.is_first:
+            return
         save_checkpoint(self.best_file, self.model.trained_state(), self._meta(epoch))
         if verbose:
             logger.info(set_color("Saving current", "blue") + f": {self.best_file}")
 
     def _save_last(self) -> None:
         """Everything needed to resume after the last finished optimizer step."""
+        if not self.processes.is_first:
+            return
         optimizer = optimizer_tensors(self.optimizer, self._names)
         parts = {"model": self.model.trained_state(), "rng": self._rng, "optimizer": optimizer}
         meta = self._meta(self._epoch) | {"scaler": self.scaler.state_dict()}
@@ -339,6 +394,7 @@ class LLMTrainer(Trainer):
 
     def load_best(self, model_file: str | Path | None = None) -> None:
         """Put the parameters of the best validated epoch (or of ``model_file``) into the model."""
+        self.processes.wait()  # for the first one, which writes it
         path = Path(model_file or self.best_file)
         tensors, meta = load_checkpoint(path)
         check_identity(meta["identities"], self.identities, path)
@@ -364,6 +420,15 @@ class LLMTrainer(Trainer):
             finally:
                 self.model.kept_scores = None
 
+    def _sum_counts(self, before: Counter[str]) -> None:
+        """Count what the other processes have scored, too; in training every process counts the whole batch."""
+        if not self.processes.several:
+            return
+        added = {name: count - before[name] for name, count in self.model.counts.items()}
+        total = sum((Counter(of) for of in self.processes.all(added)), Counter())
+        for name, count in total.items():
+            self.model.counts[name] = before[name] + count
+
     @torch.no_grad()
     def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
         """As RecBole's, on safetensors checkpoints and under the same autocast as training.
@@ -373,11 +438,12 @@ class LLMTrainer(Trainer):
         if load_best_model:
             self.load_best(model_file)
         self.eval_collector.reset()  # an evaluation that Ctrl-C or an error ended leaves its samples behind
-        started, tokens_before = time.monotonic(), self.model.counts["tokens"]
+        started, counts_before = time.monotonic(), self.model.counts.copy()
         with self._autocast(), self._kept(eval_data) as kept:
             result = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
         self.seconds_before = kept.seconds_before
         self._fit_started -= kept.seconds_before  # a validation is part of the training
         self.seconds["evaluate"] += time.monotonic() - started + kept.seconds_before
-        self.tokens["evaluate"] += self.model.counts["tokens"] - tokens_before
+        self._sum_counts(counts_before)
+        self.tokens["evaluate"] += self.model.counts["tokens"] - counts_before["tokens"]
         return result

@@ -343,6 +343,19 @@ def download_barrier() -> bool:
     return True
 
 
+def folders_made_together() -> bool:
+    """Let several processes make the same folder at the same time.
+
+    ensure_dir (utils/utils.py:44) looks whether it is there and then makes it. Of two processes that start together,
+    runs side by side or those of torchrun, the second one dies of FileExistsError, e.g. for ``log/MODEL``.
+    """
+    module = importlib.import_module("recbole.utils.utils")
+    if module.os is not os:
+        return False
+    vars(module)["os"] = ModuleView(os, makedirs=functools.partial(os.makedirs, exist_ok=True))
+    return True
+
+
 def download_error() -> bool:
     """Name the missing folder where RecBole cannot download a dataset, and leave no empty folder behind.
 
@@ -472,6 +485,7 @@ REPAIRS: tuple[Callable[[], bool], ...] = (
     checkpoint_loading,
     light_checkpoints,
     download_barrier,
+    folders_made_together,
     download_error,
     exact_time_order,
 )

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from atomic_files import INTER_HEADER, random_interactions, write_atomic
 from hypothesis import given
@@ -50,6 +51,24 @@ def test_any_first_line_gives_columns_or_one_error(tmp_path_factory, header):
         assert all(name and name == name.strip() for name in read_types(path))
     except ValueError as error:
         assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("ends", ["", '7\t"two ""quoted"" words"\n8\tplain\n', "7\n\n8\tplain\n"])
+def test_many_lines_are_read_piece_by_piece(tmp_path, monkeypatch, ends):
+    """Cells that are quoted or missing may come after pieces without any; equal cells are one object."""
+    path = tmp_path / "toy.inter"
+    path.write_text("user_id:token\titem_id:token\n" + "".join(f"u{n % 3}\ti{n}\n" for n in range(7)) + ends)
+    whole = read_atomic(path)
+    monkeypatch.setattr("recbole_llm.data.atomic_files.LINES_AT_ONCE", 2)
+    monkeypatch.setattr("recbole_llm.data.atomic_files.MOST_DIFFERENT", 3)
+    found = read_atomic(path)
+    pd.testing.assert_frame_equal(found.table, whole.table)
+    np.testing.assert_array_equal(found.lines, whole.lines)
+    assert found.table["item_id"][:7].tolist() == [f"i{n}" for n in range(7)]
+    if not ends:
+        assert found.table["user_id"][0] is found.table["user_id"][6]
+    else:
+        assert found.table["item_id"].iloc[-1] == "plain"
 
 
 @given(rows=st.lists(st.tuples(PLAIN_CELL, PLAIN_CELL), min_size=1, max_size=6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -215,6 +216,19 @@ def test_download_barrier(monkeypatch, downloadable, tmp_cwd):
         assert recbole_repairs.download_barrier() is True
         assert recbole_repairs.download_barrier() is False
         assert len(create_dataset(config)) == 180
+
+
+def test_folders_made_together(monkeypatch, tmp_path):
+    """The other process makes the folder between a look and its making: as if the look had not seen it."""
+    utils = importlib.import_module("recbole.utils.utils")
+    with monkeypatch.context() as stock:
+        stock.setattr(utils, "os", os)
+        stock.setattr(os.path, "exists", lambda path: False)
+        with pytest.raises(FileExistsError):
+            utils.ensure_dir(str(tmp_path))
+        assert recbole_repairs.folders_made_together() is True
+        assert recbole_repairs.folders_made_together() is False
+        utils.ensure_dir(str(tmp_path))
 
 
 def test_download_error(downloadable, monkeypatch, tmp_cwd):
