@@ -206,7 +206,7 @@ def _check_same_samples(runs: Sequence[FinishedRun]) -> None:
             )
         for column in ("row_id", "user", "item", "label", "candidates"):
             both = [side.rows[column] for side in (run, first) if column in side.rows]
-            if len(both) == 1 or (both and not np.array_equal(*both)):
+            if len(both) == 1 or (both and not np.array_equal(both[0], both[1])):
                 raise ValueError(
                     f"{run.name} ({run.path}) was tested on other samples than {first.name} ({first.path}): their "
                     f"columns {column!r} differ"

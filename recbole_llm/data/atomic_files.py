@@ -347,7 +347,7 @@ def _records(lines: list[str], separator: str, width: int) -> Iterator[tuple[int
 
 
 def _quoted_record(lines: list[str], separator: str, width: int) -> tuple[list[str], int] | None:
-    """The record that begins with the first of ``lines`` if read as csv, if there is one, and how many lines it takes."""
+    """The record that begins with the first of ``lines`` if read as csv, and how many lines it takes; if it is one."""
     if len(separator) > 1:  # unknown to the csv module
         return None
     for count in range(1, len(lines) + 1):

@@ -79,6 +79,7 @@ class HistoryDataset(AtomicDataset):
     """Earlier interactions that a sample needs where the configuration does not say."""
     DISTINCT_TITLES = False
     """Whether items with equal titles are told apart where ``text.disambiguate`` does not say."""
+    _exact_times: np.ndarray  # while it is built
 
     def __init__(self, config):
         self.history = cast(HistoryIndex, None)  # until `build`

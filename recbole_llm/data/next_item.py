@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import zlib
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -53,6 +53,7 @@ class NextItemDataset(HistoryDataset):
     """
 
     DISTINCT_TITLES = True
+    _given: dict[str, Any]  # the lists of ready-made splits, by field
 
     # ------------------------------------------------------------------ checks
 

@@ -129,14 +129,14 @@ class ConventionalExperiment(Experiment):
         """As of every experiment; ``fit`` and ``saved`` change nothing here."""
         seconds: dict[str, float] = {}
         candidates = None
-        sizes: dict[str, int | None] = {}
+        available: dict[str, int | None] = {}
         with stage(seconds, "data"):
             dataset = create_dataset(config)
             logger.info(dataset)
             if isinstance(dataset, HistoryDataset):
                 splits = split(config, dataset)
                 full_train = splits.full_train
-                sizes = {f"{part}_available": splits.sizes[part] for part in ("valid", "test")}
+                available = {f"{part}_available": splits.sizes[part] for part in ("valid", "test")}
                 candidates = stored_candidates(config, splits)
                 loaders = our_loaders(config, splits, candidates)
             else:
@@ -144,7 +144,7 @@ class ConventionalExperiment(Experiment):
                 full_train = loaders[0]._dataset
         trainer_config = with_possible_topk(config, dataset)
         train, valid, test = (loader._dataset for loader in loaders)
-        sizes = {"train": len(train), "valid": len(valid), "test": len(test)} | sizes
+        sizes = {"train": len(train), "valid": len(valid), "test": len(test), **available}
         sizes["few_shot"] = len(train) if config["train_rows"] == "few_shot" else None
         with stage(seconds, "item_vectors"):
             arguments, backbone, texts = llm_arguments(config, dataset)
