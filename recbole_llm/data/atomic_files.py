@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -266,9 +267,7 @@ def read_atomic(path: Path, separator: str = "\t", encoding: str | None = None) 
     """
     types = read_types(path, separator, encoding)
     width = len(types)
-    columns: Sequence[Sequence[str]] | None = _usual_columns(
-        islice(_lines(path, encoding), 1, None), separator, width
-    )
+    columns: Sequence[Any] | None = _usual_columns(islice(_lines(path, encoding), 1, None), separator, width)
     if columns is not None:
         numbers = np.arange(2, 2 + len(columns[0]), dtype=np.int64)
     else:

@@ -248,7 +248,8 @@ class LLMTrainer(Trainer):
         """Each process accumulates its share; then all have the sums, or all fail."""
         if not self.processes.several:
             return self._accumulate(interaction, step)
-        error, loss = None, 0.0
+        error: Exception | None = None
+        loss = 0.0
         try:
             loss = self._accumulate(interaction, step)
         except Exception as raised:

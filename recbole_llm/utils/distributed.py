@@ -98,7 +98,7 @@ class Processes:
         if not self.several:
             return make()
         found: list[Any] = [None, None]
-        error = None
+        error: Exception | None = None
         if self.is_first:
             try:
                 found[0] = make()
