@@ -10,6 +10,7 @@ from recbole_llm.data.prompts.ctr import PromptBuilder
 from recbole_llm.data.prompts.lines import LinePrompts
 from recbole_llm.data.prompts.next_item import TitlePromptBuilder
 from recbole_llm.data.prompts.stream import StreamPrompts
+from recbole_llm.data.prompts.title_stream import TitleStreamPrompts
 from recbole_llm.experiment.splits import Splits
 from recbole_llm.utils.causal_lm import position_limit
 
@@ -29,7 +30,7 @@ def check_adapter(config: Config, backbone: Backbone) -> None:
 def check_prompts(
     config: Config,
     backbone: Backbone,
-    prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts,
+    prompts: PromptBuilder | TitlePromptBuilder | StreamPrompts | TitleStreamPrompts,
     splits: Splits,
 ) -> None:
     """Answers that the tokenizer can tell apart, and prompts that fit into ``max_prompt_tokens`` and the model.
@@ -40,7 +41,7 @@ def check_prompts(
     if isinstance(prompts, PromptBuilder):
         _ = prompts.answer_ids
     behind = 0
-    if isinstance(prompts, TitlePromptBuilder):
+    if isinstance(prompts, (TitlePromptBuilder, TitleStreamPrompts)):
         longest = max(len(ids) for ids in prompts.answers)  # its last token is only ever predicted
         behind = max(longest - 1, config["max_new_tokens"] if config["generate"] else 0)
     limit = position_limit(backbone.model)

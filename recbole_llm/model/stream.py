@@ -202,6 +202,7 @@ class StreamRecommender(SequentialRecommender):
         history = self.history
         if history.ratings is not None:
             ratings = torch.from_numpy(history.ratings)
+            assert self.level_of is not None  # there are ratings
             return self.level_of(ratings, torch.ones_like(ratings, dtype=torch.bool)).numpy()
         if history.labels is not None:
             return history.labels.astype(np.int64) + 1

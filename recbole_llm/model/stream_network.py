@@ -42,6 +42,8 @@ class ItemEmbedding(nn.Module):
         fields: embeds item fields ``f``, such as genres; ``None``: none.
     """
 
+    vectors: Tensor
+
     def __init__(
         self,
         n_items: int,

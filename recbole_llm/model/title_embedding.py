@@ -45,6 +45,8 @@ class TitleEmbedding(nn.Module):
         ids: whether there is a table ``E``.
     """
 
+    vectors: Tensor
+
     def __init__(self, item_vectors: np.ndarray, width: int, layers: int, *, ids: bool) -> None:
         super().__init__()
         self.embedding_dim = width

@@ -146,21 +146,21 @@ class TitleStreamRanker(TitleRanker):
             rows = np.concatenate([np.arange(ends[i] - len(streams[i].sizes), ends[i]) for i in piece])
             input_ids, _ = pad_right([stream.input_ids for stream in mine], self.pad_id)
             sizes = np.concatenate([stream.sizes for stream in mine])
-            arrays = (
-                np.repeat(np.arange(len(mine)), [len(stream.read_at) for stream in mine]),
-                np.concatenate([stream.read_at for stream in mine]),
-                np.concatenate([stream.answers for stream in mine]),
-                np.repeat(np.arange(len(sizes)), sizes),
-                sizes,
-            )
+            arrays = {
+                "read_rows": np.repeat(np.arange(len(mine)), [len(stream.read_at) for stream in mine]),
+                "read_at": np.concatenate([stream.read_at for stream in mine]),
+                "answers": np.concatenate([stream.answers for stream in mine]),
+                "owners": np.repeat(np.arange(len(sizes)), sizes),
+                "sizes": sizes,
+            }
             self.counts["tokens"] += int(lengths[piece].sum())
             yield TitleMicroBatch(
                 rows,
                 batch.interaction[torch.from_numpy(rows)].to(self.device),
                 input_ids.to(self.device),
-                *(torch.from_numpy(array).to(self.device) for array in arrays),
-                mine,
-                stream_attention(mine),
+                **{name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()},
+                streams=mine,
+                attention=stream_attention(mine),
             )
 
     def title_log_likelihood(self, batch: TitleMicroBatch) -> Tensor:

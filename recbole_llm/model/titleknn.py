@@ -52,6 +52,7 @@ class TitleKNN(SequentialRecommender):
         self.register_buffer("unit", unit, persistent=False)
         self.nothing = nn.Parameter(torch.zeros(()))  # RecBole's Trainer wants something to optimise
 
+    unit: Tensor
     titles_suffice = True
     """Nothing is trained for an item."""
 

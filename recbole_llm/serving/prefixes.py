@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from recbole_llm.backbone.answers import pad_right
 from recbole_llm.backbone.titles import CachedPrompts, KeptPrompt, takes_branches
 from recbole_llm.data.prompts.ctr import PromptBuilder
+from recbole_llm.data.prompts.stream import EncodedStreams
 from recbole_llm.data.retriever import RecentRetriever
 from recbole_llm.data.streams import Chunk, interactions_at, visible_until
 from recbole_llm.model.answer_ctr import AnswerCTR
@@ -199,7 +201,7 @@ class PrefixScorer:
 
     def _streams(self, interaction: Interaction) -> list[Pair | None]:
         pairs: list[Pair | None] = []
-        for stream in self.model.encode(interaction).streams:
+        for stream in cast(EncodedStreams, self.model.encode(interaction)).streams:
             chunk, last = stream.chunk, len(stream.chunk) - 1
             size = int((stream.places < last).sum())
             # The header has the instance of the chunk's first interaction: here that of the target itself.
@@ -282,10 +284,11 @@ class PrefixScorer:
         if not isinstance(model, StreamCTR):
             model.adapter.set_instance(instances[members])
             return
-        earlier = [Chunk(pair.chunk.user, pair.chunk.start, pair.chunk.targets - 1) for pair in firsts]
+        chunks = [cast(Chunk, pair.chunk) for pair in firsts]
+        earlier = [Chunk(chunk.user, chunk.start, chunk.targets - 1) for chunk in chunks]
         z = model.gate_instance(*model.lens.represent(model.gate_samples(earlier)))
         padded = torch.nn.utils.rnn.pad_sequence(z.split(list(map(len, earlier))), batch_first=True)
-        places, _ = pad_right([pair.places for pair in firsts], 0)
+        places, _ = pad_right([cast(np.ndarray, pair.places) for pair in firsts], 0)
         model.adapter.set_instance(padded.to(model.device), places.to(model.device))
 
     def _branches(

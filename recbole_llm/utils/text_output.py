@@ -48,12 +48,12 @@ def start_log(config: Any) -> None:
     write_any_text(handler.stream for handler in handlers)
     for handler in handlers:
         if isinstance(handler, logging.FileHandler):
-            handler.handleError = functools.partial(_stop_log, handler)
+            handler.handleError = functools.partial(_stop_log, handler)  # type: ignore[method-assign]
 
 
 def _stop_log(handler: logging.FileHandler, record: logging.LogRecord) -> None:
     """Say once that the log file cannot be written; logging itself prints a traceback for every line."""
-    handler.handleError = lambda record: None
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     why = sys.exc_info()[1]
     print(
         f"the log file {handler.baseFilename} cannot be written ({why}): no more is logged there",
