@@ -381,6 +381,12 @@ class Config(RecBoleConfig):
         given = {key: value for key, value in values.items() if key not in _DERIVED_KEYS}
         if given.get("task") == "next_item":  # the mode follows eval_mode
             given["eval_args"] = {k: v for k, v in given["eval_args"].items() if k != "mode"}
+        name = given["model"]
+        if (
+            given.get("task") == "ctr"
+            and spec_of(get_model(name) if isinstance(name, str) else name).family == "conventional"
+        ):
+            given.pop("loss_type", None)  # a default that the task does not read
         negatives = given.get("train_neg_sample_args")
         if isinstance(negatives, Mapping) and negatives.get("distribution") == "none":
             given["train_neg_sample_args"] = None

@@ -97,7 +97,7 @@ def test_answers_do_not_depend_on_the_batch(model):
     prompts = prompts_of([3, 20, 1, 9])
     ids = answer_token_ids(TOKENIZER, (" Yes", " No"), behind="\nAnswer:")
     with torch.no_grad():
-        together = answer_logits(model, *pad_right(prompts, TOKENIZER.pad_token_id, 8), ids)
+        together = answer_logits(model, *pad_right(prompts, TOKENIZER.pad_token_id), ids)
         alone = torch.stack(
             [model(input_ids=torch.as_tensor(prompt)[None]).logits[0, -1, ids] for prompt in prompts]
         )

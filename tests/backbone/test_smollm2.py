@@ -49,7 +49,7 @@ def test_answers_do_not_depend_on_the_batch(smollm2):
     prompts = [np.array(smollm2.tokenizer.encode(text)) for text in texts]
     ids = answer_token_ids(smollm2.tokenizer, [" Yes", " No"])
     with torch.no_grad():
-        got = answer_logits(smollm2.model, *pad_right(prompts, smollm2.pad_token_id, 16), ids)
+        got = answer_logits(smollm2.model, *pad_right(prompts, smollm2.tokenizer.pad_token_id), ids)
         own = torch.stack(
             [smollm2.model(input_ids=torch.tensor(p)[None]).logits[0, -1, ids] for p in prompts]
         )
@@ -62,7 +62,7 @@ def test_it_knows_english(smollm2):
     prompt = np.array(smollm2.tokenizer.encode("The capital of France is"))
     ids = answer_token_ids(smollm2.tokenizer, [" Paris", " London", " banana"])
     with torch.no_grad():
-        logits = answer_logits(smollm2.model, *pad_right([prompt], smollm2.pad_token_id), ids)[0]
+        logits = answer_logits(smollm2.model, *pad_right([prompt], smollm2.tokenizer.pad_token_id), ids)[0]
     assert logits.argmax() == 0 and logits.argmin() == 2
 
 

@@ -54,6 +54,7 @@ def compared(tmp_path_factory) -> tuple[dict, Path]:
         "checkpoint_dir": str(folder / "saved"),
         "text": {**TEXT, "user_fields": {"occupation": "{}"}},
         "backbone": "tiny",
+        "layout": "prompt",
         "device": "cpu",
         "few_shot": 8,
         "eval_rows": 12,

@@ -17,9 +17,9 @@ LENSES = {
     "iLoRA": {"epochs": 1, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1},
 }
 KINDS = {
-    "CTR": ("RecLoRA", {}),
+    "CTR": ("RecLoRA", {"layout": "prompt"}),
     "next item": ("iLoRA", {"num_negatives": 3, "compare_with": None}),
-    "streams": ("RecLoRA", {"layout": "stream", "stream_context": 5}),
+    "streams": ("RecLoRA", {"lens": "DIN", "stream_context": 5, "zero_shot": True}),
 }
 
 

@@ -24,7 +24,7 @@ def settings(toy_settings, monkeypatch) -> dict:
         pytest.fail("the lens is trained")
 
     monkeypatch.setattr("recbole_llm.lens.fit._train", train)
-    return {**toy_settings, "few_shot": 8, "eval_rows": 20, "bootstrap_samples": 0}
+    return {**toy_settings, "layout": "prompt", "few_shot": 8, "eval_rows": 20, "bootstrap_samples": 0}
 
 
 def changed_template(tmp_path: Path, name: str, **changes) -> str:

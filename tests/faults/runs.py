@@ -69,6 +69,7 @@ SCENARIOS = {
         "RecLoRA",
         {
             **COMMON,
+            "layout": "prompt",
             "epochs": 2,
             "num_experts": 4,
             "lens_config": {

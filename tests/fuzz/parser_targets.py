@@ -6,7 +6,6 @@ as one likes, guided by coverage.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import types
 from collections.abc import Callable
@@ -120,4 +119,3 @@ TARGETS = types.MappingProxyType(
         for target in (atomic, header, template, text_section, models, search_space, titles)
     }
 )
-logging.getLogger("recbole_llm").setLevel(logging.ERROR)  # repairs are logged, thousands of them

@@ -89,7 +89,7 @@ def built(toy_settings: dict, **changes):
     config = Config("HLLM", "toy", config_dict=options)
     splits = create_dataset(config).build()
     torch.manual_seed(0)
-    arguments, backbone = llm_arguments(config, splits[0])
+    arguments, backbone, _ = llm_arguments(config, splits[0])
     return class_for(HLLM, config["task"])(config, splits[0], **arguments), splits, config, backbone
 
 

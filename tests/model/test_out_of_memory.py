@@ -8,7 +8,16 @@ import torch
 from recbole_llm.trainer.llm_trainer import LLMTrainer
 
 CPU = "DefaultCPUAllocator: not enough memory: you tried to allocate 123 bytes."
-LAYOUTS = [{}, {"layout": "stream", "max_prompt_tokens": 64, "train_batch_size": 60}]
+LAYOUTS = [
+    {},
+    {
+        "layout": "stream",
+        "lens": "DIN",
+        "lens_residual": False,
+        "max_prompt_tokens": 64,
+        "train_batch_size": 60,
+    },
+]
 
 
 def limit(model, name: str, most: int) -> None:
@@ -40,7 +49,7 @@ def first_step(parts, folder) -> tuple[float, dict, dict]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_step_is_that_of_smaller_micro_batches(parts_of, disturb, tmp_path, caplog, layout):
-    options = {"lens_residual": True, **layout}
+    options = {**layout, "lens_residual": True}
     parts = parts_of("RecLoRA", **options, micro_batch_size=4)
     small = parts_of("RecLoRA", **options, micro_batch_size=1)
     disturb(parts.model)

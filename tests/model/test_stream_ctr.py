@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from recbole_llm.backbone.answers import answer_logits
 from recbole_llm.config.configurator import Config
 from recbole_llm.data.dataset import HISTORY_END
-from recbole_llm.data.streams import Chunk, StreamBatch, draw_by_user
+from recbole_llm.data.streams import Chunk, StreamBatch, draw_by_user, others_positions
 from recbole_llm.experiment.llm import residual_samples
 from recbole_llm.model.stream_ctr import check_histories
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
@@ -266,19 +266,17 @@ def test_every_interaction_has_the_lens_s_state_of_itself(streams_of):
     z = parts.model.adapter._router.instance
     samples = parts.full_train
     ends = samples.inter_feat[HISTORY_END].numpy()
-    inside = np.flatnonzero(np.isin(ends, micro.positions[0]))
+    shown = micro.chunks[0].positions
+    inside = np.flatnonzero(np.isin(ends, shown))
     state, _ = parts.lens.represent(samples[inside])
-    torch.testing.assert_close(z[ends[inside] - micro.positions[0][0]], state)
-    assert (
-        len(z) == len(micro.positions[0]) and torch.isfinite(z).all()
-    )  # also with fewer than min_history before
+    torch.testing.assert_close(z[ends[inside] - shown[0]], state)
+    assert len(z) == len(shown) and torch.isfinite(z).all()  # also with fewer than min_history before
 
 
 def test_shuffled_gates_read_another_user(streams_of):
-    parts = streams_of("RecLoRA shuffled")
-    history = parts.dataset.history
+    history = streams_of("RecLoRA shuffled").dataset.history
     positions = np.arange(len(history))
-    donors = parts.model._gate_positions(positions)
+    donors = others_positions(history, positions)
     owner = np.searchsorted(history.user_start, positions, side="right") - 1
     assert (np.searchsorted(history.user_start, donors, side="right") - 1 != owner).all()
 

@@ -35,7 +35,7 @@ RUNS = {
     "TALLRec v only": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "target_modules": ["v_proj"]}),
     "TALLRec hidden": ("TALLRec", {**LLM, "lens": None, "lens_config": None, "obfuscate_titles": True}),
     "TALLRec stream": ("TALLRec", {**LLM, **STREAM, "lens": None, "lens_config": None}),
-    "RecLoRA stream": ("RecLoRA", {**LLM, **STREAM, "lens_config": LENS}),
+    "RecLoRA stream": ("RecLoRA", {**LLM, **STREAM, "lens": "DIN", "lens_config": LENS}),
     "LensPrompt stream": ("LensPrompt", {**LLM, **STREAM, "lens_config": LENS}),
     "Stream": ("Stream", {"task": "ctr", "stream_length": 16, "stream_context": 4, **NETWORK}),
     "HLLM": ("HLLM", {**TITLES, **NETWORK, "task": "next_item", "num_negatives": 3, "id_size": 0}),

@@ -39,10 +39,14 @@ COMMON = {
     "compare_with": None,
 }
 CASES = {
-    "prompts": {"model": "RecLoRA", "settings": {"lens_config": LENS, "lens_residual": True, "epochs": 2}},
+    "prompts": {
+        "model": "RecLoRA",
+        "settings": {"layout": "prompt", "lens_config": LENS, "lens_residual": True, "epochs": 2},
+    },
     "streams": {
         "model": "RecLoRA",
         "settings": {
+            "lens": "DIN",
             "lens_config": LENS,
             "layout": "stream",
             "max_prompt_tokens": 64,
@@ -148,7 +152,7 @@ def test_every_thing_belongs_to_one_process():
     [
         (
             "TALLRec",
-            {"train_batch_size": 8, "micro_batch_size": 8},
+            {"layout": "prompt", "train_batch_size": 8, "micro_batch_size": 8},
             "1 to 2 processes: set micro_batch_size to 4",
         ),
         ("RecLoRA", {"gate": "cnn"}, "cnn_groupnorm"),
