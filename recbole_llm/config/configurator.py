@@ -393,7 +393,11 @@ class Config(RecBoleConfig):
         path = Path(str(given.get("data_path", "")))
         if path.name == given.get("dataset"):
             given["data_path"] = str(path.parent)  # the final value has the dataset's own folder in it
-        config = cls(given.pop("model"), given.pop("dataset"), config_dict=given)
+        model = given.pop("model")
+        family = spec_of(get_model(model) if isinstance(model, str) else model).family
+        if family == "conventional" and given.get("task") == "ctr":
+            given.pop("loss_type", None)  # a default of the model's yaml that its labelled form does not read
+        config = cls(model, given.pop("dataset"), config_dict=given)
         config.origins = dict.fromkeys(config.origins, SAVED_RUN)
         return config
 

@@ -77,7 +77,8 @@ def test_appending_equals_preparing_from_scratch(name, served, tmp_path):
         if found is not None:
             np.testing.assert_array_equal(found, expected)
     after, expected = score(run, pairs, explained=True), score(scratch, pairs, explained=True)
-    np.testing.assert_array_equal(after["score"], expected["score"])
+    # Kept prefixes were computed in another batch, which moves float32 sums a little.
+    np.testing.assert_allclose(after["score"], expected["score"], atol=1e-6 if run.prefixes else 0, rtol=0)
     assert after["prompt"].tolist() == expected["prompt"].tolist()
     assert after["history"].tolist() == expected["history"].tolist() == [27, 27, 25, 27]
     # User 1 has nothing new; sharing a batch with others moves float32 sums a little.
