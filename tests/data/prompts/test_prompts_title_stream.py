@@ -16,7 +16,7 @@ from recbole_llm.data.prompts.title_stream import TITLE_STREAM_TEMPLATE, TitleSt
 from recbole_llm.data.streams import Chunk
 
 TITLES = ["Fargo", "The Matrix", "Heat", "Oh! Calcutta!", "(500) Days"]
-HEADER = "Films that a viewer chose, in order:"
+HEADER = "Films that a viewer has chosen, in order:"
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_what_cannot_be_a_stream_of_titles(dataset, tokenizer):
         prompts_of(
             dataset, tokenizer, tokens=16, header="The films that this one viewer chose so far, in order:"
         )
-    with pytest.raises(ValueError, match="has no slots"):
+    with pytest.raises(ValueError, match="have no slots"):
         prompts_of(dataset, tokenizer).encode(last_of(dataset, "1"), slots=True)
     with pytest.raises(ValueError, match="title must hold {title}"):
         prompts_of(dataset, tokenizer, title="film")
