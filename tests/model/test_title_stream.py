@@ -82,9 +82,9 @@ def logits_of(parts, batch: StreamBatch) -> tuple[torch.Tensor, np.ndarray]:
     (micro,) = model.micro_batches(batch)
     model.title_log_likelihood(micro)  # sets the instances
     embedded = model.embed(micro.input_ids, hybrid=model._hybrid_step)
-    return model.adapter.peft_model(inputs_embeds=embedded, use_cache=False).logits[0], micro.streams[
+    return model.adapter.peft_model(inputs_embeds=embedded, use_cache=False, **micro.attention).logits[
         0
-    ].places
+    ], micro.streams[0].places
 
 
 # ------------------------------------------------------------------ exactness
@@ -186,7 +186,9 @@ def test_one_state_for_all_interactions_is_the_form_with_one_instance_per_sequen
     model.adapter.set_instance(z)
     embedded = model.embed(micro.input_ids, hybrid=True)
     with torch.no_grad():
-        per_row = model.adapter.peft_model(inputs_embeds=embedded, use_cache=False).logits[0]
+        per_row = model.adapter.peft_model(inputs_embeds=embedded, use_cache=False, **micro.attention).logits[
+            0
+        ]
     torch.testing.assert_close(found, per_row, rtol=0, atol=1e-5)
     samples = parts.test[np.arange(4)]
     scores = torch.stack(model.score_items(samples, [[3, 4]] * 4))
