@@ -54,6 +54,14 @@ class LabelledMoRec(ItemsByTitle, LensSASRec):
         super().__init__(config, dataset)
         use_titles(self, config, item_vectors)
 
+    def append_items(self, item_vectors: np.ndarray, others: np.ndarray) -> None:
+        """Also with a bias of 0, where those of the training started."""
+        super().append_items(item_vectors, others)
+        known = self.item_bias.weight.detach()
+        self.item_bias = nn.Embedding.from_pretrained(
+            nn.functional.pad(known, (0, 0, 0, len(others))), padding_idx=0
+        )
+
 
 class MoRec(ItemsByTitle, SASRec):
     """RecBole's SASRec with another item embedding ``e``, of the history and of the items that are scored.
