@@ -83,7 +83,7 @@ class LLMExperiment(Experiment):
             columns |= self._references
         elif self.parts.lens is not None and self.config["task"] == "ctr":
             columns["lens_score"] = lens_scores(self.parts, split)
-        if self.config["lens_residual"]:
+        if self.config["lens_residual"] and "lens_score" in columns:  # only the first process has references
             alone = self.parts.model.llm_alone(columns["model_score"], columns["lens_score"])
             if alone is not None:
                 columns["llm_score"] = alone

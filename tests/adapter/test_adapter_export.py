@@ -81,7 +81,7 @@ def test_pickled_tensors_are_not_read(adapted, model, tmp_path):
     adapter = adapted("factor")
     adapter.save(tmp_path)
     torch.save(adapter.state_dict(), tmp_path / TENSOR_FILE)
-    with pytest.raises(Exception, match="[Hh]eader"):  # safetensors' own error
+    with pytest.raises(Exception, match="is damaged"):
         PersonalizedAdapter.load(model(), tmp_path)
 
 

@@ -582,7 +582,7 @@ def test_derived_values():
     assert ours(lens="SASRec")["gate_scope"] == "user"
     assert ours(gate_scope="user")["gate_scope"] == "user"
     assert ours(id_retrieval="semantic", lens="SASRec")["gate_scope"] == "user_item"
-    assert ours(train_batch_size=4)["micro_batch_size"] == 4
+    assert ours(layout="prompt", train_batch_size=4)["micro_batch_size"] == 4
     assert ours(MAX_ITEM_LIST_LENGTH=5)["id_history_length"] == 5
     assert ours(mixer="expert", num_experts=4)["lora_r"] == 8
 

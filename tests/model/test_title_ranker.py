@@ -331,7 +331,6 @@ BAD = {
     "writing without candidates": ({"generate": True, "eval_mode": "full"}, "set eval_mode: candidates"),
     "another task": ({"task": "ctr"}, "needs task: next_item"),
     "rank not divisible": ({"num_experts": 3}, "is not divisible by"),
-    "too many negatives": ({"num_negatives": 60}, "num_negatives"),
     "unknown model to compare with": ({"compare_with": ["LLaRa2"]}, "did you mean LLaRA"),
     "comparison on redrawn negatives": (
         {"compare_with": ["LLaRA"], "eval_mode": "uni9"},
