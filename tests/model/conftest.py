@@ -59,15 +59,15 @@ def parts_of(ctr):
 
 @pytest.fixture
 def disturb():
-    """``disturb(model)``: give every trained parameter a value of its own, as a training would."""
+    """``disturb(model, size)``: give every trained parameter a value of its own, as a training would."""
 
-    def change(model) -> None:
+    def change(model, size: float = 0.3) -> None:
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for group in model.parameter_groups().values():
                 for parameter in group.values():
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                    parameter.add_(0.3 * noise)
+                    parameter.add_(size * noise)
 
     return change
 

@@ -37,7 +37,7 @@ def dataset(tmp_path) -> NextItemDataset:
         "checkpoint_dir": str(tmp_path),
         "text": {"noun": "film", "user": "viewer"},
     }
-    keys["eval_args"] = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+    keys["eval_args"] = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}
     found = NextItemDataset(
         Config("SASRec", "toy", config_dict={"task": "next_item", "min_history": 1, **keys})
     )
