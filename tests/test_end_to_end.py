@@ -300,7 +300,8 @@ def test_an_interrupted_evaluation_resumes(settings, tmp_path, monkeypatch, mode
     batches = list(scored)
     scored.clear()
     stop_at.append(len(batches) - 2)  # in the test
-    config["output_dir"] = str(tmp_path / "interrupted")
+    # A cache of its own: one that tests share has scores of the untrained model from batches of other sizes.
+    config |= {"output_dir": str(tmp_path / "interrupted"), "cache_dir": str(tmp_path / "cache")}
     with pytest.raises(KeyboardInterrupt):
         run_recbole_llm(model, "toy", config_dict=config)
     (folder,) = (tmp_path / "interrupted").glob("*/scores")

@@ -82,9 +82,8 @@ def logits_of(parts, batch: StreamBatch) -> tuple[torch.Tensor, np.ndarray]:
     (micro,) = model.micro_batches(batch)
     model.title_log_likelihood(micro)  # sets the instances
     embedded = model.embed(micro.input_ids, hybrid=model._hybrid_step)
-    return model.adapter.peft_model(inputs_embeds=embedded, use_cache=False, **micro.attention).logits[
-        0
-    ], micro.streams[0].places
+    logits = model.adapter.peft_model(inputs_embeds=embedded, use_cache=False, **micro.attention).logits[0]
+    return logits, micro.streams[0].places
 
 
 # ------------------------------------------------------------------ exactness
