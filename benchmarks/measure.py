@@ -7,7 +7,9 @@ in turn, in one process, and reports the ratio: its median over the rounds, and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import gc
 import json
 import statistics
@@ -186,6 +188,8 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what earlier calls have freed
+        ctypes.CDLL(None).malloc_trim(0)
     reset_peak_memory()
     before = peak_memory()["host_bytes"] or 0
     run()
