@@ -104,14 +104,16 @@ def scratch_folder(cache_dir: Path) -> Iterator[Path]:
         for left in cache_dir.glob(".tmp-*"):
             if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-        scratch = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-")
+        scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".tmp-"))
     except OSError as error:
         raise ValueError(
             f"the cache folder {cache_dir} cannot be written ({error}): set cache_dir, or "
             "RECBOLE_LLM_CACHE, to another"
         ) from error
-    with scratch as folder:
-        yield Path(folder)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # an error here would hide the one that came first
 
 
 def locate(name: str, cache_dir: Path) -> Located:

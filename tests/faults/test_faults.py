@@ -41,7 +41,7 @@ def test_a_killed_run_is_resumed_to_the_same_scores(name, stage, places, unbroke
     ("name", "fault", "stage"),
     [
         ("CTR", "full disk", "lens"),
-        ("next item", "full disk", "validation"),
+        ("next item", "full disk", "tuning"),
         ("CTR", "read-only folders", "download"),
         ("next item", "read-only folders", "report"),
     ],
