@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from recbole_llm.serving.recommend import choose, ranked
 from recbole_llm.serving.run import ServedRun
@@ -32,6 +33,7 @@ Waiting = tuple[np.ndarray, np.ndarray, asyncio.Future]
 try:
     import uvicorn
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
+    from fastapi.responses import HTMLResponse
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
     from prometheus_client import (
         CONTENT_TYPE_LATEST,
@@ -293,8 +295,14 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
         title="recbole_llm",
         description=f"{run.config['model']} trained on {run.config['dataset']}",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from another host
+        redoc_url=None,
     )
     app.add_middleware(BodyLimit, limit=limits.body)
+
+    @app.get("/docs", include_in_schema=False)
+    async def documentation() -> HTMLResponse:
+        return HTMLResponse(openapi_page(app.openapi()))
 
     @app.middleware("http")
     async def measured(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -493,3 +501,43 @@ def serve(
 def new_token() -> str:
     """A random token."""
     return secrets.token_urlsafe(24)
+
+
+def openapi_page(api: dict[str, Any]) -> str:
+    """An OpenAPI description as one page of HTML that needs no other host."""
+    sections = []
+    for path, methods in api["paths"].items():
+        for method, call in methods.items():
+            body = (
+                call.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            )
+            fields = api["components"]["schemas"].get(body.get("$ref", "").rpartition("/")[2], {})
+            needed = fields.get("required", [])
+            rows = [
+                Markup("<tr><td><code>{}</code></td><td>{}</td><td><code>{}</code></td></tr>").format(
+                    name, "required" if name in needed else "optional", json.dumps(field)
+                )
+                for name, field in fields.get("properties", {}).items()
+            ]
+            statuses = ", ".join(
+                f"{code} {answer['description']}" for code, answer in call["responses"].items()
+            )
+            sections.append(
+                Markup("<h2><code>{} {}</code></h2><p>{}</p><table>{}</table><p>Answers: {}</p>").format(
+                    method.upper(),
+                    path,
+                    call.get("description") or call["summary"],
+                    Markup("").join(rows),
+                    statuses,
+                )
+            )
+    style = Markup(
+        "<meta charset=utf-8><meta name=viewport content='width=device-width'><style>:root{color-scheme:light dark}"
+        "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}td{padding:.2rem .6rem;"
+        "vertical-align:top}td:last-child{overflow-wrap:anywhere}</style>"
+    )
+    head = Markup(
+        "<!doctype html><title>{0}</title>{1}<h1>{0}</h1><p>{2}</p><p>{3} <a href=openapi.json>openapi.json</a></p>"
+    )
+    info = api["info"]
+    return head.format(info["title"], style, info["description"], "For programs:") + Markup("").join(sections)
