@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 from runs import SCENARIOS, Run, prepared_data
@@ -46,7 +47,8 @@ def kill(run: Run, stage: str, visit: int, delay: float, rng: random.Random) -> 
         time.sleep(0.002)
     reached = run.stages()
     victims = [process.pid, *(workers(process.pid) if "," in run.scenario.model else ())]
-    os.kill(rng.choice(victims), signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended since
+        os.kill(rng.choice(victims), signal.SIGKILL)
     process.join(PATIENCE)  # the command of a comparison outlives one of its workers
     if process.exitcode == 0:
         return "end"
