@@ -16,7 +16,7 @@ from recbole_llm.data.prompts.title_stream import TitleStreamPrompts, load_title
 from recbole_llm.data.streams import Chunk
 
 TITLES = ["Fargo", "The Matrix", "Heat", "Oh! Calcutta!", "(500) Days"]
-HEADER = "Films that a viewer chose, in order:"
+HEADER = "Films chosen, in order:"
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +151,12 @@ def test_what_cannot_be_a_stream_of_titles(dataset, tokenizer):
         ValueError, match=r"chunk of 16 tokens .* too small: .* allow longer chunks or shorter titles"
     ):
         prompts_of(
-            dataset, tokenizer, tokens=16, header="The films that this one viewer chose so far, in order:"
+            dataset,
+            tokenizer,
+            tokens=16,
+            header="The films that this one viewer has chosen so far, one after the other, in order:",
         )
-    with pytest.raises(ValueError, match="has no slots"):
+    with pytest.raises(ValueError, match="have no slots"):
         prompts_of(dataset, tokenizer).encode(last_of(dataset, "1"), slots=True)
     with pytest.raises(ValueError, match="title must hold {title}"):
         prompts_of(dataset, tokenizer, title="film")
