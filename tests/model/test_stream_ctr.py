@@ -369,7 +369,6 @@ def test_few_shot_by_user_in_a_run(parts_of):
         ("TALLRec", {"history_scope": "split"}, "set history_scope: all, or layout: prompt"),
         ("TALLRec", {"shuffle_history": True}, "set shuffle_history: False"),
         ("TALLRec", {"stream_context": 1}, "shorter histories than training"),
-        ("iLoRA", {}, "not possible in the next_item task"),
         ("TALLRec", {"lora_layers": [3]}, "first and the last adapted layer"),
         ("TALLRec", {"layout": "river"}, "one of prompt, stream"),
         ("TALLRec", {"few_shot": -1}, "few_shot"),

@@ -154,7 +154,7 @@ def test_what_cannot_be_a_stream_of_titles(dataset, tokenizer):
             dataset,
             tokenizer,
             tokens=16,
-            header="The films that this one viewer has chosen so far, one after the other, in order:",
+            header="The films that this one viewer has chosen, one after the other, in order:",
         )
     with pytest.raises(ValueError, match="have no slots"):
         prompts_of(dataset, tokenizer).encode(last_of(dataset, "1"), slots=True)
