@@ -146,19 +146,21 @@ class TitleStreamRanker(TitleRanker):
             rows = np.concatenate([np.arange(ends[i] - len(streams[i].sizes), ends[i]) for i in piece])
             input_ids, _ = pad_right([stream.input_ids for stream in mine], self.pad_id)
             sizes = np.concatenate([stream.sizes for stream in mine])
-            arrays = {
-                "read_rows": np.repeat(np.arange(len(mine)), [len(stream.read_at) for stream in mine]),
-                "read_at": np.concatenate([stream.read_at for stream in mine]),
-                "answers": np.concatenate([stream.answers for stream in mine]),
-                "owners": np.repeat(np.arange(len(sizes)), sizes),
-                "sizes": sizes,
-            }
+            read_rows = np.repeat(np.arange(len(mine)), [len(stream.read_at) for stream in mine])
+
+            def put(array: np.ndarray) -> Tensor:
+                return torch.from_numpy(array).to(self.device)
+
             self.counts["tokens"] += int(lengths[piece].sum())
             yield TitleMicroBatch(
-                rows,
-                batch.interaction[torch.from_numpy(rows)].to(self.device),
-                input_ids.to(self.device),
-                **{name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()},
+                rows=rows,
+                interaction=batch.interaction[torch.from_numpy(rows)].to(self.device),
+                input_ids=input_ids.to(self.device),
+                read_rows=put(read_rows),
+                read_at=put(np.concatenate([stream.read_at for stream in mine])),
+                answers=put(np.concatenate([stream.answers for stream in mine])),
+                owners=put(np.repeat(np.arange(len(sizes)), sizes)),
+                sizes=put(sizes),
                 streams=mine,
                 attention=stream_attention(mine),
             )

@@ -16,7 +16,7 @@ from recbole_llm.data.prompts.title_stream import TITLE_STREAM_TEMPLATE, TitleSt
 from recbole_llm.data.streams import Chunk
 
 TITLES = ["Fargo", "The Matrix", "Heat", "Oh! Calcutta!", "(500) Days"]
-HEADER = "Films that a viewer has chosen, in order:"
+HEADER = "Films chosen, in order:"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,10 @@ def test_what_cannot_be_a_stream_of_titles(dataset, tokenizer):
         ValueError, match=r"chunk of 16 tokens .* too small: .* allow longer chunks or shorter titles"
     ):
         prompts_of(
-            dataset, tokenizer, tokens=16, header="The films that this one viewer chose so far, in order:"
+            dataset,
+            tokenizer,
+            tokens=16,
+            header="The films that this one viewer has chosen, one after the other, in order:",
         )
     with pytest.raises(ValueError, match="have no slots"):
         prompts_of(dataset, tokenizer).encode(last_of(dataset, "1"), slots=True)
