@@ -168,7 +168,8 @@ class StreamPrompts:
     ) -> None:
         if dataset.history is None:
             raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        self.config = STREAM_TEMPLATE.check(prompt_config)
+        words = dataset.text_settings.words()
+        self.config = STREAM_TEMPLATE.in_words(STREAM_TEMPLATE.check(prompt_config), words)
         self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
         self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
         self.lens_scores = lens_scores

@@ -27,7 +27,7 @@ def tokenizer():
 def small(toy, tmp_path):
     """``small(ratings=..., **keys)``: three users who rate five items each with these, in turn; built."""
 
-    def make(ratings=(4, 5, 1, 3, 2), items=ITEM_ROWS, times=range(5), **keys) -> CTRDataset:
+    def make(ratings=(4, 5, 1, 3, 2), items=ITEM_ROWS, times=range(5), words=None, **keys) -> CTRDataset:
         write_atomic(tmp_path, "toy", "item", "item_id:token movie_title:token_seq", items)
         users = [(user, "F" if user == 1 else "", 20 + user) for user in (1, 2, 3)]
         write_atomic(tmp_path, "toy", "user", "user_id:token gender:token age:token", users)
@@ -38,6 +38,9 @@ def small(toy, tmp_path):
         ]
         keys.setdefault("threshold", {"rating": 4})
         text = {
+            "user": "viewer",
+            "rating_unit": "stars",
+            **(words or {}),
             "title": "movie_title",
             "user_fields": {"gender": "{}", "age": "aged {}"},
             "value_names": {"gender": {"F": "female"}},
@@ -265,3 +268,19 @@ def test_impossible_templates(change, message):
 def test_a_prompt_template_is_no_stream():
     with pytest.raises(ValueError, match="read as a template of the ctr with layout: stream task"):
         STREAM_TEMPLATE.load("movie_ctr")
+
+
+def test_the_header_has_the_words_of_the_data(small, tokenizer):
+    """Neutral where the data says nothing; a library's readers are no viewers."""
+    neutral = small(words={"user": "user", "rating_unit": "points"})
+    assert (
+        prompts_of(neutral, tokenizer)
+        .text(last_of(neutral, "2"), 0)
+        .startswith("Points from a user, aged 22:\n")
+    )
+    books = small(words={"user": "reader", "rating_unit": "marks"})
+    assert (
+        prompts_of(books, tokenizer)
+        .text(last_of(books, "2"), 0)
+        .startswith("Marks from a reader, aged 22:\n")
+    )
