@@ -39,7 +39,7 @@ def vector_cutter(config, history: HistoryIndex) -> StreamCutter:
     if config["benchmark_filename"] is not None:
         raise ValueError(
             "benchmark_filename: samples of ready-made splits have a history of their own each, which is no stream of "
-            f"a user; {config['model']} needs eval_args or user_split instead"
+            f"a user; {config['model']} needs eval_args or user_split instead, or layout: prompt with lens: DIN"
         )
     return StreamCutter(history, budget=length, lead=context, context=context)
 
