@@ -7,7 +7,7 @@ each half whole users are drawn until there are ``--labels`` labels. One run is 
 method of ``recbole-llm merge`` makes one LoRA of the first two. All are tested on the same samples: whole test users,
 at most ``--test`` samples. 95% intervals are percentiles of 1,000 bootstrap draws of users, differences are paired.
 
-``--folder`` keeps LoRAs and scores, so that an interrupted run goes on where it was.
+``--folder`` keeps LoRAs and scores, so that an interrupted run resumes.
 """
 
 from __future__ import annotations

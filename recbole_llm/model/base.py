@@ -237,7 +237,7 @@ class LLMRecommender(SequentialRecommender):
             )
         setattr(self, key, size // 2)
         logger.warning(
-            "memory does not suffice for %s: %d; going on with %d, optimizer steps have as many samples as before (%s)",
+            "memory does not suffice for %s: %d; continuing with %d; optimizer steps keep their number of samples (%s)",
             *(key, size, size // 2, reason),
         )
 

@@ -252,7 +252,9 @@ class LLMTrainer(Trainer):
         loss = 0.0
         try:
             loss = self._accumulate(interaction, step)
-        except Exception as raised:
+        except (
+            Exception
+        ) as raised:  # of any kind: raised below, after the others know, who would wait for ever
             error = raised
         trouble = 0 if error is None else 1 if is_out_of_memory(error) else 2
         worst = self.processes.largest(trouble, self.device)
@@ -262,7 +264,7 @@ class LLMTrainer(Trainer):
             kinds = {1: torch.OutOfMemoryError, 2: ProcessLost}
             raise kinds[worst](
                 f"another of the {self.processes.count} processes has failed, and has said why"
-            )
+            ) from error
         self.processes.sum_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         return float(self.processes.add_up(torch.tensor(loss, dtype=torch.float64, device=self.device)))
 
@@ -297,9 +299,9 @@ class LLMTrainer(Trainer):
     def fit(self, *args, **kwargs):
         """As RecBole's; Ctrl-C keeps what was trained and says how to resume."""
         self._fit_started = time.monotonic() - self.seconds["fit"]
-        if (self.start_epoch, self.start_step) == (0, 0):
-            self._fit_residual()
         try:
+            if (self.start_epoch, self.start_step) == (0, 0):
+                self._fit_residual()
             result = super().fit(*args, **kwargs)
             self.seconds["fit"] = time.monotonic() - self._fit_started
             samples, seconds = self.trained_on["rows"], self.seconds["train"]

@@ -102,7 +102,7 @@ class Processes:
         if self.is_first:
             try:
                 found[0] = make()
-            except Exception as raised:
+            except Exception as raised:  # of any kind: raised below, after the others were told
                 error, found[1] = raised, str(raised)
         self._together(lambda: dist.broadcast_object_list(found))
         if error is not None:

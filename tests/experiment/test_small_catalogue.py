@@ -94,7 +94,10 @@ def test_a_search_finds_the_capped_metric(settings, tmp_path):
     (tmp_path / "space.hyper").write_text("learning_rate choice [0.1, 0.01]\n")
     given = {k: settings[k] for k in ("data_path", "cache_dir", "bootstrap_samples", "show_progress")}
     given |= {"task": "next_item", "eval_mode": "full", "topk": [50], "valid_metric": "HIT@50", "epochs": 1}
-    compare_models(["BPR", "Pop"], "toy", config_dict={**given, "search": str(tmp_path / "space.hyper")})
+    found = compare_models(
+        ["BPR", "Pop"], "toy", config_dict={**given, "search": str(tmp_path / "space.hyper")}
+    )
+    assert not found["failed"] and len(found["models"]) == 2
 
 
 def test_negatives_that_recbole_draws_are_called_what_they_are(settings, caplog, tmp_path):

@@ -61,7 +61,7 @@ def test_the_step_is_that_of_smaller_micro_batches(parts_of, disturb, tmp_path, 
     assert (loss, counts) == (expected_loss, expected_counts)
     assert all(gradient.any() for name, gradient in expected.items() if name.endswith("lora_A"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert "going on with 2" in caplog.text and "going on with 1" in caplog.text
+    assert "continuing with 2" in caplog.text and "continuing with 1" in caplog.text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""Which errors mean that memory is missing, and what follows."""
+"""Which errors mean that memory is missing, and what is done then."""
 
 from __future__ import annotations
 
