@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -197,7 +198,7 @@ def _child(
     marks = os.open(os.path.join(folder, "stages"), os.O_WRONLY | os.O_APPEND)
     what, when = fault or ("", "")
     for stage, (module, name) in STAGES.items():
-        begins = functools.partial(FAULTS[what], folder) if stage == when else None
+        begins = functools.partial(MOMENTS[what], folder) if stage == when else None
         _announce(stage, module, name, marks, begins)
     code = main(arguments)
     sys.stdout.flush()
@@ -242,7 +243,13 @@ def writable(folder: Path) -> None:
             path.chmod(0o755)
 
 
+def killed(folder: str) -> None:
+    """``kill -9`` at the very moment: stages that take milliseconds are over before another process has seen them."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 FAULTS = {"full disk": full_disk, "read-only folders": read_only}
+MOMENTS = {**FAULTS, "killed": killed}
 
 
 def _announce(

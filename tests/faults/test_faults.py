@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
 from break_and_repeat import break_and_repeat
-from kill_and_resume import difference, finish, kill
+from kill_and_resume import PATIENCE, difference, finish, kill
 from runs import SCENARIOS, Run, prepared_data
 
 
@@ -29,10 +30,21 @@ def unbroken(places, tmp_path_factory) -> dict:
     return found
 
 
-@pytest.mark.parametrize(("name", "stage"), [("CTR", "unpack"), ("next item", "tuning"), ("CTR", "report")])
+@pytest.mark.parametrize(("name", "stage"), [("CTR", "unpack"), ("next item", "tuning")])
 def test_a_killed_run_is_resumed_to_the_same_scores(name, stage, places, unbroken, tmp_path):
     run = Run(SCENARIOS[name], tmp_path / "run", *places)
     assert kill(run, stage, 0, 0.02, random.Random(0)) != "end"
+    assert finish(run)[0] == 0, run.output()
+    assert difference(run.outcome(), unbroken[name]) == ""
+
+
+@pytest.mark.parametrize(("name", "stage"), [("CTR", "report"), ("next item", "test")])
+def test_so_is_one_killed_at_the_beginning_of_a_short_stage(name, stage, places, unbroken, tmp_path):
+    run = Run(SCENARIOS[name], tmp_path / "run", *places)
+    process = run.start(("killed", stage))
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+    assert run.stages()[-1][0] == stage and not run.outcome()
     assert finish(run)[0] == 0, run.output()
     assert difference(run.outcome(), unbroken[name]) == ""
 
