@@ -75,8 +75,8 @@ def resident() -> float:
 def prepare(folder: Path, task: str, batches: int) -> dict:
     """Seconds and peak gigabytes above the bare process of each stage."""
     from recbole_llm.config.configurator import Config
-    from recbole_llm.data.prompts.ctr import PromptBuilder, load_prompt_config
-    from recbole_llm.data.prompts.next_item import TitlePromptBuilder, load_title_prompt_config
+    from recbole_llm.data.prompts.ctr import CTR_TEMPLATE, PromptBuilder
+    from recbole_llm.data.prompts.next_item import TITLE_TEMPLATE, TitlePromptBuilder
     from recbole_llm.data.retriever import RecentRetriever
     from recbole_llm.experiment.splits import prepare_splits
 
@@ -116,17 +116,19 @@ def prepare(folder: Path, task: str, batches: int) -> dict:
         retriever = RecentRetriever(splits.dataset.history, 10)
         given = {"max_prompt_tokens": 512, "retriever": retriever}
         if task == "ctr":
-            return PromptBuilder(splits.dataset, tokenizer, load_prompt_config("ctr"), **given)
+            return PromptBuilder(splits.dataset, tokenizer, CTR_TEMPLATE.load("ctr"), **given)
         return TitlePromptBuilder(
-            splits.dataset, tokenizer, load_title_prompt_config("next_item_text"), **given
+            splits.dataset, tokenizer, TITLE_TEMPLATE.load("next_item_text"), **given
         )
 
     builder = stage("tokenised", prompts)
 
+    given = {} if task == "ctr" else {"slots": False}  # titles as text
+
     def iterate() -> None:
         order = np.random.default_rng(0).permutation(len(splits.train))
         for begin in range(0, min(len(order), batches * 1024), 1024):
-            builder.encode(splits.train[order[begin : begin + 1024]])
+            builder.encode(splits.train[order[begin : begin + 1024]], **given)
 
     stage("iterated", iterate)
     samples = {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.test)}
