@@ -21,6 +21,7 @@ from recbole_llm.config.layout import check_stream
 from recbole_llm.config.model_spec import ModelSpec, spec_of
 from recbole_llm.evaluation.metrics import labeled_metrics
 from recbole_llm.registry import BUILT_IN_MODELS, get_model, recbole_models
+from recbole_llm.utils.distributed import launched
 from recbole_llm.utils.names import nearest
 
 TASKS = ("ctr", "next_item")
@@ -177,6 +178,22 @@ def check_conventional(v: Values) -> None:
 # ---------------------------------------------------------------- LLM recommenders
 
 
+def check_sharding(v: Values) -> None:
+    """What a backbone whose weights several processes share cannot do: what one of them would do alone."""
+    if not v["shard_backbone"]:
+        return
+    if not launched().several:
+        raise ValueError(
+            f"{v.said('shard_backbone')} shares the backbone among processes, and this is one: start it with "
+            "torchrun --nproc_per_node=N, or leave it out"
+        )
+    if "zero_shot" not in v.user:
+        v["zero_shot"] = False
+    for key, off in (("zero_shot", False), ("generate", False), ("quantization", None), ("torch_compile", False)):
+        if v[key] != off:
+            raise ValueError(f"{v.said(key)} is not possible with shard_backbone: True; leave one of them out")
+
+
 def check_layout(v: Values) -> None:
     """Streams, and the layers that are adapted."""
     check_stream(v, v.said)
@@ -190,6 +207,7 @@ def check_layout(v: Values) -> None:
 def check_llm(v: Values) -> None:
     """All checks of an LLM recommender; then values that others determine are filled in."""
     check_task(v)
+    check_sharding(v)
     if v["lens"] is None and "lens_residual" not in v.user:
         v["lens_residual"] = False  # a default, where there is nothing to add
     if v["task"] == "next_item":

@@ -177,6 +177,9 @@ TABLE: dict[str, dict[str, Key]] = {
         "gradient_checkpointing": Key("recompute activations in the backward pass", Flag()),
         "backbone_layers": Key("use only the first so many layers of the language model", Whole(1), optional=True),
         "torch_compile": Key("compile the decoder layers", Flag()),
+        "shard_backbone": Key(
+            "with torchrun: every process keeps a share of the frozen weights", Flag(), affects_result=False
+        ),
         "prompt": Key("the template", Text(), **_ADAPTER),
         "obfuscate_titles": Key('replace titles by "Movie 123"', Flag(), optional=True),
         "max_prompt_tokens": Key("longest prompt in tokens", Whole(16)),

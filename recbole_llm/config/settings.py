@@ -48,6 +48,7 @@ class ModelSettings(Settings):
     micro_batch_size: int
     bucket_by_length: bool
     torch_compile: bool
+    shard_backbone: bool
 
     @property
     def gated(self) -> bool:

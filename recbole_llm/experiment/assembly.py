@@ -103,7 +103,8 @@ def backbone_of(config: Config, texts: list[str]) -> Backbone:
     """The language model of a run; ``texts`` make the tokenizer of the backbone ``tiny``."""
     return load_backbone(
         config["backbone"],
-        device=config["device"],
+        # Sharded weights go to the devices layer by layer.
+        device="cpu" if config["shard_backbone"] else config["device"],
         dtype=config["dtype"],
         quantization=config["quantization"],
         gradient_checkpointing=config["gradient_checkpointing"] if config.spec.is_llm else False,

@@ -25,7 +25,7 @@ from recbole_llm.config.configurator import SAVED_RUN
 from recbole_llm.config.settings import ModelSettings, adapter_config
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
 from recbole_llm.utils.causal_lm import decoder_layers
-from recbole_llm.utils.distributed import launched
+from recbole_llm.utils.distributed import launched, shard_layers
 from recbole_llm.utils.fields import ROW_ID
 from recbole_llm.utils.memory import within_memory
 
@@ -70,7 +70,10 @@ class LLMRecommender(SequentialRecommender):
         lora_given: whether A and B come from another run (``lora_from``) and are not trained.
         counts: of ``tokens`` that went through the LLM so far, padding not counted, and of ``prompts_shortened``, which
             lost history because they were too long.
-        processes: those that share an evaluation and a training step.
+        processes: those that share a training step.
+        sharded: whether each process has a share of the frozen weights only (``shard_backbone``). Then all have to run
+            the LLM equally often.
+        shares_samples: whether each process scores a share of the samples.
         kept_scores: keeps the scores of every batch of an evaluation, so that it can be resumed.
     """
 
@@ -108,6 +111,10 @@ class LLMRecommender(SequentialRecommender):
         self.counts: Counter[str] = Counter()
         self.kept_scores: KeptScores | None = None
         self.processes = launched()
+        self.sharded = settings.shard_backbone
+        if self.sharded:
+            shard_layers(decoder_layers(self.adapter.model), config["device"])
+        self.shares_samples = self.processes.several and not self.sharded
 
     # ------------------------------------------------------------------ the gate
 
@@ -189,8 +196,10 @@ class LLMRecommender(SequentialRecommender):
 
     def predict(self, interaction: Interaction) -> Tensor:
         """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before an interruption."""
-        if self.processes.several:
+        if self.shares_samples:
             return self._shared(interaction)
+        if self.sharded:
+            return self.processes.together(lambda: self.score_rows(interaction))
         if self.kept_scores is None:
             return self.score_within_memory(lambda: self.score_rows(interaction))
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
@@ -227,9 +236,14 @@ class LLMRecommender(SequentialRecommender):
             reason: what the error said.
 
         Raises:
-            ValueError: if it is one already.
+            ValueError: if it is one already, or the other processes could not do likewise.
         """
         size = getattr(self, key)
+        if self.sharded:
+            raise ValueError(
+                f"memory does not suffice for {key}: {size}, and with shard_backbone the processes cannot change it "
+                f"while they run: set {key} lower. ({reason})"
+            )
         if size == 1:
             raise ValueError(
                 f"memory does not suffice for a single sample ({key}: 1): {reason} Set max_prompt_tokens lower, use "

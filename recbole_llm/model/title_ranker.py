@@ -301,7 +301,7 @@ class TitleRanker(LLMRecommender):
         With ``two_stage`` the LLM scores the lens's first ``two_stage`` items and these come first; the others follow
         in the lens's order.
         """
-        if not (self.processes.several and adapted):  # the untrained model is asked in one process alone
+        if not (self.shares_samples and adapted):  # the untrained model is asked in one process alone
             return self._score_all(interaction, adapted)
         scores = torch.zeros((len(interaction), self.n_items), dtype=torch.float64, device=self.device)
         mine = self.processes.mine(len(interaction))

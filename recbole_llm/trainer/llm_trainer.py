@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from recbole.config import Config
@@ -46,6 +47,9 @@ from recbole_llm.utils.distributed import ProcessLost
 from recbole_llm.utils.hashing import hash_tensors
 from recbole_llm.utils.memory import is_out_of_memory, within_memory
 from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
+
+if TYPE_CHECKING:
+    from recbole_llm.model.base import MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +252,8 @@ class LLMTrainer(Trainer):
         """Each process accumulates its share; then all have the sums, or all fail."""
         if not self.processes.several:
             return self._accumulate(interaction, step)
+        if self.model.sharded:  # where one fails, the others cannot finish either
+            return self._sum(self.processes.together(lambda: self._accumulate(interaction, step)))
         error: Exception | None = None
         loss = 0.0
         try:
@@ -265,18 +271,19 @@ class LLMTrainer(Trainer):
             raise kinds[worst](
                 f"another of the {self.processes.count} processes has failed, and has said why"
             ) from error
+        return self._sum(loss)
+
+    def _sum(self, loss: float) -> float:
+        """Add up the gradients, and the losses."""
         self.processes.sum_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         return float(self.processes.add_up(torch.tensor(loss, dtype=torch.float64, device=self.device)))
 
     def _accumulate(self, interaction, step: int) -> float:
         self.optimizer.zero_grad()
         n_rows, total = len(interaction), 0.0
-        for number, batch in enumerate(self.model.micro_batches(interaction)):
-            # Neighbours are of similar length, so that in turn all processes have as much to do.
-            if number % self.processes.count != self.processes.rank:
-                continue
+        for batch, share in self._own(self.model.micro_batches(interaction), n_rows):
             with self._autocast():
-                loss = self.model.loss(batch) * (len(batch.rows) / n_rows)
+                loss = self.model.loss(batch) * share
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"the training loss is {loss.item()} in epoch {self._epoch}, batch {step} "
@@ -287,6 +294,20 @@ class LLMTrainer(Trainer):
             self.scaler.scale(loss).backward()
             total += loss.item()
         return total
+
+    def _own(self, batches: Iterator[MicroBatch], n_rows: int) -> Iterator[tuple[MicroBatch, float]]:
+        """The micro-batches of this process, and the share of each in the mean loss.
+
+        Neighbours are of similar length, so that in turn all processes have as much to do. With ``shard_backbone`` they
+        run the layers together: one without a micro-batch in the last round repeats the last of all, which counts
+        nothing.
+        """
+        number, count = -1, self.processes.count
+        for number, batch in enumerate(batches):
+            if number % count == self.processes.rank:
+                yield batch, len(batch.rows) / n_rows
+        if self.model.sharded and number % count < self.processes.rank:
+            yield batch, 0.0
 
     def _update(self) -> None:
         if self.clip_grad_norm:
@@ -425,7 +446,7 @@ class LLMTrainer(Trainer):
 
     def _sum_counts(self, before: Counter[str]) -> None:
         """Count what the other processes have scored, too; in training every process counts the whole batch."""
-        if not self.processes.several:
+        if not self.model.shares_samples:
             return
         added = {name: count - before[name] for name, count in self.model.counts.items()}
         total = sum((Counter(of) for of in self.processes.all(added)), Counter())

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -58,7 +59,12 @@ class Processes:
         start = self.rank * size + min(self.rank, rest)
         return slice(start, start + size + (self.rank < rest))
 
-    def _together(self, work: Callable[[], T]) -> T:
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work()`` gives, in which all processes take part.
+
+        Raises:
+            ProcessLost: if another one has ended.
+        """
         try:
             return work()
         except RuntimeError as error:
@@ -70,7 +76,7 @@ class Processes:
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place."""
         if self.several:
-            self._together(lambda: dist.all_reduce(tensor))
+            self.together(lambda: dist.all_reduce(tensor))
         return tensor
 
     def largest(self, number: int, device: torch.device) -> int:
@@ -78,7 +84,7 @@ class Processes:
         if not self.several:
             return number
         tensor = torch.tensor(number, device=device)
-        self._together(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
+        self.together(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
         return int(tensor)
 
     def all(self, value: T) -> list[T]:
@@ -86,7 +92,7 @@ class Processes:
         found: list[Any] = [None] * self.count
         if not self.several:
             return [value]
-        self._together(lambda: dist.all_gather_object(found, value))
+        self.together(lambda: dist.all_gather_object(found, value))
         return found
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -104,7 +110,7 @@ class Processes:
                 found[0] = make()
             except Exception as raised:  # of any kind: raised below, after the others were told
                 error, found[1] = raised, str(raised)
-        self._together(lambda: dist.broadcast_object_list(found))
+        self.together(lambda: dist.broadcast_object_list(found))
         if error is not None:
             raise error
         if found[1] is not None:
@@ -138,6 +144,35 @@ class Processes:
             flat = self.add_up(torch.cat([p.grad.flatten() for p in alike]))
             for p, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
                 p.grad.copy_(part.view_as(p))
+
+
+def shard_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Leave each process a share of the frozen weights of each layer, on ``device``.
+
+    A layer's weights are gathered when it runs, forward or backward, and given up behind it. So all processes have to
+    run the same layers in the same order. What is trained stays whole in every process. This is FSDP2,
+    ``torch.distributed.fsdp.fully_shard``.
+
+    Raises:
+        ValueError: if this torch cannot leave out what is trained (before 2.7).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(f"shard_backbone: True needs torch 2.7 or later, this is {torch.__version__}")
+    mesh = init_device_mesh(device.type, (launched().count,))
+    own = whole = 0
+    for layer in layers:
+        frozen = [p for p in layer.parameters() if not p.requires_grad]
+        whole += sum(p.nbytes for p in frozen)
+        fully_shard(layer, mesh=mesh, ignored_params=set(layer.parameters()) - set(frozen))
+        own += sum(p.to_local().nbytes for p in layer.parameters() if isinstance(p, DTensor))
+    logger.info(
+        "shard_backbone: this process keeps %s of the %s bytes of the decoder layers' frozen weights",
+        *(f"{own:,}", f"{whole:,}"),
+    )
 
 
 def launched() -> Processes:

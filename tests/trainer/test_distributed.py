@@ -56,13 +56,15 @@ CASES = {
     "candidates": {"model": "TALLRecNext", "settings": {"num_negatives": 5, "scoring_batch_size": 2}},
     "catalogue": {"model": "TALLRecNext", "settings": {"eval_mode": "full"}},
 }
+SHARDED = ("prompts", "streams", "catalogue")
 
 
 @pytest.fixture(scope="module")
 def runs(toy_data, tmp_path_factory):
-    """The folder of each case's runs, by one process and by two, and how the last two ended."""
+    """The folder of each case's runs, by one process, by two, and by two with a share of the weights each; and how
+    the last two processes ended."""
     folder = tmp_path_factory.mktemp("processes")
-    cases = {"one": [], "two": []}
+    cases: dict[str, list] = {"one": [], "two": []}
     for name, case in {**CASES, "dies": CASES["prompts"]}.items():
         settings = {
             **COMMON,
@@ -75,6 +77,9 @@ def runs(toy_data, tmp_path_factory):
             if name != "dies" or count == "two":
                 output = {"output_dir": str(folder / count / name)}
                 cases[count].append({**case, "settings": settings | output, "dies": name == "dies"})
+        if name in SHARDED:
+            output = {"output_dir": str(folder / "sharded" / name), "shard_backbone": True}
+            cases["two"].append({**case, "settings": settings | output, "dies": False})
     for count, listed in cases.items():
         (folder / f"{count}.json").write_text(json.dumps(listed))
     with socket.socket() as free:
@@ -105,10 +110,12 @@ def the_run(folder: Path) -> Path:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one(runs, name):
+@pytest.mark.parametrize(
+    ("how", "name"), [*(("two", name) for name in CASES), *(("sharded", name) for name in SHARDED)]
+)
+def test_two_processes_are_one(runs, how, name):
     folder, _, errors = runs
-    one, two = (the_run(folder / count / name) for count in ("one", "two"))
+    one, two = (the_run(folder / count / name) for count in ("one", how))
     expected, found = (json.loads((run / "result.json").read_text()) for run in (one, two))
     for split in ("valid", "test"):
         assert found["metrics"][split] == pytest.approx(expected["metrics"][split], abs=1e-6), errors[0]
@@ -116,7 +123,7 @@ def test_two_processes_are_one(runs, name):
         assert found.get(key) == expected.get(key)
     # Of a chunk whose samples two processes share each reads the tokens.
     assert found["tokens"] == expected["tokens"] or (
-        name == "streams" and found["tokens"] > expected["tokens"]
+        (how, name) == ("two", "streams") and found["tokens"] > expected["tokens"]
     )
     tensors, meta = load_checkpoint(two / "last.safetensors")
     of_one, meta_of_one = load_checkpoint(one / "last.safetensors")
@@ -157,6 +164,8 @@ def test_every_thing_belongs_to_one_process():
         ),
         ("RecLoRA", {"gate": "cnn"}, "cnn_groupnorm"),
         ("SASRec", {}, "start it without torchrun"),
+        ("TALLRec", {"shard_backbone": True, "zero_shot": True}, "zero_shot=True .* is not possible"),
+        ("TALLRec", {"shard_backbone": True, "torch_compile": True}, "leave one of them out"),
     ],
 )
 def test_what_two_processes_cannot_do_is_refused(monkeypatch, model, changes, said, toy_data, tmp_cwd):
@@ -164,3 +173,9 @@ def test_what_two_processes_cannot_do_is_refused(monkeypatch, model, changes, sa
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match=said):
         Config(model, "toy", config_dict={"data_path": str(toy_data), "device": "cpu", **changes})
+
+
+def test_one_process_has_nothing_to_share_the_weights_with(toy_data, tmp_cwd):
+    changes = {"data_path": str(toy_data), "device": "cpu", "shard_backbone": True}
+    with pytest.raises(ValueError, match="start it with torchrun"):
+        Config("TALLRec", "toy", config_dict=changes)
