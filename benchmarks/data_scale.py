@@ -117,9 +117,7 @@ def prepare(folder: Path, task: str, batches: int) -> dict:
         given = {"max_prompt_tokens": 512, "retriever": retriever}
         if task == "ctr":
             return PromptBuilder(splits.dataset, tokenizer, CTR_TEMPLATE.load("ctr"), **given)
-        return TitlePromptBuilder(
-            splits.dataset, tokenizer, TITLE_TEMPLATE.load("next_item_text"), **given
-        )
+        return TitlePromptBuilder(splits.dataset, tokenizer, TITLE_TEMPLATE.load("next_item_text"), **given)
 
     builder = stage("tokenised", prompts)
 

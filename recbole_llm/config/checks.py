@@ -189,9 +189,16 @@ def check_sharding(v: Values) -> None:
         )
     if "zero_shot" not in v.user:
         v["zero_shot"] = False
-    for key, off in (("zero_shot", False), ("generate", False), ("quantization", None), ("torch_compile", False)):
+    for key, off in (
+        ("zero_shot", False),
+        ("generate", False),
+        ("quantization", None),
+        ("torch_compile", False),
+    ):
         if v[key] != off:
-            raise ValueError(f"{v.said(key)} is not possible with shard_backbone: True; leave one of them out")
+            raise ValueError(
+                f"{v.said(key)} is not possible with shard_backbone: True; leave one of them out"
+            )
 
 
 def check_layout(v: Values) -> None:

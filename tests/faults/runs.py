@@ -84,7 +84,14 @@ SCENARIOS = {
     ),
     "next item": Scenario(
         "iLoRA",
-        {**COMMON, "epochs": 2, "lens_config": SEQUENTIAL, "compare_with": None, "num_negatives": 4},
+        {
+            **COMMON,
+            "layout": "prompt",
+            "epochs": 2,
+            "lens_config": SEQUENTIAL,
+            "compare_with": None,
+            "num_negatives": 4,
+        },
         _ONE_RUN,
     ),
     "comparison, 2 processes": Scenario(

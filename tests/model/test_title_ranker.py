@@ -39,6 +39,7 @@ def settings(data_path, cache, tmp_path, monkeypatch):
         "cache_dir": str(cache),
         "text": TEXT,
         "backbone": "tiny",
+        "layout": "prompt",
         "few_shot": 32,
         "train_batch_size": 8,
         "micro_batch_size": 4,
