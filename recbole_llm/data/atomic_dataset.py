@@ -107,6 +107,7 @@ class AtomicDataset(SequentialDataset):
                     raise ValueError(
                         f"{path}: column {field!r} ({key}) is not loaded, so there are no samples to "
                         f"learn from. The file has {list(types[path])}, load_col and unload_col keep {loaded}"
+                        + ("" if field in types[path] else f"; name the right one by {key.split(',')[0]}")
                     )
 
     def _loaded(self, path: Path) -> list[str]:
