@@ -503,7 +503,7 @@ def keep_first_lines(file: AtomicFile, column: str) -> None:
         return
     row = int(np.flatnonzero(again)[0])
     logger.warning(
-        "%s: %s lines repeat a %s that has a line already (first: line %d, %r); its first line counts",
+        "%s: %s lines repeat the %s of an earlier line (first: line %d, %r); the earlier one counts",
         file.path,
         f"{again.sum():,}",
         column,
@@ -540,8 +540,16 @@ class AtomicFiles:
         self.others = {folder / name: field for name, field in others.items() if (folder / name).is_file()}
         for path in self.interactions:
             if not path.is_file():
+                there = sorted(p.name for p in folder.iterdir())
+                begin = path.name.removesuffix("inter")
+                parts = [
+                    name[len(begin) : -6]
+                    for name in there
+                    if re.fullmatch(f"{re.escape(begin)}.+[.]inter", name)
+                ]
                 raise FileNotFoundError(
-                    f"{path} does not exist; {folder} holds {sorted(p.name for p in folder.iterdir())}"
+                    f"{path} does not exist; {folder} holds {there}"
+                    + (f"; ready-made splits are named by benchmark_filename, of {parts}" if parts else "")
                 )
         self._files: dict[Path, AtomicFile] = {}
 

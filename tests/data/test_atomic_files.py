@@ -314,7 +314,7 @@ def test_of_several_lines_of_an_item_the_first_counts(toy, tmp_path, caplog):
     tokens = dataset.id2token("item_id", np.arange(1, 16))
     assert dataset.item_feat["price"][1:].tolist() == [10 * int(token) for token in tokens]
     assert dataset.item_text().titles[1:] == [f"Film {token}" for token in tokens]
-    assert "toy.item: 1 lines repeat a item_id" in caplog.text and "first: line 6, '2'" in caplog.text
+    assert "toy.item: 1 lines repeat the item_id of an earlier line (first: line 6, '2')" in caplog.text
 
 
 # ---------------------------------------- what is dropped
@@ -373,6 +373,31 @@ def test_too_many_dropped_interactions_are_an_error(toy):
     assert len(toy(rows * 3, max_dropped=0.9)) == len(rows)
     unnamed = [("", *row[1:]) if i < 5 else row for i, row in enumerate(rows)]
     assert toy(unnamed).dropped == {"no user or item id": 5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"user_inter_num_interval": 5}, r"user_inter_num_interval: 5 is no interval; write '\[4,inf\)'"),
+        ({"item_inter_num_interval": ""}, "item_inter_num_interval: '' is no interval"),
+        ({"val_interval": {"rating": 4}}, "val_interval.rating: 4 is no interval"),
+        ({"val_interval": {"rating": "[a,b]"}}, "no interval"),
+        ({"val_interval": {"rating": "[5,4]"}}, "no interval"),
+        ({"val_interval": {"stars": "[4,5]"}}, "no column 'stars' is loaded, but .*'rating'"),
+        ({"val_interval": {"user_id": "1"}}, "val_interval.user_id: '1' must be a list"),
+    ],
+)
+def test_filters_that_cannot_be_read_are_refused(toy, keys, message):
+    with pytest.raises(ValueError, match=message):
+        toy(**keys)
+
+
+def test_interactions_go_with_the_items_that_are_filtered(toy, tmp_path):
+    write_atomic(tmp_path, "toy", "item", "item_id:token year:float", [(i, 1990 + i) for i in range(1, 16)])
+    rows = random_interactions()
+    dataset = toy(rows, load_col=None, val_interval={"year": "[1996,inf)"})
+    left = [row for row in rows if int(row[1]) >= 6]
+    assert len(dataset) == len(left) and dataset.dropped == {"val_interval": len(rows) - len(left)}
 
 
 @pytest.mark.parametrize(
@@ -507,6 +532,24 @@ def test_given_files_are_the_splits(given_files, task, caplog):
             seen = [part_of[user, item] for item in split.id2token("item_id", shown)]
             assert seen == sorted(seen) and seen[-1] <= number  # nothing of a later split
     assert "histories hold the earlier splits first" in caplog.text
+
+
+def test_split_files_need_the_same_columns(given_files, tmp_path, make_config):
+    rows = random_interactions(users=60)
+    names, parts = ("train", "valid", "test"), [number % 3 for number in range(len(rows))]
+    given_files(rows, names, parts)
+    write_atomic(tmp_path, "toy", "test.inter", "user_id:token item_id:token rating:float", [("1", "2", 3)])
+    with pytest.raises(
+        ValueError, match=r"test\.inter has no column \['timestamp'\], but .*train\.inter has"
+    ):
+        CTRDataset(make_config(benchmark_filename=list(names)))
+
+
+def test_split_files_without_their_key_are_told(given_files, tmp_path, make_config):
+    rows = random_interactions(users=60)
+    given_files(rows, ("train", "test"), [number % 2 for number in range(len(rows))])
+    with pytest.raises(FileNotFoundError, match=r"named by benchmark_filename, of \['test', 'train'\]"):
+        CTRDataset(make_config())
 
 
 def test_a_file_to_validate_on_may_be_missing(given_files, caplog):
