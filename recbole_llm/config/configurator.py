@@ -293,7 +293,10 @@ class Config(RecBoleConfig):
                 self.model,
             )
             final["train_neg_sample_args"] = None
-        super()._set_default_parameters()
+        try:
+            super()._set_default_parameters()
+        except NotImplementedError as error:  # RecBole's, for metrics that the mode cannot have
+            raise ValueError(f"{values.said('eval_args')} with {values.said('metrics')}: {error}") from error
         user_path = user.get("data_path")
         final["data_path"], replaced = data_folder(self.dataset, user_path, final["data_path"])
         if replaced:

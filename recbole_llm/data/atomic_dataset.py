@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,11 +124,7 @@ class AtomicDataset(SequentialDataset):
 
     def _loaded(self, path: Path) -> list[str]:
         """The columns of a file that ``load_col`` and ``unload_col`` keep."""
-        columns, source = list(self._files.types[path]), path.suffix[1:]
-        load_col, unload_col = self.config["load_col"], self.config["unload_col"] or {}
-        if load_col is not None and load_col.get(source) != "*":
-            columns = [column for column in columns if column in (load_col.get(source) or ())]
-        return [column for column in columns if column not in (unload_col.get(source) or ())]
+        return loaded_columns(self.config, path, self._files.types[path])
 
     # ------------------------------------------------------------------ loading
 
@@ -295,8 +291,8 @@ class AtomicDataset(SequentialDataset):
                 check_interval(f"val_interval.{field}", values)
             elif not isinstance(values, (list, tuple)):
                 raise ValueError(f"val_interval.{field}: {values!r} must be a list of the values to keep")
-        tables = ((self.uid_field, "user_feat"), (self.iid_field, "item_feat"))
-        tables = tuple((field, name) for field, name in tables if getattr(self, name) is not None)
+        both = ((self.uid_field, "user_feat"), (self.iid_field, "item_feat"))
+        tables = [(field, name) for field, name in both if getattr(self, name) is not None]
         before = {field: set(getattr(self, name)[field]) for field, name in tables}
         super()._filter_by_field_value()
         for field, name in tables:
@@ -357,6 +353,15 @@ class AtomicDataset(SequentialDataset):
                     f"{self.id2token(self.iid_field, int(row[self.iid_field]))}); fill them in or remove them"
                 )
         super()._fill_nan()
+
+
+def loaded_columns(config, path: Path, types: Iterable[str]) -> list[str]:
+    """The columns of a file that ``load_col`` and ``unload_col`` keep."""
+    columns, source = list(types), path.suffix[1:]
+    load_col, unload_col = config["load_col"], config["unload_col"] or {}
+    if load_col is not None and load_col.get(source) != "*":
+        columns = [column for column in columns if column in (load_col.get(source) or ())]
+    return [column for column in columns if column not in (unload_col.get(source) or ())]
 
 
 def check_interval(key: str, value: object) -> None:
