@@ -76,3 +76,10 @@ def get_model(name: str) -> type:
         module = importlib.import_module(modules[name])
     recbole_repairs.model_module(module)
     return getattr(module, name)
+
+
+def __getattr__(name: str) -> object:
+    """``create_dataset`` was here once, and users import it from here."""
+    if name == "create_dataset":
+        return importlib.import_module("recbole_llm.data.create").create_dataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,3 +48,10 @@ def test_without_the_package_the_name_is_unknown():
     with pytest.raises(ValueError, match="'OurLoRA' is neither one of recbole_llm nor of RecBole"):
         get_model("OurLoRA")
     assert get_model("Pop").__module__ == "recbole.model.general_recommender.pop"
+
+
+def test_what_was_here_once_is_still_found():
+    from recbole_llm.data import create
+    from recbole_llm.registry import create_dataset
+
+    assert create_dataset is create.create_dataset

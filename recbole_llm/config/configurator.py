@@ -35,7 +35,7 @@ from recbole_llm.config.checks import (
 from recbole_llm.config.command_line import NAMES, parse_command_line, parse_model, parse_value
 from recbole_llm.config.device import choose_device, join_launched, join_process_group, resolve_auto_sizes
 from recbole_llm.config.keys import KEYS, RECBOLE_KEYS, check_values
-from recbole_llm.config.layout import layout_defaults
+from recbole_llm.config.layout import layout_defaults, layout_of
 from recbole_llm.config.model_spec import spec_of
 from recbole_llm.config.recbole_defaults import (
     UNLISTED_KEYS,
@@ -104,7 +104,7 @@ class Config(RecBoleConfig):
 
     Attributes:
         spec: what the model class declares.
-        origins: where the value of each key that the user set came from.
+        origins: where the value of each key that the user or the dataset's yaml set came from.
 
     Raises:
         ValueError: for unknown keys, bad values, and combinations that cannot work.
@@ -208,12 +208,20 @@ class Config(RecBoleConfig):
                 PROPERTIES / "task" / f"{task}.yaml",
             )
         )
+        for key in (*of_dataset, *(of_dataset.get(task) or ())):
+            self.origins.setdefault(key, f"file {PROPERTIES / 'dataset' / dataset}.yaml")
         defaults = {**load_yaml(PROPERTIES / "overall.yaml"), **of_task}
         preset = user.get("preset")
         of_preset = load_preset(preset, model, self.spec.is_llm) if preset else {}
         if self.spec.is_llm:
             layout = user.get("layout", {**defaults, **of_model}["layout"])
-            of_layout = layout_defaults(layout, task, model)
+            template = user.get("prompt", of_dataset.get("prompt"))
+            if "layout" not in user and layout == "stream" and layout_of(template) == "prompt":
+                layout = "prompt"
+                logger.warning(
+                    "layout: prompt, since the template %s is that of a prompt per sample", template
+                )
+            of_layout = layout_defaults(layout, task, model) | {"layout": layout}
             internal.update({**defaults, **of_model, **of_layout, **of_dataset, **of_preset})
             return
         internal.update({key: defaults[key] for key, known in KEYS.items() if reads(key, known)})
@@ -285,7 +293,10 @@ class Config(RecBoleConfig):
                 self.model,
             )
             final["train_neg_sample_args"] = None
-        super()._set_default_parameters()
+        try:
+            super()._set_default_parameters()
+        except NotImplementedError as error:  # RecBole's, for metrics that the mode cannot have
+            raise ValueError(f"{values.said('eval_args')} with {values.said('metrics')}: {error}") from error
         user_path = user.get("data_path")
         final["data_path"], replaced = data_folder(self.dataset, user_path, final["data_path"])
         if replaced:

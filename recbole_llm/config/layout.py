@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from recbole_llm.utils.yaml_files import PROPERTIES, load_yaml
@@ -15,6 +16,16 @@ def layout_defaults(layout: str | None, task: str | None, model: str) -> dict[st
     by_model = values.pop("models", None) or {}
     of_next_item = values.pop("next_item", None) or {}
     return values | (of_next_item if task == "next_item" else {}) | (by_model.get(model) or {})
+
+
+def layout_of(template: Any) -> str | None:
+    """The layout that a template (a name, or the path of a yaml file) is written for; ``None`` if it cannot be told."""
+    file = PROPERTIES / "prompt" / f"{template}.yaml"
+    file = file if file.is_file() else Path(str(template))
+    keys = load_yaml(file) if file.suffix in (".yaml", ".yml") and file.is_file() else {}
+    if "history_item" in keys:  # which every template of a prompt per sample must have
+        return "prompt"
+    return "stream" if "header" in keys else None
 
 
 class _Readable(Protocol):

@@ -8,7 +8,8 @@ interactions (:class:`~recbole_llm.data.dataset.HistoryDataset`): files are read
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from recbole_llm.data.atomic_files import AtomicFile, AtomicFiles
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
+INTERVAL = re.compile(r"\s*[\[(]\s*([^,]+?)\s*,\s*([^,]+?)\s*[\])]\s*")
+"""One of RecBole's intervals, ``[4,inf)``; several are separated by semicolons."""
 LIST_TYPES = (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ)
 
 
@@ -74,6 +77,9 @@ class AtomicDataset(SequentialDataset):
             clash = sorted(raw.intersection(config[key] or ()))
             if clash:
                 raise ValueError(f"{key}: {clash} must keep the raw values; take them out")
+        for key in ("user_inter_num_interval", "item_inter_num_interval"):
+            if config[key] is not None:
+                check_interval(key, config[key])
 
     def _raw_fields(self, config) -> list[str]:
         """Columns whose values must reach the samples as they are in the file."""
@@ -100,6 +106,12 @@ class AtomicDataset(SequentialDataset):
             missing = [column for column in asked if asked != "*" and column not in columns]
             if missing:
                 raise ValueError(f"load_col: {path} has no column {missing}; it has {list(columns)}")
+        first, *others = self._files.interactions
+        for path in others:
+            if lacking := [column for column in self._loaded(first) if column not in self._loaded(path)]:
+                raise ValueError(
+                    f"{path} has no column {lacking}, but {first} has; split files need the same columns"
+                )
         for path in self._files.interactions:
             loaded = self._loaded(path)
             for field, key in self._needed_columns().items():
@@ -107,15 +119,12 @@ class AtomicDataset(SequentialDataset):
                     raise ValueError(
                         f"{path}: column {field!r} ({key}) is not loaded, so there are no samples to "
                         f"learn from. The file has {list(types[path])}, load_col and unload_col keep {loaded}"
+                        + ("" if field in types[path] else f"; name the right one by {key.split(',')[0]}")
                     )
 
     def _loaded(self, path: Path) -> list[str]:
         """The columns of a file that ``load_col`` and ``unload_col`` keep."""
-        columns, source = list(self._files.types[path]), path.suffix[1:]
-        load_col, unload_col = self.config["load_col"], self.config["unload_col"] or {}
-        if load_col is not None and load_col.get(source) != "*":
-            columns = [column for column in columns if column in (load_col.get(source) or ())]
-        return [column for column in columns if column not in (unload_col.get(source) or ())]
+        return loaded_columns(self.config, path, self._files.types[path])
 
     # ------------------------------------------------------------------ loading
 
@@ -266,6 +275,30 @@ class AtomicDataset(SequentialDataset):
             self._filter_by_inter_num()
         self._reset_index()
 
+    def _filter_by_field_value(self) -> None:
+        """RecBole's ``val_interval``; the interactions of users and items that it drops go with them.
+
+        Raises:
+            ValueError: for columns that are not loaded, and values that are no intervals or lists.
+        """
+        wanted = self.config["val_interval"] or {}
+        for field, values in wanted.items():
+            if field not in self.field2type:
+                raise ValueError(
+                    f"val_interval: no column {field!r} is loaded, but {sorted(self.field2type)}"
+                )
+            if self.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ):
+                check_interval(f"val_interval.{field}", values)
+            elif not isinstance(values, (list, tuple)):
+                raise ValueError(f"val_interval.{field}: {values!r} must be a list of the values to keep")
+        both = ((self.uid_field, "user_feat"), (self.iid_field, "item_feat"))
+        tables = [(field, name) for field, name in both if getattr(self, name) is not None]
+        before = {field: set(getattr(self, name)[field]) for field, name in tables}
+        super()._filter_by_field_value()
+        for field, name in tables:
+            gone = before[field] - set(getattr(self, name)[field])
+            self.inter_feat = self.inter_feat[~self.inter_feat[field].isin(gone)]
+
     def _drop_duplicates(self) -> None:
         """Keep one of the interactions that agree in user, item, time, rating and label.
 
@@ -320,6 +353,31 @@ class AtomicDataset(SequentialDataset):
                     f"{self.id2token(self.iid_field, int(row[self.iid_field]))}); fill them in or remove them"
                 )
         super()._fill_nan()
+
+
+def loaded_columns(config, path: Path, types: Iterable[str]) -> list[str]:
+    """The columns of a file that ``load_col`` and ``unload_col`` keep."""
+    columns, source = list(types), path.suffix[1:]
+    load_col, unload_col = config["load_col"], config["unload_col"] or {}
+    if load_col is not None and load_col.get(source) != "*":
+        columns = [column for column in columns if column in (load_col.get(source) or ())]
+    return [column for column in columns if column not in (unload_col.get(source) or ())]
+
+
+def check_interval(key: str, value: object) -> None:
+    """Refuse what RecBole would leave out with a warning.
+
+    Raises:
+        ValueError: if ``value`` is not made of intervals such as ``[4,inf)``.
+    """
+    for part in str(value).split(";"):
+        match = INTERVAL.fullmatch(part)
+        try:
+            right = match is not None and float(match[1]) <= float(match[2])
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError(f"{key}: {value!r} is no interval; write '[4,inf)' or '[1,2];(3,5]'")
 
 
 def setting(config, key: str, default):

@@ -8,15 +8,17 @@ parsed by its role. A repair is made where only one reading is possible, and is 
 ==================================  ==========================================================================
 what is found                       what is done
 ==================================  ==========================================================================
-byte-order mark, blanks in a        removed
-header or around an id
+byte-order mark, quotes and blanks  removed; a file of which the mark says UTF-16 is read as UTF-16
+in a header, blanks around an id
 text in a column of numbers         error; an empty cell, ``NA``, ``NaN``, ``null`` and the like are missing values
-times as ISO dates, or as epochs    read as seconds since 1970, whatever type the header declares
-in ms, us or ns
+times as ISO dates, as dates made   read as seconds since 1970, whatever type the header declares
+of digits (``20110626``), or as
+epochs in ms, us or ns
 other times, or mixed units         error
 numbers in a column of text that    read as numbers
 is used as rating or label
 ``13.0`` or ``013`` against ``13``  one id if nothing else could be meant; files without a common id are an error
+several lines of one user or item   the first one counts
 duplicate columns, unknown types,   error
 lines that are too long
 ==================================  ==========================================================================
@@ -28,6 +30,7 @@ import csv
 import io
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +55,13 @@ MAX_LINES_OF_A_CELL = 100
 """A quoted cell that spans more lines than this is taken for a title that begins with a quote."""
 TIME_UNITS = (("seconds", 1e11, 1.0), ("milliseconds", 1e14, 1e3), ("microseconds", 1e17, 1e6))
 """Unit of an epoch, the value from which on it is a finer one, and how many of it make a second."""
+
+DATES_OF_DIGITS = (("%Y%m%d", 1e6), ("%Y%m%d%H%M", 1e2), ("%Y%m%d%H%M%S", 1.0))
+"""Dates written without separators, and what makes a year, month and day of 14 digits of each."""
+OTHER_SEPARATORS = ("\t", ",", ";", "|", "::", " ")
+"""What else may separate the cells of a header, to say so."""
+PACKED = ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"))
+"""How compressed files begin."""
 
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 _WHOLE = re.compile(r"([-+]?)0*(\d+)(?:\.0*)?", re.ASCII)
@@ -128,6 +138,14 @@ class AtomicFile:
         known = np.flatnonzero(~np.isnan(values))
         if not len(known):
             return values
+        if (seconds := _dates_of_digits(values)) is not None:
+            logger.warning(
+                "%s: column %r holds dates such as %r, read as seconds since 1970 (UTC)",
+                self.path,
+                column,
+                cells[known[0]],
+            )
+            return seconds
         sizes = np.abs(values[known])
         low, high = known[sizes.argmin()], known[sizes.argmax()]
         if _unit(values[low]) != _unit(values[high]):
@@ -216,13 +234,42 @@ def _unit(value: float) -> tuple[str, float]:
     return "nanoseconds", 1e9
 
 
+def _dates_of_digits(values: np.ndarray) -> np.ndarray | None:
+    """Seconds since 1970 of values such as 20110626 and 20110626101634, if all are dates of 1900 to 2100.
+
+    As epochs, all of these would lie in a single day, month or century in which no data has been made.
+    """
+    whole = values[~np.isnan(values)]
+    for layout, fill in DATES_OF_DIGITS:
+        if whole.min() * fill < 19e12 or whole.max() * fill > 2101e10 or (whole != np.floor(whole)).any():
+            continue
+        text = pd.Series(values).map(lambda value: "" if np.isnan(value) else f"{value:.0f}")
+        parsed = pd.to_datetime(text, format=layout, utc=True, errors="coerce")
+        if (parsed.isna().to_numpy() == np.isnan(values)).all():
+            return ((parsed - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)).to_numpy(np.float64)
+    return None
+
+
 # ------------------------------------------------------------------------------------------------- reading
+
+
+def _encoding_of(path: Path, encoding: str | None) -> str:
+    """The encoding to read a file with: the one asked for, but UTF-16 where UTF-8 is asked for and cannot be."""
+    if encoding is not None and encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
+        return encoding
+    with path.open("rb") as file:
+        begin = file.read(6)
+    for mark, name in PACKED:
+        if begin.startswith(mark):
+            raise ValueError(f"{path} is compressed ({name}); unpack it")
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    return "utf-8-sig"  # with or without a byte-order mark
 
 
 def _lines(path: Path, encoding: str | None) -> Iterator[str]:
     """The lines of a file. Only "\\n" ends one: Python and pandas know others too, which occur inside titles."""
-    if encoding is None or encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
-        encoding = "utf-8-sig"  # with or without a byte-order mark
+    encoding = _encoding_of(path, encoding)
     try:
         with path.open(encoding=encoding, newline="\n") as file:
             for line in file:
@@ -237,11 +284,16 @@ def read_types(path: Path, separator: str = "\t", encoding: str | None = None) -
     Raises:
         ValueError: if the line is not made of ``name:type`` cells, or names a column twice.
     """
-    header = next(_lines(path, encoding), "").split(separator)
-    wrong = [cell for cell in header if cell.count(":") != 1 or not cell.split(":")[0].strip()]
+    line = next(_lines(path, encoding), "")
+    if "\r" in line:
+        raise ValueError(f"{path}: its lines end in \\r alone; write line feeds, \\n")
+    header = [_unquoted(cell) for cell in line.split(separator)]
+    wrong = [cell if len(cell) <= 60 else cell[:59] + "…" for cell in header if not _is_header_cell(cell)]
     if wrong:
+        shown = f"{wrong[:5]}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
         raise ValueError(
-            f"{path}: the first line must be name:type cells separated by {separator!r}, but it has {wrong}"
+            f"{path}: the first line must be name:type cells separated by {separator!r}, but "
+            + (f"it has {shown}{_header_hint(line, separator)}" if line.strip() else "it is empty")
         )
     cells = [[part.strip() for part in cell.split(":")] for cell in header]
     for name, kind in cells:
@@ -253,6 +305,24 @@ def read_types(path: Path, separator: str = "\t", encoding: str | None = None) -
     if twice:
         raise ValueError(f"{path}: the first line has the column {twice[0]!r} more than once")
     return dict(cells)
+
+
+def _is_header_cell(cell: str) -> bool:
+    return cell.count(":") == 1 and bool(cell.split(":")[0].strip())
+
+
+def _header_hint(line: str, separator: str) -> str:
+    """What a first line that is no header may have been meant to be."""
+    for other in OTHER_SEPARATORS:
+        cells = [_unquoted(cell) for cell in line.split(other)]
+        if other != separator and len(cells) > 1 and all(map(_is_header_cell, cells)):
+            return f"; they look separated by {other!r}, so set field_separator to {other!r}"
+    cells = [_unquoted(cell) for cell in line.split(separator)]
+    if not any(":" in cell for cell in cells) and all(cell.strip().isidentifier() for cell in cells):
+        return f"; write {cells[0].strip()}:token and so on (types: {', '.join(TYPES)})"
+    if cells[-1] == "" and all(map(_is_header_cell, cells[:-1])):
+        return f"; it ends in a {separator!r} too many"
+    return ""
 
 
 def read_atomic(path: Path, separator: str = "\t", encoding: str | None = None) -> AtomicFile:
@@ -376,6 +446,7 @@ def _canonical(token: str) -> str:
     >>> _canonical("13.0"), _canonical("013"), _canonical("B00A"), _canonical("1.5")
     ('13', '13', 'b00a', '1.5')
     """
+    token = unicodedata.normalize("NFKC", token)
     match = _WHOLE.fullmatch(token)
     return match[1].replace("+", "") + match[2] if match else token.casefold()
 
@@ -384,7 +455,7 @@ def match_ids(interactions: Sequence[AtomicFile], other: AtomicFile, column: str
     """Let ``other`` (``.user`` or ``.item``) spell its ids as the interactions do.
 
     An id that only ``other`` has becomes one that only the interactions have if they differ in nothing but leading
-    zeros, ``.0`` or upper case, and no other id could be meant.
+    zeros, ``.0``, upper case or Unicode's ways to write a character, and no other id could be meant.
 
     Raises:
         ValueError: if the files have no id in common.
@@ -425,6 +496,24 @@ def match_ids(interactions: Sequence[AtomicFile], other: AtomicFile, column: str
         )
 
 
+def keep_first_lines(file: AtomicFile, column: str) -> None:
+    """Of several lines of one user or item keep the first: with more, RecBole's table of features would shift."""
+    again = file.table[column].duplicated().to_numpy()
+    if not again.any():
+        return
+    row = int(np.flatnonzero(again)[0])
+    logger.warning(
+        "%s: %s lines repeat the %s of an earlier line (first: line %d, %r); the earlier one counts",
+        file.path,
+        f"{again.sum():,}",
+        column,
+        file.lines[row],
+        file.table[column].iloc[row],
+    )
+    file.table = file.table[~again].reset_index(drop=True)
+    file.lines = file.lines[~again]
+
+
 class AtomicFiles:
     """The files of one dataset, read once.
 
@@ -451,8 +540,16 @@ class AtomicFiles:
         self.others = {folder / name: field for name, field in others.items() if (folder / name).is_file()}
         for path in self.interactions:
             if not path.is_file():
+                there = sorted(p.name for p in folder.iterdir())
+                begin = path.name.removesuffix("inter")
+                parts = [
+                    name[len(begin) : -6]
+                    for name in there
+                    if re.fullmatch(f"{re.escape(begin)}.+[.]inter", name)
+                ]
                 raise FileNotFoundError(
-                    f"{path} does not exist; {folder} holds {sorted(p.name for p in folder.iterdir())}"
+                    f"{path} does not exist; {folder} holds {there}"
+                    + (f"; ready-made splits are named by benchmark_filename, of {parts}" if parts else "")
                 )
         self._files: dict[Path, AtomicFile] = {}
 
@@ -481,6 +578,7 @@ class AtomicFiles:
             if field not in self.types[path]:
                 raise ValueError(f"{path} has no column {field!r}; it has {list(self.types[path])}")
             match_ids(inter, self._files[path], field)
+            keep_first_lines(self._files[path], field)
 
     def __contains__(self, path: Path) -> bool:
         return path in self._files

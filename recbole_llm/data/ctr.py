@@ -16,6 +16,9 @@ from recbole_llm.data.dataset import HistoryDataset
 
 logger = logging.getLogger(__name__)
 
+HIGHEST_STAR = 5
+"""The highest rating that the default of ``threshold`` was made for."""
+
 
 class CTRDataset(HistoryDataset):
     """Samples with 0/1 labels: a column of the file, or ``threshold`` on another column, which stays beside them.
@@ -62,7 +65,7 @@ class CTRDataset(HistoryDataset):
                 self.label_field,
             )
             self.threshold = None
-        elif "threshold" in getattr(self.config, "origins", ("threshold",)):
+        elif self._threshold_given:
             logger.warning(
                 "%s has a column %r, which is not used: labels are made by threshold: %s",
                 path,
@@ -74,6 +77,11 @@ class CTRDataset(HistoryDataset):
                 f"{path} has the columns {self.label_field!r} and {column!r}, either of which could be the labels. Set "
                 f"threshold: ~ to take {self.label_field!r}, or threshold: {self.threshold} to make them of {column!r}"
             )
+
+    @property
+    def _threshold_given(self) -> bool:
+        """Whether ``threshold`` was set by the user or the dataset's yaml, and is no mere default."""
+        return "threshold" in getattr(self.config, "origins", ("threshold",))
 
     def _needed_columns(self) -> dict[str, str]:
         if self.threshold:
@@ -88,11 +96,23 @@ class CTRDataset(HistoryDataset):
             self.inter_feat[self.label_field] = (values >= value).astype(np.float32)
             self.set_field_property(self.label_field, FeatureType.FLOAT, FeatureSource.INTERACTION, 1)
             what = f"threshold: {field} >= {value}, with {field} from {values.min():g} to {values.max():g},"
+            if not self._threshold_given and values.max() > HIGHEST_STAR:
+                logger.warning(
+                    "%s gives %.0f%% of the interactions of %s the label 1; it is only the default, made for ratings "
+                    "from 1 to %d: set threshold",
+                    what,
+                    100 * self.inter_feat[self.label_field].mean(),
+                    self.dataset_name,
+                    HIGHEST_STAR,
+                )
         else:
             what = f"column {self.label_field!r} of {self.dataset_name}.inter"
         labels = self.inter_feat[self.label_field]
         if not labels.isin((0, 1)).all():
-            raise ValueError(f"{what} holds other values than 0 and 1; set threshold to make labels")
+            raise ValueError(
+                f"{what} holds other values than 0 and 1, from {labels.min():g} to {labels.max():g}; set threshold to "
+                f"make labels, e.g. {{{self.label_field}: {labels.max():g}}}"
+            )
         if labels.nunique() < 2:
             raise ValueError(f"{what} gives all {len(labels):,} interactions the label {labels.iloc[0]:g}")
 

@@ -100,11 +100,12 @@ class HistoryDataset(AtomicDataset):
         """
         if self.history is not None:  # a second build() of the same dataset
             return
-        if self.time_field not in self.inter_feat:
+        timed = self.time_field in self.inter_feat
+        if not timed or (len(self.inter_feat) > 1 and self.inter_feat[self.time_field].nunique() == 1):
             logger.warning(
-                "%s.inter has no loaded column %r: the order of the file is taken as the order in time",
+                "%s.inter has %s: the order of the file is taken as the order in time",
                 self.dataset_name,
-                self.time_field,
+                f"one {self.time_field} in all lines" if timed else f"no loaded column {self.time_field!r}",
             )
             self.inter_feat[self.time_field] = np.arange(len(self.inter_feat), dtype=np.float64)
             self.set_field_property(self.time_field, FeatureType.FLOAT, FeatureSource.INTERACTION, 1)

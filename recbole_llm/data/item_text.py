@@ -13,16 +13,17 @@ import html
 import logging
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol, cast
 
 import numpy as np
 
-from recbole_llm.data.atomic_files import AtomicFile
+from recbole_llm.data.atomic_files import MISSING, AtomicFile
 from recbole_llm.data.history import HistoryIndex
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ _MOVED_ARTICLE = re.compile(rf"^(?P<rest>.+), (?P<article>{ARTICLES})$")
 _PARENTHESES = re.compile(r"\(([^()]*)\)")
 _TRAILING_YEAR = re.compile(r"\s*\((\d{4})\)$")
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);")
-_YEAR = re.compile(r"\d{4}")
+_YEAR = re.compile(r"(\d{4})(?:\.0*|-\d\d.*)?")  # also as a number, or as the beginning of a date
 # Invisible, but part of how words are written in Persian and the languages of India, and of emoji.
 _JOINERS = "\u200c\u200d"
 
@@ -313,7 +314,8 @@ class _Table:
     def resolve(self, name: str, key: str) -> str | None:
         """The column that ``text.<name>`` stands for, or ``None`` if the dataset has none."""
         if key == "auto":
-            return next((column for column in COMMON_COLUMNS[name] if column in self.columns), None)
+            spelt = {column.lower(): column for column in reversed(self.columns)}
+            return next((spelt[column] for column in COMMON_COLUMNS[name] if column in spelt), None)
         return None if key is None else self.checked(key, f"text.{name}")
 
     def checked(self, column: str, key: str) -> str:
@@ -366,9 +368,11 @@ class ItemText:
         columns = {name: table.resolve(name, getattr(settings, name)) for name in ("title", "year", "genre")}
         raw_titles = table.values(columns["title"], missing)
         years = table.values(columns["year"], missing)
+        _warn_of_missing_values(table.path, columns["title"], raw_titles)
         self.titles, self.years = [""] * len(raw_titles), [""] * len(raw_titles)
         for item, (title, year) in enumerate(zip(raw_titles, years, strict=True)):
-            year = year if _YEAR.fullmatch(year) else ""
+            match = _YEAR.fullmatch(year)
+            year = match[1] if match else ""
             suffix = _TRAILING_YEAR.search(title)
             # "Heat (1995)" says the year already; but a film called only "(1984)" keeps its title.
             if suffix and suffix.start() > 0 and year in ("", suffix[1]):
@@ -409,7 +413,7 @@ class ItemText:
         absent = [item for item in untitled if not table.known[item]]
         if column is None:
             where = (
-                f"{table.path} has no title column ({table.columns})"
+                f"{table.path} has no column known as that of titles ({table.columns}; text.title names it)"
                 if table.columns
                 else f"there is no {table.path}"
             )
@@ -486,6 +490,20 @@ class ItemText:
     def descriptions(self) -> list[str]:
         """Title and genres as one text, by internal item id ('' for padding), for semantic vectors."""
         return [f"{t}. {g}" if g else t for t, g in zip(self.titles, self.genres, strict=True)]
+
+
+def _warn_of_missing_values(path: Path | str, column: str | None, titles: list[str]) -> None:
+    """Tell of titles such as "nan", which a program may have written for missing ones."""
+    looks = Counter(title for title in titles if title and title.lower() in MISSING)
+    if looks:
+        logger.warning(
+            "%s: column %r has the titles %s, taken as they are; if nothing is known of such items, set "
+            "text.missing_values: %s",
+            path,
+            column,
+            ", ".join(f"{title!r} ({count} times)" for title, count in looks.items()),
+            list(looks),
+        )
 
 
 def _equal(titles: list[str]) -> list[list[int]]:

@@ -133,6 +133,7 @@ class ConventionalExperiment(Experiment):
         with stage(seconds, "data"):
             dataset = create_dataset(config)
             logger.info(dataset)
+            check_labels(config, dataset)
             if isinstance(dataset, HistoryDataset):
                 splits = split(config, dataset)
                 full_train = splits.full_train
@@ -190,6 +191,22 @@ class ConventionalExperiment(Experiment):
 def is_labelled(config: Config) -> bool:
     """Whether evaluations compare scores with labels, and rank nothing."""
     return config["eval_type"] == EvaluatorType.VALUE and config["eval_args"]["mode"]["test"] == "labeled"
+
+
+def check_labels(config: Config, dataset: Dataset) -> None:
+    """Refuse a model that needs labels on data without any.
+
+    Raises:
+        ValueError: naming the key that makes labels.
+    """
+    field, negatives = config["LABEL_FIELD"], config["train_neg_sample_args"] or {}
+    sampled = negatives.get("distribution", "none") != "none"
+    learns = spec_of(config.model_class).learns_from == "labels" and not sampled
+    if (is_labelled(config) or learns) and field not in dataset.field2type:
+        raise ValueError(
+            f"{config['model']} {'learns from' if learns else 'is evaluated on'} labels, and {config['dataset']} has "
+            f"no column {field!r} (LABEL_FIELD); set threshold, e.g. {{rating: 4}}, or task: ctr"
+        )
 
 
 def give_probabilities(model: AbstractRecommender) -> None:

@@ -170,7 +170,7 @@ def possible_negatives(config: Config, splits: Splits) -> int:
     dataset = splits.dataset
     why = (
         f"of the {int(drawable.sum()):,} items that may be drawn, user {dataset.id2token(dataset.uid_field, user)} "
-        f"has met all but {most}"
+        f"has met {f'all but {most}' if most else 'all'}"
     )
     if not most:
         raise ValueError(

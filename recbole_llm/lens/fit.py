@@ -105,10 +105,13 @@ def fit_lens(
                         raise
                     logger.warning("lens %s is trained again: %s", name, error)
             elif saved:
-                raise LensError(
-                    f"{folder} is missing: the run was copied without its lens, or data or configuration of the lens "
-                    "are not those of its training"
-                )
+                why = "the run was copied without its lens"
+                if others := [path.name for path in folder.parent.glob(f"{name}-*") if path.is_dir()]:
+                    why = (
+                        f"data or configuration are not those that its {others[0]} was trained with; restore them, or "
+                        "train again (recbole-llm recommend reads later interactions by --interactions)"
+                    )
+                raise LensError(f"{folder} is missing: {why}")
             training = folder.with_name(folder.name + TRAINING_SUFFIX)
             info = _train(settings, model, train, valid, training, identity)
             lens = Lens(model, name=name, gate_scope=scope, identity=identity, info=info)

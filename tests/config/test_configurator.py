@@ -126,6 +126,25 @@ def test_defaults_are_streams_and_the_stack_with_the_lens():
     assert plain["lens_residual"] is False
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "layout"),
+    [
+        ("movie_ctr", {}, "prompt"),
+        ("ctr", {}, "prompt"),
+        ("stream_ctr", {}, "stream"),
+        ("movie_ctr", {"layout": "stream"}, "stream"),
+    ],
+)
+def test_the_template_tells_the_layout_unless_it_is_set(tmp_path, caplog, prompt, options, layout):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((PROPERTIES / "prompt" / f"{prompt}.yaml").read_text())
+    for template in (prompt, str(mine)):
+        config = Config("TALLRec", "ml-100k", config_dict={"prompt": template, **options})
+        assert (config["layout"], config["prompt"]) == (layout, template)
+    assert (config["few_shot_by"] == "sample") == (layout == "prompt")
+    assert ("layout: prompt, since the template" in caplog.text) == (layout == "prompt")
+
+
 def test_the_paper_s_protocol_is_one_file():
     config = Config("RecLoRA", "ml-1m", ["paper_reclora"])
     assert (config["layout"], config["lens"], config["lens_residual"]) == ("prompt", "DIN", False)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import logging
+import lzma
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ from atomic_files import INTER_HEADER, random_interactions, write_atomic
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recbole_llm.config import configurator
 from recbole_llm.data.atomic_files import AtomicFiles, match_ids, read_atomic, read_types
 from recbole_llm.data.ctr import CTRDataset
 
@@ -86,11 +92,47 @@ def test_plain_cells_are_read_as_they_are_written(tmp_path_factory, rows):
         ("item_id:token price:double", "column 'price' has the type 'double', which is none of token"),
         ("item_id,title", "must be name:type cells"),
         (":token", "must be name:type cells"),
+        ("user_id item_id", r"has \['user_id', 'item_id'\]; write user_id:token and so on"),
+        ("item_id:token,title:token", "look separated by ',', so set field_separator to ','"),
+        ("item_id:token;title:token", "look separated by ';'"),
+        ("item_id:token::title:token", "look separated by '::'"),
+        ("item_id:token ", r"it ends in a '\\t' too many"),
+        ("", "but it is empty"),
+        ("item_id:token\r1\r2", r"its lines end in \\r alone"),
+        (" ".join(["x" * 500] * 99), r"…', .* and 94 more"),
     ],
 )
 def test_a_wrong_header_is_refused(tmp_path, header, message):
     with pytest.raises(ValueError, match=message):
         read_atomic(write_atomic(tmp_path, "toy", "item", header, []))
+
+
+@pytest.mark.parametrize("encoding", [None, "utf-8"])
+def test_a_file_that_says_it_is_utf_16_is_read_so(tmp_path, encoding):
+    path = tmp_path / "toy.item"
+    for written in ("utf-16", "utf-16-le", "utf-16-be"):
+        mark = "" if written == "utf-16" else "\ufeff"
+        path.write_bytes(f"{mark}item_id:token\ttitle:token\r\n1\tAmélie\r\n".encode(written))
+        assert read_atomic(path, encoding=encoding).table.to_numpy().tolist() == [["1", "Amélie"]]
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zip", "bzip2", "xz"])
+def test_a_compressed_file_is_named_as_such(tmp_path, kind):
+    path = tmp_path / "toy.item"
+    text = b"item_id:token\n1\n"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("toy.item", text)
+    else:
+        path.write_bytes({"gzip": gzip, "bzip2": bz2, "xz": lzma}[kind].compress(text))
+    with pytest.raises(ValueError, match=rf"toy\.item is compressed \({kind}\)"):
+        read_atomic(path)
+
+
+def test_a_header_may_be_quoted(tmp_path):
+    path = tmp_path / "toy.item"
+    path.write_text('"item_id:token"\t"title:token"\n"1"\t"Heat"\n')
+    assert read_atomic(path).table.to_dict("list") == {"item_id": ["1"], "title": ["Heat"]}
 
 
 # ---------------------------------------- numbers
@@ -131,7 +173,32 @@ def test_times_become_seconds(tmp_path, kind, cells):
     np.testing.assert_allclose(found, [1309083394.0, 1306395545.5, np.nan])
 
 
-@pytest.mark.parametrize("cells", [["1", "2", "3"], ["0", "20110626"], ["-86400", "99999999999"]])
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["20110626", "20110526"], ["2011-06-26", "2011-05-26"]),
+        (["20110626.0", "", "19991231"], ["2011-06-26", "", "1999-12-31"]),
+        (["201106261016", "201105260739"], ["2011-06-26 10:16", "2011-05-26 07:39"]),
+        (["20110626101634", "20110526073905"], ["2011-06-26 10:16:34", "2011-05-26 07:39:05"]),
+    ],
+)
+def test_dates_of_digits_become_seconds(tmp_path, caplog, cells, expected):
+    found = one_column(tmp_path, "float", cells).times("timestamp")
+    seconds = [pd.Timestamp(date, tz="UTC").timestamp() if date else np.nan for date in expected]
+    np.testing.assert_array_equal(found, seconds)
+    assert f"holds dates such as '{cells[0]}', read as seconds since 1970" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["1", "2", "3"],
+        ["0", "20110626"],
+        ["20110626", "20111326"],
+        ["20110626.5", "20110627"],
+        ["-86400", "99999999999"],
+    ],
+)
 def test_small_numbers_stay_as_they_are(tmp_path, cells):
     np.testing.assert_array_equal(
         one_column(tmp_path, "float", cells).times("timestamp"), list(map(float, cells))
@@ -193,6 +260,7 @@ def read_pair(folder: Path, used: list[str], known: list[str], item_type: str = 
         ([" 7", "12 "], ["7 ", " 12"], ["7", "12"]),
         (["b00a", "x"], ["B00A", "x"], ["b00a", "x"]),
         (["NA", "null", "nan"], ["NA", "null", "nan"], ["NA", "null", "nan"]),
+        (["\u00e9", "7"], ["e\u0301", "\uff17"], ["\u00e9", "7"]),
     ],
 )
 def test_ids_that_only_differ_in_spelling_are_one(tmp_path, used, known, expected):
@@ -233,6 +301,20 @@ def test_matching_nothing_to_match_changes_nothing(tmp_path):
     item = read_atomic(write_atomic(tmp_path, "toy", "item", "item_id:token", []))
     match_ids([inter], item, "item_id")
     assert not len(item)
+
+
+def test_of_several_lines_of_an_item_the_first_counts(toy, tmp_path, caplog):
+    """RecBole would give every item behind the second line the features of the one before it."""
+    items = [(i, f"Film {i}", 10 * i) for i in range(1, 16)]
+    items.insert(4, (2, "Film 2 once more", -1))
+    write_atomic(tmp_path, "toy", "item", "item_id:token title:token price:float", items)
+    dataset = toy(normalize_field=None, load_col=None)
+    dataset.build()
+    assert len(dataset.item_feat) == dataset.item_num == 16
+    tokens = dataset.id2token("item_id", np.arange(1, 16))
+    assert dataset.item_feat["price"][1:].tolist() == [10 * int(token) for token in tokens]
+    assert dataset.item_text().titles[1:] == [f"Film {token}" for token in tokens]
+    assert "toy.item: 1 lines repeat the item_id of an earlier line (first: line 6, '2')" in caplog.text
 
 
 # ---------------------------------------- what is dropped
@@ -294,6 +376,31 @@ def test_too_many_dropped_interactions_are_an_error(toy):
 
 
 @pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"user_inter_num_interval": 5}, r"user_inter_num_interval: 5 is no interval; write '\[4,inf\)'"),
+        ({"item_inter_num_interval": ""}, "item_inter_num_interval: '' is no interval"),
+        ({"val_interval": {"rating": 4}}, "val_interval.rating: 4 is no interval"),
+        ({"val_interval": {"rating": "[a,b]"}}, "no interval"),
+        ({"val_interval": {"rating": "[5,4]"}}, "no interval"),
+        ({"val_interval": {"stars": "[4,5]"}}, "no column 'stars' is loaded, but .*'rating'"),
+        ({"val_interval": {"user_id": "1"}}, "val_interval.user_id: '1' must be a list"),
+    ],
+)
+def test_filters_that_cannot_be_read_are_refused(toy, keys, message):
+    with pytest.raises(ValueError, match=message):
+        toy(**keys)
+
+
+def test_interactions_go_with_the_items_that_are_filtered(toy, tmp_path):
+    write_atomic(tmp_path, "toy", "item", "item_id:token year:float", [(i, 1990 + i) for i in range(1, 16)])
+    rows = random_interactions()
+    dataset = toy(rows, load_col=None, val_interval={"year": "[1996,inf)"})
+    left = [row for row in rows if int(row[1]) >= 6]
+    assert len(dataset) == len(left) and dataset.dropped == {"val_interval": len(rows) - len(left)}
+
+
+@pytest.mark.parametrize(
     ("rows", "keys", "message"),
     [
         ([], {}, r"toy\.inter has a header and no lines below it"),
@@ -346,6 +453,28 @@ def test_labels_and_ratings_need_a_choice(toy, make_config, caplog):
     made = toy(rows, header, threshold={"rating": 5})
     assert made.inter_feat["label"].tolist() == [float(row[2] == 5) for row in rows]
     assert "has a column 'label', which is not used" in caplog.text
+
+
+def test_the_default_threshold_warns_of_ratings_beyond_five(toy, caplog, monkeypatch, tmp_path):
+    rows = [(u, i, 2 * r, t) for u, i, r, t in random_interactions()]
+    toy(rows)
+    assert (
+        "rating >= 4, with rating from 2 to 10, gives 79%" in caplog.text and "set threshold" in caplog.text
+    )
+    caplog.clear()
+    toy(rows, threshold={"rating": 4})
+    toy([(u, i, r / 2, t) for u, i, r, t in rows])
+    assert "set threshold" not in caplog.text
+
+
+def test_the_threshold_of_a_datasets_yaml_is_meant(toy, caplog, monkeypatch, tmp_path):
+    properties = shutil.copytree(configurator.PROPERTIES, tmp_path / "properties")
+    (properties / "dataset" / "toy.yaml").write_text("ctr: {threshold: {rating: 4}}\n")
+    monkeypatch.setattr(configurator, "PROPERTIES", properties)
+    rows, header = labelled(with_rating=True)
+    assert toy(rows, header).threshold == {"rating": 4} and "which is not used" in caplog.text
+    toy([(u, i, 2 * r, t) for u, i, r, t in random_interactions()])
+    assert "set threshold" not in caplog.text
 
 
 def test_ratings_declared_as_tokens_are_numbers(toy, caplog):
@@ -403,6 +532,24 @@ def test_given_files_are_the_splits(given_files, task, caplog):
             seen = [part_of[user, item] for item in split.id2token("item_id", shown)]
             assert seen == sorted(seen) and seen[-1] <= number  # nothing of a later split
     assert "histories hold the earlier splits first" in caplog.text
+
+
+def test_split_files_need_the_same_columns(given_files, tmp_path, make_config):
+    rows = random_interactions(users=60)
+    names, parts = ("train", "valid", "test"), [number % 3 for number in range(len(rows))]
+    given_files(rows, names, parts)
+    write_atomic(tmp_path, "toy", "test.inter", "user_id:token item_id:token rating:float", [("1", "2", 3)])
+    with pytest.raises(
+        ValueError, match=r"test\.inter has no column \['timestamp'\], but .*train\.inter has"
+    ):
+        CTRDataset(make_config(benchmark_filename=list(names)))
+
+
+def test_split_files_without_their_key_are_told(given_files, tmp_path, make_config):
+    rows = random_interactions(users=60)
+    given_files(rows, ("train", "test"), [number % 2 for number in range(len(rows))])
+    with pytest.raises(FileNotFoundError, match=r"named by benchmark_filename, of \['test', 'train'\]"):
+        CTRDataset(make_config())
 
 
 def test_a_file_to_validate_on_may_be_missing(given_files, caplog):

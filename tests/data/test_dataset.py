@@ -447,6 +447,17 @@ def test_without_timestamps_the_order_of_the_file_counts(toy, caplog):
     assert dataset.id2token("item_id", items).tolist() == [row[1] for row in rows if row[0] == user]
 
 
+def test_one_time_in_all_lines_is_as_none(toy, caplog):
+    rows = [(*row[:3], 0) for row in random_interactions()]
+    splits = toy(rows).build()
+    assert "toy.inter has one timestamp in all lines: the order of the file" in caplog.text
+    mine = [row[1] for row in rows if row[0] == "1"]
+    users = tokens(splits[0], splits[0].inter_feat, "user_id")
+    batch = splits[0][[users.index("1")]]
+    shown = splits[0].id2token("item_id", batch["item_id_list"][0, : batch["item_length"][0]].numpy())
+    assert shown.tolist() == mine[: len(shown)]
+
+
 def test_too_short_histories_are_refused(toy):
     with pytest.raises(
         ValueError, match="min_history: no sample of toy has 50 earlier interactions .the longest"

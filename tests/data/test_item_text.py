@@ -270,6 +270,27 @@ def test_common_column_names_are_found(films):
     ]
 
 
+def test_common_column_names_are_found_in_any_case(films):
+    text = ItemText(films([("1", "Dune", "1965", "SF")], "item_id:token Title:token Year:token Genres:token"))
+    assert [of(films(), v, "1") for v in (text.titles, text.years)] == ["Dune", "1965"]
+
+
+@pytest.mark.parametrize("year", ["1965", "1965.0", "1965-08-01", "1965-08"])
+def test_years_may_be_numbers_and_dates(films, year):
+    dataset = films([("1", "Dune", year, "SF")])
+    assert of(dataset, ItemText(dataset).years, "1") == "1965"
+
+
+def test_titles_that_look_missing_are_told(films, caplog):
+    rows = [("1", "nan", "1965", ""), ("2", "nan", "1966", ""), ("3", "None", "1967", "")]
+    ItemText(films(rows))
+    assert "the titles 'nan' (2 times), 'None' (1 times), taken as they are" in caplog.text
+    caplog.clear()
+    dataset = films(rows, missing_values=["nan", "None"], missing_title="placeholder")
+    assert of(dataset, ItemText(dataset).titles, "1").startswith("Item ")
+    assert "taken as they are" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

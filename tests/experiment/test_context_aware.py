@@ -1,4 +1,4 @@
-"""Models that learn from labels, in the next-item task, which has none."""
+"""Models that learn from labels, where there are none: in the next-item task, and on data without them."""
 
 from __future__ import annotations
 
@@ -50,3 +50,28 @@ def test_they_learn_targets_against_sampled_items(settings):
     given = {**settings, "train_neg_sample_args": {"distribution": "uniform", "sample_num": 3}}
     batch = next(iter(ConventionalExperiment.assemble(Config("DeepFM", "toy", config_dict=given)).train_data))
     assert batch["label"].mean() == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"DeepFM learns from labels, and toy has no column 'label' .*threshold, e\.g\. \{rating: 4\}"),
+        (
+            {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}},
+            "DeepFM is evaluated on labels",
+        ),
+        (
+            {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}},
+            r"eval_args=.* with metrics=.*value-based",
+        ),
+    ],
+)
+def test_without_labels_they_are_refused_before_training(options, message, settings, monkeypatch):
+    monkeypatch.setattr("recbole.trainer.Trainer._train_epoch", lambda *_, **__: pytest.fail("it is trained"))
+    own = {key: settings[key] for key in ("data_path", "epochs", "device", "show_progress")}
+    with pytest.raises(ValueError, match=message):
+        run_recbole_llm("DeepFM", "toy", config_dict={**own, **options})
+    result_of = {**own, **options, "threshold": {"rating": 4}}
+    if not options:
+        monkeypatch.undo()
+        assert run_recbole_llm("DeepFM", "toy", config_dict=result_of)["metrics"]["test"]

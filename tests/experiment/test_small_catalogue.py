@@ -72,7 +72,7 @@ def test_a_number_that_is_possible_stays(settings, caplog):
 def test_a_sample_without_any_negative_is_refused_before_the_lens_is_trained(settings, monkeypatch, tmp_path):
     monkeypatch.setattr("recbole_llm.lens.fit._train", lambda *_: pytest.fail("the lens is trained"))
     data = write_dataset(tmp_path / "tiny", n_users=6, n_items=LENGTH, length=LENGTH)
-    with pytest.raises(ValueError, match="has met all but 0.*set eval_mode: full"):
+    with pytest.raises(ValueError, match="has met all, so.*set eval_mode: full"):
         run_recbole_llm("iLoRA", "toy", config_dict={**settings, "data_path": str(data)})
 
 

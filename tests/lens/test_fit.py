@@ -53,6 +53,18 @@ def test_represents_rows_in_float32_whatever_is_around_it(lens, train) -> None:
     assert torch.equal(state, again) and torch.equal(logit, again_logit)
 
 
+def test_a_run_s_lens_is_never_trained_again_and_what_changed_is_said(
+    lens, configure, train, valid, cache, tmp_path
+):
+    lens_of_less = {"lens_config": {"epochs": 1, "embedding_size": 4}}
+    for folder, message in (
+        (cache, r"not those that its DIN-\w+ was trained with"),
+        (tmp_path, "copied without"),
+    ):
+        with pytest.raises(LensError, match=message):
+            fit_lens(configure(**lens_of_less), train, valid, cache_dir=folder, saved=True)
+
+
 def test_a_tunable_copy_alone_has_gradients_and_leaves_the_lens_as_it_is(lens, train) -> None:
     copy, batch = lens.tunable(), train[ROWS]
     state, logit = lens.represent(batch)
