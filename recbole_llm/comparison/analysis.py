@@ -1,7 +1,7 @@
 """Which model is better on the same samples, by how much, and is the difference significant: finished runs to one dict.
 
 The input are the ``result.json`` and ``test_rows.npz`` of every run, so a comparison can be recomputed at any time
-without running anything. The output is what the report files are written from (:mod:`recbole_llm.comparison.tables`):
+without running anything. The output is what the report files are written from (docs/comparisons.md describes it):
 
 - every model's metrics: mean and standard deviation over seeds; 95% intervals over resampled users (percentile and BCa)
   for the mean of the seeds;
@@ -29,7 +29,7 @@ import numpy as np
 
 from recbole_llm.comparison.controls import label_of
 from recbole_llm.comparison.stacking import best_stack, stack
-from recbole_llm.comparison.tables import COSTS, FORMAT
+from recbole_llm.comparison.tables import COSTS
 from recbole_llm.evaluation.bootstrap import METRICS, Bootstrap, Interval, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.metrics import UndefinedMetric, auc
 from recbole_llm.evaluation.ranking import row_rank_metric
@@ -46,6 +46,7 @@ from recbole_llm.evaluation.significance import (
 from recbole_llm.utils.files import read_columns, read_json
 from recbole_llm.utils.run_files import RESULT_FILE, TEST_ROWS_FILE, VALID_ROWS_FILE
 
+FORMAT = 1
 ALPHA = 0.05
 GROUPS = {"history_length": "history length", "user_rows": "user activity", "item_rows": "item popularity"}
 """Columns of ``test_rows.npz`` that samples are grouped by, and their titles."""
@@ -140,7 +141,7 @@ def build_comparison(
         command: that produced the runs, for the report.
 
     Returns:
-        The dict described in :mod:`recbole_llm.comparison.tables`.
+        The dict described in docs/comparisons.md.
 
     Raises:
         ValueError: if there are no runs, or they were tested on other samples or tasks, or twice with one seed.
