@@ -142,7 +142,7 @@ class PromptBuilder(LinePrompts):
             dataset,
             tokenizer,
             CTR_TEMPLATE,
-            CTR_TEMPLATE.check(prompt_config),
+            prompt_config,
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )

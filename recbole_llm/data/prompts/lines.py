@@ -231,13 +231,63 @@ class EncodedPrompts:
     n_shortened: int
 
 
-class LinePrompts:
-    """Prompts assembled from lines. A subclass says which lines a sample has, and how each of them reads.
+class TemplatePrompts:
+    """What prompts of every kind are made of: a template in the words of the data, and the texts of the items.
 
     Args:
         dataset: a built dataset; samples of any of its splits can be encoded.
         kind: which keys its templates have.
-        config: a checked template.
+        template: with keys of this kind.
+
+    Attributes:
+        config: the complete template.
+
+    Raises:
+        ValueError: if the dataset is not built, or for an impossible template.
+    """
+
+    version = PROMPT_VERSION
+    """Of the code that makes token ids of a template and samples."""
+
+    def __init__(
+        self,
+        dataset: HistoryDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: TemplateKind,
+        template: Mapping[str, Any],
+    ) -> None:
+        if dataset.history is None:
+            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
+        self.config = kind.in_words(kind.check(template), dataset.text_settings.words())
+        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
+        self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+
+    def identities(self) -> dict[str, str]:
+        """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
+        return {
+            "template": sha256_of(self.config),
+            "titles": sha256_of(self._item_texts()),
+            "prompt version": str(self.version),
+        }
+
+    def _item_texts(self) -> list[Any]:
+        return [self._items.titles, self._items.years, self._items.genres]
+
+    def item_token_ids(self) -> list[np.ndarray]:
+        """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
+        return item_token_ids(self._items, self._tokenizer)
+
+    def _decoded(self, ids: np.ndarray) -> str:
+        """Token ids as text, slots as ``[item vector]``."""
+        pieces = np.split(ids, np.flatnonzero(np.diff(ids < 0)) + 1)
+        return "".join(SLOT_TEXT if piece[0] < 0 else self._tokenizer.decode(piece) for piece in pieces)
+
+
+class LinePrompts(TemplatePrompts):
+    """Prompts assembled from lines. A subclass says which lines a sample has, and how each of them reads.
+
+    Args:
+        dataset, kind, template: as of :class:`TemplatePrompts`.
         max_prompt_tokens: longer prompts lose their oldest history.
         retriever: which earlier interactions are shown. May be replaced later.
 
@@ -256,18 +306,14 @@ class LinePrompts:
         dataset: HistoryDataset,
         tokenizer: PreTrainedTokenizerBase,
         kind: TemplateKind,
-        config: dict[str, Any],
+        template: Mapping[str, Any],
         *,
         max_prompt_tokens: int,
         retriever: Retriever,
     ):
-        if dataset.history is None:
-            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        self.config = kind.in_words(config, dataset.text_settings.words())
+        super().__init__(dataset, tokenizer, kind, template)
         self.retriever = retriever
         self.max_prompt_tokens = max_prompt_tokens
-        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
-        self._items = dataset.item_text(obfuscate=config["obfuscate_titles"])
         self._number_stars()
         self._bos = bos_ids(tokenizer)
         self._before, self._after = self._frame()
@@ -303,15 +349,6 @@ class LinePrompts:
         ).partition(mark)
         first, last = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
         return np.asarray(first, dtype=np.int64), np.asarray(last, dtype=np.int64)
-
-    def identities(self) -> dict[str, str]:
-        """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
-        items = self._items
-        return {
-            "template": sha256_of(self.config),
-            "titles": sha256_of([items.titles, items.years, items.genres]),
-            "prompt version": str(PROMPT_VERSION),
-        }
 
     def _choose_assembly(self, samples: Iterable[list[Line]]) -> None:
         """Set ``assembled``: whether line by line gives the tokens of the whole string, on these prompts."""
@@ -388,10 +425,6 @@ class LinePrompts:
         )
 
     # ------------------------------------------------------------------ prompts
-
-    def item_token_ids(self) -> list[np.ndarray]:
-        """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
-        return item_token_ids(self._items, self._tokenizer)
 
     def _fit(
         self,

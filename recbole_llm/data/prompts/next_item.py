@@ -111,7 +111,7 @@ class TitlePromptBuilder(LinePrompts):
             dataset,
             tokenizer,
             TITLE_TEMPLATE,
-            TITLE_TEMPLATE.check(prompt_config),
+            prompt_config,
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )

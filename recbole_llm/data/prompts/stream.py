@@ -28,14 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.item_text import UserText
-from recbole_llm.data.prompts.lines import (
-    SLOT_TEXT,
-    TemplateKind,
-    bos_ids,
-    item_token_ids,
-    sha256_of,
-    tokenize_inert,
-)
+from recbole_llm.data.prompts.lines import TemplateKind, TemplatePrompts, bos_ids, tokenize_inert
 from recbole_llm.data.streams import Chunk, StreamCutter, stored
 
 logger = logging.getLogger(__name__)
@@ -124,7 +117,7 @@ class EncodedStreams:
         return [stream.input_ids for stream in self.streams]
 
 
-class StreamPrompts:
+class StreamPrompts(TemplatePrompts):
     """Turns chunks into token ids.
 
     Args:
@@ -148,8 +141,10 @@ class StreamPrompts:
             ratings where ``answer: stars`` asks for it, or a line does not fit into a chunk.
     """
 
+    version = STREAM_VERSION
     user_slot = False
     """Streams have no slot of the user: what it would hold changes with every interaction."""
+    _dataset: CTRDataset
     _history: Any  # with labels, and where the answers are stars, with ratings
     values: Any
     """Of the rating scale, float64 ``[K]``, ascending; ``None`` where the answers are words."""
@@ -166,12 +161,7 @@ class StreamPrompts:
         rating_scale: Sequence[float] | None = None,
         lens_scores: Callable[[Sequence[Chunk]], np.ndarray] | None = None,
     ) -> None:
-        if dataset.history is None:
-            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        words = dataset.text_settings.words()
-        self.config = STREAM_TEMPLATE.in_words(STREAM_TEMPLATE.check(prompt_config), words)
-        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
-        self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+        super().__init__(dataset, tokenizer, STREAM_TEMPLATE, prompt_config)
         self.lens_scores = lens_scores
         self.item_slots: bool = self.config["item_slots"]
         self._max_tokens, self._lead, self._context = max_prompt_tokens, lead, context
@@ -230,21 +220,13 @@ class StreamPrompts:
 
     # ------------------------------------------------------------------ once
 
-    def identities(self) -> dict[str, str]:
-        """What streams are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
-        return {
-            "template": sha256_of(self.config),
-            "titles": sha256_of([self._items.titles, self._items.years, self._items.genres]),
-            "prompt version": str(STREAM_VERSION),
-        }
-
     def _ids(self, *texts: str) -> list[np.ndarray]:
         return tokenize_inert(self._tokenizer, list(texts))
 
     def _choose_answers(self, rating_scale: Sequence[float] | None) -> None:
         """Set what the answers are, how they read and which of them each interaction has."""
         dataset, history, wanted = self._dataset, self._history, self.config["answer"]
-        threshold = dataset.config["threshold"]
+        threshold = dataset.threshold
         decides = history.ratings is not None and threshold is not None and dataset._rating_field in threshold
         if wanted == "stars" and not decides:
             raise ValueError(
@@ -252,7 +234,7 @@ class StreamPrompts:
                 f"has {'no ratings' if history.ratings is None else f'threshold: {threshold}'}; set answer: words"
             )
         before = self.config["item"].rpartition("}")[2]
-        if wanted == "words" or not decides:
+        if wanted == "words" or threshold is None or not decides:
             if wanted == "auto":
                 logger.info("labels are no threshold on ratings: the answers are %s", self.config["words"])
             self.values, self.answer_words = None, tuple(self.config["words"])
@@ -379,10 +361,6 @@ class StreamPrompts:
         """Whether lines state the lens's probability."""
         return "{lens_score}" in self.config["item"]
 
-    def item_token_ids(self) -> list[np.ndarray]:
-        """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
-        return item_token_ids(self._items, self._tokenizer)
-
     def answer_to(self, interaction: Interaction, i: int) -> str:
         """The answer of sample ``i`` as it reads."""
         return self.answer_words[self.classes[int(interaction[HISTORY_END][i])]]
@@ -476,6 +454,4 @@ class StreamPrompts:
     def text(self, interaction: Interaction, i: int, *, slots: bool = True) -> str:
         """The stream of sample ``i`` up to its answer, as the LLM gets it; slots as ``[item vector]``."""
         (stream,) = self.encode(interaction[i : i + 1], slots=slots).streams
-        ids = stream.input_ids
-        pieces = np.split(ids, np.flatnonzero(np.diff(ids < 0)) + 1)
-        return "".join(SLOT_TEXT if ids[0] < 0 else self._tokenizer.decode(ids) for ids in pieces)
+        return self._decoded(stream.input_ids)
