@@ -22,7 +22,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from recbole_llm.comparison import charts, tables
-from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_run
+from recbole_llm.comparison.analysis import build_comparison
+from recbole_llm.comparison.finished_run import FinishedRun, load_run
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
 from recbole_llm.comparison.tables import COSTS, DASH, MINUS, TASKS, clean
 from recbole_llm.experiment.table import layout

@@ -26,7 +26,7 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_llm.backbone.answers import pad_right
-from recbole_llm.backbone.titles import CachedPrompts, KeptPrompt, takes_branches
+from recbole_llm.backbone.cached_prompts import CachedPrompts, KeptPrompt, takes_branches
 from recbole_llm.data.prompts.ctr import PromptBuilder
 from recbole_llm.data.prompts.stream import EncodedStreams
 from recbole_llm.data.retriever import RecentRetriever

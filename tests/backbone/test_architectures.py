@@ -15,7 +15,8 @@ from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.personalized import PersonalizedAdapter, attach_adapter
 from recbole_llm.adapter.targets import LLAMA_PROJECTIONS, resolve_targets
 from recbole_llm.backbone.answers import answer_logits, answer_token_ids, mean_pooled_vectors, pad_right
-from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
+from recbole_llm.backbone.title_trie import TitleTrie
+from recbole_llm.backbone.titles import answer_log_likelihood, generate_titles, score_titles
 from recbole_llm.utils.causal_lm import check_length, decoder_layers, layer_sizes, position_limit, projections
 
 TITLES = [TOKENIZER.encode(title) for title in (" Heat\n", " Toy Story\n", " Toy Story 2\n", " Toy\n", "\n")]

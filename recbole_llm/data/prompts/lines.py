@@ -27,8 +27,9 @@ from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
 from recbole_llm.data.dataset import HistoryDataset
-from recbole_llm.data.item_text import WORDS, ItemText
+from recbole_llm.data.item_text import ItemText
 from recbole_llm.data.retriever import Retriever
+from recbole_llm.data.text_settings import WORDS
 from recbole_llm.utils.yaml_files import load_yaml, properties_dir
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class TemplateKind:
         defaults: keys that may be left out, and their values.
         required: keys that must be given.
         placeholders: which placeholders a text may hold beside the words of the ``text`` section
-            (:meth:`~recbole_llm.data.item_text.TextSettings.words`); required texts are listed even if none.
+            (:meth:`~recbole_llm.data.text_settings.TextSettings.words`); required texts are listed even if none.
         titled: keys that must hold ``{title}``.
         choices: what a key may be that is neither any text nor true or false.
         further: checks what these attributes cannot say; called with a complete template and where it stands.
