@@ -268,7 +268,7 @@ def _refresh_titles(parts: Assembly, size: int) -> None:
     prompts = _line_prompts(parts) or _streams(parts)
     if prompts is None and not _by_titles(parts):
         return
-    hidden = prompts is not None and prompts.config["obfuscate_titles"]
+    hidden = prompts is not None and prompts.template["obfuscate_titles"]
     titles = dataset.item_text(obfuscate=hidden)
     untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
     if untitled and dataset.text_settings.missing_title == "error" and titles.titled and not hidden:

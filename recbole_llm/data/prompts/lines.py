@@ -241,7 +241,7 @@ class TemplatePrompts:
         template: with keys of this kind.
 
     Attributes:
-        config: the complete template.
+        template: the complete template, in the words of the data.
 
     Raises:
         ValueError: if the dataset is not built, or for an impossible template.
@@ -259,14 +259,14 @@ class TemplatePrompts:
     ) -> None:
         if dataset.history is None:
             raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        self.config = kind.in_words(kind.check(template), dataset.text_settings.words())
+        self.template = kind.in_words(kind.check(template), dataset.text_settings.words())
         self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
-        self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+        self._items = dataset.item_text(obfuscate=self.template["obfuscate_titles"])
 
     def identities(self) -> dict[str, str]:
         """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
         return {
-            "template": sha256_of(self.config),
+            "template": sha256_of(self.template),
             "titles": sha256_of(self._item_texts()),
             "prompt version": str(self.version),
         }
@@ -325,9 +325,9 @@ class LinePrompts(TemplatePrompts):
     def _number_stars(self) -> None:
         """Number the rating values, so that a history line is identified by (item, number)."""
         ratings = self._history.ratings
-        self._shows_stars = self.config["show_stars"] and ratings is not None
+        self._shows_stars = self.template["show_stars"] and ratings is not None
         if ratings is None:
-            if self.config["show_stars"]:
+            if self.template["show_stars"]:
                 logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
         elif self._shows_stars:
             values, self._star = np.unique(ratings, return_inverse=True)
@@ -336,7 +336,7 @@ class LinePrompts(TemplatePrompts):
     def _frame(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids before and after the text: BOS if the tokenizer itself adds it, or the chat turns."""
         tokenizer = self._tokenizer
-        if not self.config["chat_template"]:
+        if not self.template["chat_template"]:
             return self._bos, np.array([], dtype=np.int64)
         if tokenizer.chat_template is None:
             raise ValueError("chat_template: True, but the tokenizer has no chat template; set it to False")
@@ -393,10 +393,10 @@ class LinePrompts(TemplatePrompts):
     def _item_text(self, template: str, where: str, item: int, star: int | None = None) -> str:
         parts = {"title": self._items.titles[item], "stars": "", "year": "", "genre": ""}
         if star is not None:
-            parts["stars"] = self.config["stars_format"].format(stars=self._star_texts[star])
+            parts["stars"] = self.template["stars_format"].format(stars=self._star_texts[star])
         for name, values in (("year", self._items.years), ("genre", self._items.genres)):
-            if values[item] and self.config[f"show_{name}"] in (True, where):
-                parts[name] = self.config[f"{name}_format"].format(**{name: values[item]})
+            if values[item] and self.template[f"show_{name}"] in (True, where):
+                parts[name] = self.template[f"{name}_format"].format(**{name: values[item]})
         return template.format(**parts)
 
     def _line_ids(self, lines: Iterable[Line]) -> list[np.ndarray]:
@@ -470,7 +470,7 @@ class LinePrompts(TemplatePrompts):
     def _full_text(self, lines: Iterable[Line]) -> str:
         """The text of these lines as the LLM gets it, with the turns of a chat template."""
         body = "".join(map(self._line_text, lines))
-        if self.config["chat_template"]:
+        if self.template["chat_template"]:
             return self._tokenizer.decode(self._before) + body + self._tokenizer.decode(self._after)
         return body
 

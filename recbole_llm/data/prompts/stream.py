@@ -163,7 +163,7 @@ class StreamPrompts(TemplatePrompts):
     ) -> None:
         super().__init__(dataset, tokenizer, STREAM_TEMPLATE, prompt_config)
         self.lens_scores = lens_scores
-        self.item_slots: bool = self.config["item_slots"]
+        self.item_slots: bool = self.template["item_slots"]
         self._max_tokens, self._lead, self._context = max_prompt_tokens, lead, context
         self._slotted_items = dataset.item_num
         self._choose_answers(rating_scale)
@@ -206,7 +206,7 @@ class StreamPrompts(TemplatePrompts):
 
     def refresh(self) -> None:
         """Follow interactions, users and items that were appended to the dataset; the answers stay what they are."""
-        self._items = self._dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+        self._items = self._dataset.item_text(obfuscate=self.template["obfuscate_titles"])
         self.classes = self._classes()
         self._tokenise_lines()
         self._tokenise_headers()
@@ -225,7 +225,7 @@ class StreamPrompts(TemplatePrompts):
 
     def _choose_answers(self, rating_scale: Sequence[float] | None) -> None:
         """Set what the answers are, how they read and which of them each interaction has."""
-        dataset, history, wanted = self._dataset, self._history, self.config["answer"]
+        dataset, history, wanted = self._dataset, self._history, self.template["answer"]
         threshold = dataset.threshold
         decides = history.ratings is not None and threshold is not None and dataset._rating_field in threshold
         if wanted == "stars" and not decides:
@@ -233,11 +233,11 @@ class StreamPrompts(TemplatePrompts):
                 f"prompt: answer: stars needs labels that are a threshold on the ratings, and {dataset.dataset_name} "
                 f"has {'no ratings' if history.ratings is None else f'threshold: {threshold}'}; set answer: words"
             )
-        before = self.config["item"].rpartition("}")[2]
+        before = self.template["item"].rpartition("}")[2]
         if wanted == "words" or threshold is None or not decides:
             if wanted == "auto":
-                logger.info("labels are no threshold on ratings: the answers are %s", self.config["words"])
-            self.values, self.answer_words = None, tuple(self.config["words"])
+                logger.info("labels are no threshold on ratings: the answers are %s", self.template["words"])
+            self.values, self.answer_words = None, tuple(self.template["words"])
             self.likes, self._letters = np.array([True, False]), False
             self._answers = self._behind(before, self.answer_words)
             firsts = [int(ids[0]) for ids in self._answers]
@@ -309,14 +309,14 @@ class StreamPrompts(TemplatePrompts):
 
     def _tokenise_lines(self) -> None:
         """Titles, and what stands around them, each once."""
-        opening, _, rest = self.config["item"].partition("{title}")
+        opening, _, rest = self.template["item"].partition("{title}")
         between, _, colon = rest.rpartition("{lens_score}")
         self._between, self._colon, self._break = (
             ids if text else np.array([], dtype=np.int64)
             for text, ids in zip((between, colon, "\n"), self._ids(between, colon, "\n"), strict=True)
         )
         self._scores = self._behind(between, _SCORES) if self.tells_lens else []
-        limit = self.config["max_title_tokens"]
+        limit = self.template["max_title_tokens"]
         items = range(1, len(self._items.titles))
         texts = [opening + self._items.titles[item] for item in items]
         self._titles = [np.array([], dtype=np.int64)]
@@ -333,17 +333,19 @@ class StreamPrompts(TemplatePrompts):
 
     def _tokenise_headers(self) -> None:
         """The header of every user, with the token that begins a text where the tokenizer has one."""
-        profiles = UserText(self._dataset).profiles if self.config["show_profile"] else None
-        template = self.config["header"]
+        profiles = UserText(self._dataset).profiles if self.template["show_profile"] else None
+        template = self.template["header"]
         if self.values is None:
-            template = self.config["words_header"] or template
+            template = self.template["words_header"] or template
         scale = ""
         if self.values is not None and self._letters:
-            scale = self.config["letters"].format(lowest=self.answer_words[0], highest=self.answer_words[-1])
+            scale = self.template["letters"].format(
+                lowest=self.answer_words[0], highest=self.answer_words[-1]
+            )
         texts = []
         for user in range(self._dataset.user_num):
             known = profiles[user] if profiles else ""
-            profile = self.config["profile_format"].format(profile=known) if known else ""
+            profile = self.template["profile_format"].format(profile=known) if known else ""
             texts.append(template.format(profile=profile, scale=scale) + "\n")
         distinct, place = np.unique(texts, return_inverse=True)
         bos, ids = bos_ids(self._tokenizer), self._ids(*distinct.tolist())
@@ -359,7 +361,7 @@ class StreamPrompts(TemplatePrompts):
     @property
     def tells_lens(self) -> bool:
         """Whether lines state the lens's probability."""
-        return "{lens_score}" in self.config["item"]
+        return "{lens_score}" in self.template["item"]
 
     def answer_to(self, interaction: Interaction, i: int) -> str:
         """The answer of sample ``i`` as it reads."""

@@ -130,7 +130,7 @@ class TitleStreamPrompts(TemplatePrompts):
         history_length: int,
     ) -> None:
         super().__init__(dataset, tokenizer, TITLE_STREAM_TEMPLATE, prompt_config)
-        self.item_slots: bool = self.config["item_slots"]
+        self.item_slots: bool = self.template["item_slots"]
         self._retriever = RecentRetriever(self._history, history_length)
         self._max_tokens = max_prompt_tokens
         (breaks,) = tokenize_behind(tokenizer, "a", ["\n"])
@@ -142,7 +142,7 @@ class TitleStreamPrompts(TemplatePrompts):
         self._break = breaks
         eos = tokenizer.eos_token_id
         self.stop_ids: list[int] = sorted({int(breaks[0]), *([] if eos is None else [eos])})
-        (header,) = tokenize_inert(tokenizer, [self.config["header"].format()])
+        (header,) = tokenize_inert(tokenizer, [self.template["header"].format()])
         self._header = np.concatenate([bos_ids(tokenizer), header])
         titles = tokenize_behind(tokenizer, "\n", list(map(self.answer_text, range(1, dataset.item_num))))
         if empty := [item for item, ids in enumerate(titles, start=1) if not len(ids)]:
@@ -168,7 +168,7 @@ class TitleStreamPrompts(TemplatePrompts):
 
     def answer_text(self, item: int) -> str:
         """The line of an item, without its line break."""
-        return self.config["title"].format(title=self._items.titles[item])
+        return self.template["title"].format(title=self._items.titles[item])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The title in what an LLM wrote: its first line, without special tokens and outer blanks."""
