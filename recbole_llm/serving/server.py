@@ -14,7 +14,6 @@ import json
 import logging
 import secrets
 import socket
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
+from recbole_llm.serving.kept import Kept
 from recbole_llm.serving.recommend import choose, ranked
 from recbole_llm.serving.run import ServedRun
 
@@ -154,39 +154,6 @@ class Batcher:
         self._thread.shutdown(wait=True)
 
 
-class Kept:
-    """A bounded table of results; the one used longest ago goes first.
-
-    Args:
-        size: entries, at most.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[tuple, Any] = OrderedDict()
-
-    def get(self, key: tuple) -> Any:
-        """The entry, or ``None``."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
-
-    def put(self, key: tuple, value: Any) -> None:
-        """Keep an entry."""
-        self._entries[key] = value
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-
-    def forget(self, users: set[str] | None) -> None:
-        """Drop the entries of some users, the first part of the key; ``None``: of all."""
-        for key in [key for key in self._entries if users is None or key[0] in users]:
-            del self._entries[key]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
 def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) -> FastAPI:  # noqa: B008 - frozen
     """The application.
 
@@ -280,7 +247,7 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
             ("bytes", "Bytes of kept keys and values", lambda: prefixes.used),
         ):
             Gauge(f"recbole_llm_prefix_{name}", meaning, registry=registry).set_function(value)
-    batcher, kept = Batcher(run, limits, sizes.observe), Kept(limits.users_kept)
+    batcher, kept = Batcher(run, limits, sizes.observe), Kept[tuple, list[dict]](limits.users_kept)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -413,7 +380,8 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
         table = pd.DataFrame(request.interactions)
         titles = None if request.items is None else pd.DataFrame(request.items)
         counts = await batcher.call(lambda: run.append(table, titles))
-        kept.forget(None if counts["new_items"] else set(table[user_field].astype(str)))
+        changed = set(table[user_field].astype(str))
+        kept.forget([key for key in kept.keys() if counts["new_items"] or key[0] in changed])
         return InteractionsAnswer(**counts)
 
     return app
