@@ -18,6 +18,7 @@ from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from recbole_llm.comparison.tables import clean, estimate_text, interval_text, marked, values_by_group
@@ -74,9 +75,7 @@ def intervals(found: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> 
     for model in models:  # beside its number where there is room, else on two lines
         letters = max(8, int((WIDTH - 22 - 5.9 * len(estimate_text(model, metric))) / 6.9))
         names.append(textwrap.wrap(clean(model["label"]), letters, max_lines=2, placeholder="…") or [""])
-    figure, ax = _axes(
-        sum(24 + 13 * len(name) for name in names), marked(found, found["leading"], " (less is better)")
-    )
+    figure, ax = _axes(sum(24 + 13 * len(name) for name in names), _axis(found))
     top, place = 0, {"transform": ax.get_yaxis_transform(), "va": "baseline"}
     for model, name in zip(models, names, strict=True):
         estimate, text = model["metrics"][metric], estimate_text(model, metric)
@@ -105,10 +104,10 @@ def cost(found: Mapping[str, Any], points: Sequence[tuple[float, float, str, int
 
     figure, ax = _axes(230, "seconds of training and testing", left=46, top=24, y_ticks=True)
     places = [point[:2] for point in points]
-    for point in points:
-        _mark(ax, point[0], point[1], point[3], point[2])
+    for seconds, value, tip, style in points:
+        _mark(ax, seconds, value, style, tip)
     ax.set_title(
-        marked(found, found["leading"], " (less is better)"),
+        _axis(found),
         loc="left",
         size=11,
         color=_COLOUR["muted"],
@@ -152,11 +151,11 @@ def by_group(found: Mapping[str, Any], name: str, number: int) -> tuple[Any, str
     """One band for each group, in it a mark for each of the best models; thin lines join neighbouring groups."""
     series = list(values_by_group(found, name).items())[:SERIES]
     groups = list(series[0][1])
-    texts = [group[:-1].rsplit(" (", 1) for group in groups]  # "5-12 (1,200 samples)"
-    texts = [[textwrap.shorten(clean(text), 16, placeholder="…") for text in pair] for pair in texts]
+    named = [group[:-1].rsplit(" (", 1) for group in groups]  # "5-12 (1,200 samples)"
+    texts = [[_short(text, 16) for text in pair] for pair in named]
     left, lane = 6.2 * max(len(text) for pair in texts for text in pair) + 14, 9
     band, width = max(32, lane * len(series) + 12), WIDTH - left - 8
-    figure, ax = _axes(band * len(groups), marked(found, found["leading"], " (less is better)"), left=left)
+    figure, ax = _axes(band * len(groups), _axis(found), left=left)
     beside = {"transform": ax.get_yaxis_transform(), "x": (4 - left) / width}
     for i, (group, size) in enumerate(texts):
         if i % 2:
@@ -180,23 +179,20 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Any, s
     """Users by experts as shades of one colour, from 0 (or the least, if that is below 0) to the greatest."""
     from matplotlib.colors import ListedColormap
 
-    values, columns, named = [gates["values"][i] for i in order], gates["experts"], len(order) <= 30
+    values, columns, named = np.array(gates["values"])[order], gates["experts"], len(order) <= 30
     users = [gates["users"][i] for i in order] if named else [""]
-    names = [textwrap.shorten(clean(user), 14, placeholder="…") for user in users]
+    names = [_short(user, 14) for user in users]
     left, height = 6.2 * max(map(len, names)) + 10, 16.0 if named else max(1.5, 480 / len(order))
     figure, ax = _axes(height * len(order) + 40, "", left=left, right=4, top=18, bottom=2)
     ax.set_axis_off()
-    low, high = min(0.0, *(v for row in values for v in row)), max(v for row in values for v in row)
-    shares = [[(v - low) / (high - low) if high > low else 0.5 for v in row] for row in values]
-    bar = height * len(order) + 10
-    for top, step, right, cells in (
-        (0, height, columns, shares),
-        (bar, 8, columns / 3, [[i / 19 for i in range(20)]]),
-    ):
-        xs, ys = [right * j / len(cells[0]) for j in range(len(cells[0]) + 1)], range(len(cells) + 1)
-        shades = [[0.04 + 0.96 * share for share in row] for row in cells]
-        colours = ListedColormap([_COLOUR["heat"]])
-        ax.pcolormesh(xs, [top + step * i for i in ys], shades, cmap=colours, alpha=shades, lw=0)
+    low, high = min(0.0, values.min()), values.max()
+    shares = (values - low) / (high - low) if high > low else np.full(values.shape, 0.5)
+    bar, colours = height * len(order) + 10, ListedColormap([_COLOUR["heat"]])
+    scale = np.linspace(0, 1, 20)[None]
+    for top, step, right, cells in ((0, height, columns, shares), (bar, 8, columns / 3, scale)):
+        xs, ys = np.linspace(0, right, cells.shape[1] + 1), top + step * np.arange(len(cells) + 1)
+        shades = 0.04 + 0.96 * cells
+        ax.pcolormesh(xs, ys, shades, cmap=colours, alpha=shades, lw=0)
     ax.text(0, bar + 21, f"{low:.2f}")
     ax.text(columns / 3, bar + 21, f"{high:.2f}", ha="right")
     for j in range(columns if columns <= 12 else 0):
@@ -205,7 +201,7 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Any, s
         beside = {"transform": ax.get_yaxis_transform(), "x": (4 - left) / (WIDTH - left - 4)}
         ax.text(y=height * (i + 0.75), s=name, **beside)
         for j, value in enumerate(values[i] if (WIDTH - left) / columns >= 36 else ()):
-            ink = _COLOUR["on-heat" if shares[i][j] > 0.55 else "ink"]
+            ink = _COLOUR["on-heat" if shares[i, j] > 0.55 else "ink"]
             ax.text(j + 0.5, height * (i + 0.75), f"{value:.2f}", color=ink, ha="center")
     return figure, "gates-svg", "Gates: users by experts"
 
@@ -222,6 +218,14 @@ def gate_map(gates: Mapping[str, Any], profiles: Sequence[tuple[str, int]]) -> t
     ax.set(xticks=[], yticks=[], ylim=_limits([y for _, y in gates["coordinates"]]))
     ax.spines[:].set(visible=True, color=_COLOUR["line"])
     return figure, "map-svg", "Map of the users' gates"
+
+
+def _short(text: Any, letters: int) -> str:
+    return textwrap.shorten(clean(text), letters, placeholder="…")
+
+
+def _axis(found: Mapping[str, Any]) -> str:
+    return marked(found, found["leading"], " (less is better)")
 
 
 def _axes(
