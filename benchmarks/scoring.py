@@ -19,7 +19,8 @@ from adapters import WIDTH, base_model, trained
 from measure import Row, Times, in_turn, parser, ratio, start
 
 from recbole_llm.backbone.answers import pad_right
-from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, score_titles
+from recbole_llm.backbone.title_trie import TitleTrie
+from recbole_llm.backbone.titles import answer_log_likelihood, score_titles
 from recbole_llm.utils.causal_lm import decoder_layers, projections
 
 

@@ -47,12 +47,6 @@ def installed_models() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="recbole_llm.models")}
 
 
-def list_models() -> dict[str, list[str]]:
-    """Every model name that `get_model` knows, under ``"recbole_llm"`` and ``"recbole"``."""
-    own = sorted({*BUILT_IN_MODELS, *installed_models()})
-    return {"recbole_llm": own, "recbole": sorted(recbole_models())}
-
-
 def get_model(name: str) -> type:
     """The model class of that name.
 

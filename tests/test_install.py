@@ -19,7 +19,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "recbole_llm"
-TEMPLATES = PACKAGE / "comparison" / "templates"
+TEMPLATES = sorted(PACKAGE.glob("*/templates/*"))
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 
 # What `import X` is called at the package index, where the two names differ.
@@ -135,7 +135,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(unpacked: Path) -> N
     expected |= {
         f"recbole_llm/{file.relative_to(REPO).as_posix()}" for file in (REPO / "properties").rglob("*.yaml")
     }
-    expected |= {file.relative_to(REPO).as_posix() for file in TEMPLATES.iterdir()}
+    expected |= {file.relative_to(REPO).as_posix() for file in TEMPLATES}
     built = {
         file.relative_to(unpacked).as_posix()
         for file in unpacked.rglob("*")
@@ -152,7 +152,7 @@ def test_the_source_distribution_holds_what_the_wheel_is_built_from(checkout: Pa
     (root,) = (folder for folder in tmp_path.iterdir() if folder.is_dir())
     for file in [
         *sources(),
-        *TEMPLATES.iterdir(),
+        *TEMPLATES,
         *(REPO / "properties").rglob("*.yaml"),
         REPO / "LICENSE",
         REPO / "Makefile",

@@ -185,8 +185,8 @@ class PersonalizedLoraConfig(LoraConfig):
         """Refused: PEFT would write peft_type LORA, and load the folder as a plain LoRA without a word."""
         raise ValueError(
             f"cannot write a personalised adapter to {save_directory} with PEFT's save_pretrained: it would "
-            "come back as a plain LoRA. Use PersonalizedAdapter.save(folder), or export_user(z, folder) for "
-            "one instance"
+            "come back as a plain LoRA. A run's checkpoint holds the adapter; recbole-llm export writes the plain "
+            "LoRA of one user"
         )
 
 
@@ -258,7 +258,7 @@ class PersonalizedVariant(LoraVariant):
 def _merge_error(module: PersonalizedLinear) -> ValueError:
     return ValueError(
         f"{module.name}: a personalised LoRA has one weight update per instance and cannot be merged into "
-        "the base weights. Export one instance with export_user(z, folder); that plain LoRA can be merged"
+        "the base weights. The plain LoRA of one user, which recbole-llm export writes, can be merged"
     )
 
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -169,9 +169,7 @@ def merge_weights(
         layer = tuner.model.get_submodule(key)
         scale = layer.scaling["merged"]
         a, b = layer.lora_A["merged"].weight.detach(), layer.lora_B["merged"].weight.detach()
-        r = min(
-            a.shape[0], b.shape[1]
-        )  # PEFT leaves a longer A where an SVD has fewer singular values than svd_rank
+        r = min(a.shape[0], b.shape[1])  # PEFT leaves a longer A where an SVD has fewer values than svd_rank
         pairs[name] = scale * a[:r], b[:, :r]
     merged = PlainLora(pairs, 1.0, loras[0].base, f"{method} of {len(loras)} LoRAs")
     return truncate(merged.updates(), rank, base=merged.base) if rank and rank < merged.rank else merged
@@ -193,12 +191,10 @@ def _peft_model(loras: Sequence[PlainLora]) -> tuple[LoraModel, dict[str, str]]:
         else:
             tuner.peft_config[f"lora{i}"] = config
             tuner.inject_adapter(tuner.model, f"lora{i}")
-        for name, (a, b) in lora.pairs.items():
+        for name, (a, b) in padded(lora, lora.rank).pairs.items():
             layer = tuner.model.get_submodule(keys[name])
-            a, b = (factor.double().cpu() for factor in (a, b))
-            padding = lora.rank - a.shape[0]
-            layer.lora_A[f"lora{i}"].weight.data = nn.functional.pad(a, (0, 0, 0, padding))
-            layer.lora_B[f"lora{i}"].weight.data = nn.functional.pad(b, (0, padding))
+            layer.lora_A[f"lora{i}"].weight.data = a.double().cpu()
+            layer.lora_B[f"lora{i}"].weight.data = b.double().cpu()
     return tuner, keys
 
 
@@ -406,14 +402,14 @@ def padded(lora: PlainLora, rank: int) -> PlainLora:
     """
     if lora.rank > rank:
         raise ValueError(f"{lora.name} has rank {lora.rank}, which cannot be written as rank {rank}")
-    pairs = {
-        name: (
-            nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])),
-            nn.functional.pad(b, (0, rank - b.shape[1])),
-        )
-        for name, (a, b) in lora.pairs.items()
-    }
-    return PlainLora(pairs, lora.scale, lora.base, lora.name)
+    pad = nn.functional.pad
+    return replace(
+        lora,
+        pairs={
+            name: (pad(a, (0, 0, 0, rank - a.shape[0])), pad(b, (0, rank - b.shape[1])))
+            for name, (a, b) in lora.pairs.items()
+        },
+    )
 
 
 def truncation_error(updates: dict[str, Tensor], lora: PlainLora) -> float:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recbole_llm.adapter.config import AdapterConfig
-from recbole_llm.adapter.export import read_personalized, write_personalized, write_plain_lora
 from recbole_llm.adapter.layer import PersonalizedLoraConfig, Router, like_weights
 from recbole_llm.adapter.targets import resolve_targets, stores_transposed
 from recbole_llm.utils.causal_lm import decoder_layers
@@ -252,56 +250,7 @@ class PersonalizedAdapter:
         for parameter in self.lora_parameters().values():
             parameter.requires_grad_(trained)
 
-    # ------------------------------------------------------------------ disk
-
-    def save(self, folder: str | Path) -> None:
-        """Write the whole adapter (see :mod:`recbole_llm.adapter.export`); stock PEFT refuses the folder."""
-        write_personalized(self.config, self.state_dict(), folder)
-
-    @classmethod
-    def load(cls, model: PreTrainedModel, folder: str | Path) -> PersonalizedAdapter:
-        """Attach the adapter saved in ``folder`` to ``model`` (the same base model, without an adapter).
-
-        Raises:
-            FileNotFoundError: if the folder is not complete.
-            ValueError: if it holds something else, or does not fit the model.
-        """
-        config, state = read_personalized(folder)
-        adapter = attach_adapter(model, config)
-        adapter.load_state_dict(state)
-        return adapter
-
-    @torch.no_grad()
-    def export_user(self, z: Tensor | None, folder: str | Path) -> None:
-        """Write the LoRA that this adapter is for one instance, as a plain PEFT folder.
-
-        Every method here *is* a plain LoRA once z is fixed. The gates of the projections differ, so each
-        projection gets its own ``A(z), B(z)``. ``peft.PeftModel.from_pretrained`` loads the folder, and may
-        merge it.
-
-        Args:
-            z: the instance ``[1, H]``; ignored (``None`` will do) with mixer ``identity``.
-            folder: where to write.
-
-        Raises:
-            ValueError: if ``z`` is not one instance, or the gate is ``shuffled``.
-        """
-        weights = None
-        if self.config.mixer != "identity":
-            if z is None or z.shape[:1] != (1,):
-                got = None if z is None else tuple(z.shape)
-                raise ValueError(
-                    f"export_user writes the adapter of one instance [1, {self.config.instance_size}], "
-                    f"got {got}"
-                )
-            weights = self.gate_weights(z)
-        write_plain_lora(
-            self.plain_pairs(weights),
-            self.config,
-            folder,
-            base_model_name=self.model.name_or_path or None,
-            fan_in_fan_out=self.fan_in_fan_out,
-        )
+    # ------------------------------------------------------------------ one instance's LoRA
 
     @property
     def fan_in_fan_out(self) -> bool:

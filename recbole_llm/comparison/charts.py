@@ -18,15 +18,10 @@ from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
-from recbole_llm.comparison.tables import (
-    clean,
-    estimate_text,
-    group_sizes,
-    interval_text,
-    values_by_group,
-)
+from recbole_llm.comparison.tables import clean, estimate_text, interval_text, marked, values_by_group
 from recbole_llm.experiment.result import metric_title
 
 AVAILABLE = find_spec("matplotlib") is not None
@@ -35,16 +30,7 @@ SERIES = 6
 """As many series are distinguished in one chart."""
 WIDTH = 360.0
 _MARKERS = "osD^vP"
-_VARIABLES = (
-    "ink",
-    "muted",
-    "line",
-    "soft",
-    "paper",
-    "heat",
-    "on-heat",
-    *(f"c{i + 1}" for i in range(SERIES)),
-)
+_VARIABLES = ("ink", "muted", "line", "soft", "paper", "heat", "on-heat", "c1", "c2", "c3", "c4", "c5", "c6")
 _COLOUR = {name: f"#0000{i + 16:02x}" for i, name in enumerate(_VARIABLES)}  # replaced in the SVG
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "", "text.parse_math": False, "font.size": 11, "axes.unicode_minus": True,
@@ -56,9 +42,9 @@ _STYLE = {
 }  # fmt: skip
 
 
-def style_of(model: Mapping[str, Any]) -> int:
+def style_of(kind: str) -> int:
     """The number of the colour and shape of a kind of model."""
-    return {"llm": 0, "classical": 1, "reference": 2}.get(model["kind"], 3)
+    return {"llm": 0, "classical": 1, "reference": 2}.get(kind, 3)
 
 
 def _chart(draw: Callable[..., tuple[Any, str, str]]) -> Callable[..., Markup]:
@@ -107,7 +93,7 @@ def intervals(found: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> 
                 ax.hlines(y, **ends, color=_COLOUR["muted"], alpha=0.45, lw=6)
             values = [value for value in estimate["values"] if value is not None]
             ax.plot(values, [y + 7] * len(values), "|", color=_COLOUR["muted"], ms=5)
-        _mark(ax, mean, y, style_of(model), f"{model['label']}: {text} {interval_text(estimate)}")
+        _mark(ax, mean, y, style_of(model["kind"]), f"{model['label']}: {text} {interval_text(estimate)}")
     return figure, "intervals-svg", f"{metric_title(metric)}, best first"
 
 
@@ -118,9 +104,15 @@ def cost(found: Mapping[str, Any], points: Sequence[tuple[float, float, str, int
 
     figure, ax = _axes(230, "seconds of training and testing", left=46, top=24, y_ticks=True)
     places = [point[:2] for point in points]
-    for point in points:
-        _mark(ax, point[0], point[1], point[3], point[2])
-    ax.set_title(_axis(found), loc="left", size=11, color=_COLOUR["muted"], x=-46 / (WIDTH - 54))
+    for seconds, value, tip, style in points:
+        _mark(ax, seconds, value, style, tip)
+    ax.set_title(
+        _axis(found),
+        loc="left",
+        size=11,
+        color=_COLOUR["muted"],
+        x=-46 / (WIDTH - 54),
+    )
     logs = [math.log10(seconds) for seconds, _ in places]
     ax.set(xscale="log", ylim=_limits([value for _, value in places]))
     ax.set_xlim(*(10**limit for limit in _limits(logs, 0.4)))
@@ -157,8 +149,10 @@ def reliability(model: Mapping[str, Any], number: int) -> tuple[Any, str, str]:
 @_chart
 def by_group(found: Mapping[str, Any], name: str, number: int) -> tuple[Any, str, str]:
     """One band for each group, in it a mark for each of the best models; thin lines join neighbouring groups."""
-    groups, series = group_sizes(found, name), list(values_by_group(found, name).items())[:SERIES]
-    texts = [[textwrap.shorten(clean(t), 16, placeholder="…") for t in group] for group in groups.items()]
+    series = list(values_by_group(found, name).items())[:SERIES]
+    groups = list(series[0][1])
+    named = [group[:-1].rsplit(" (", 1) for group in groups]  # "5-12 (1,200 samples)"
+    texts = [[_short(text, 16) for text in pair] for pair in named]
     left, lane = 6.2 * max(len(text) for pair in texts for text in pair) + 14, 9
     band, width = max(32, lane * len(series) + 12), WIDTH - left - 8
     figure, ax = _axes(band * len(groups), _axis(found), left=left)
@@ -172,11 +166,11 @@ def by_group(found: Mapping[str, Any], name: str, number: int) -> tuple[Any, str
     for j, (label, values) in enumerate(series):
         ys = [band * (i + 0.5) + lane * (j - (len(series) - 1) / 2) for i in range(len(groups))]
         dashes = (0, (3 + 2 * j, j)) if j else "-"
-        line = [math.nan if value is None else value for value in values]
+        line = [math.nan if value is None else value for value in values.values()]
         ax.plot(line, ys, color=_COLOUR[f"c{j + 1}"], lw=1, alpha=0.6, ls=dashes)
-        for group, value, y in zip(groups, values, ys, strict=True):
+        for (group, value), y in zip(values.items(), ys, strict=True):
             if value is not None:
-                _mark(ax, value, y, j, f"{label}, {group} ({groups[group]}): {value:.4f}", 6.5)
+                _mark(ax, value, y, j, f"{label}, {group}: {value:.4f}", 6.5)
     return figure, f"group-{number}", f"{metric_title(found['leading'])} by {name}"
 
 
@@ -185,23 +179,20 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Any, s
     """Users by experts as shades of one colour, from 0 (or the least, if that is below 0) to the greatest."""
     from matplotlib.colors import ListedColormap
 
-    values, columns, named = [gates["values"][i] for i in order], gates["experts"], len(order) <= 30
+    values, columns, named = np.array(gates["values"])[order], gates["experts"], len(order) <= 30
     users = [gates["users"][i] for i in order] if named else [""]
-    names = [textwrap.shorten(clean(user), 14, placeholder="…") for user in users]
+    names = [_short(user, 14) for user in users]
     left, height = 6.2 * max(map(len, names)) + 10, 16.0 if named else max(1.5, 480 / len(order))
     figure, ax = _axes(height * len(order) + 40, "", left=left, right=4, top=18, bottom=2)
     ax.set_axis_off()
-    low, high = min(0.0, *(v for row in values for v in row)), max(v for row in values for v in row)
-    shares = [[(v - low) / (high - low) if high > low else 0.5 for v in row] for row in values]
-    bar = height * len(order) + 10
-    for top, step, right, cells in (
-        (0, height, columns, shares),
-        (bar, 8, columns / 3, [[i / 19 for i in range(20)]]),
-    ):
-        xs, ys = [right * j / len(cells[0]) for j in range(len(cells[0]) + 1)], range(len(cells) + 1)
-        shades = [[0.04 + 0.96 * share for share in row] for row in cells]
-        colours = ListedColormap([_COLOUR["heat"]])
-        ax.pcolormesh(xs, [top + step * i for i in ys], shades, cmap=colours, alpha=shades, lw=0)
+    low, high = min(0.0, values.min()), values.max()
+    shares = (values - low) / (high - low) if high > low else np.full(values.shape, 0.5)
+    bar, colours = height * len(order) + 10, ListedColormap([_COLOUR["heat"]])
+    scale = np.linspace(0, 1, 20)[None]
+    for top, step, right, cells in ((0, height, columns, shares), (bar, 8, columns / 3, scale)):
+        xs, ys = np.linspace(0, right, cells.shape[1] + 1), top + step * np.arange(len(cells) + 1)
+        shades = 0.04 + 0.96 * cells
+        ax.pcolormesh(xs, ys, shades, cmap=colours, alpha=shades, lw=0)
     ax.text(0, bar + 21, f"{low:.2f}")
     ax.text(columns / 3, bar + 21, f"{high:.2f}", ha="right")
     for j in range(columns if columns <= 12 else 0):
@@ -210,28 +201,31 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Any, s
         beside = {"transform": ax.get_yaxis_transform(), "x": (4 - left) / (WIDTH - left - 4)}
         ax.text(y=height * (i + 0.75), s=name, **beside)
         for j, value in enumerate(values[i] if (WIDTH - left) / columns >= 36 else ()):
-            ink = _COLOUR["on-heat" if shares[i][j] > 0.55 else "ink"]
+            ink = _COLOUR["on-heat" if shares[i, j] > 0.55 else "ink"]
             ax.text(j + 0.5, height * (i + 0.75), f"{value:.2f}", color=ink, ha="center")
     return figure, "gates-svg", "Gates: users by experts"
 
 
 @_chart
-def gate_map(gates: Mapping[str, Any], styles: Mapping[str, int]) -> tuple[Any, str, str]:
+def gate_map(gates: Mapping[str, Any], profiles: Sequence[tuple[str, int]]) -> tuple[Any, str, str]:
     """The users in the plane, marked by their profile; axes are bare, as only distances count."""
     figure, ax = _axes(230, "", left=10)
+    styles, size = {name: i for i, (name, _) in enumerate(profiles)}, 9 if len(gates["users"]) <= 100 else 5
     for i, (x, y) in enumerate(gates["coordinates"]):
         profile = clean(gates["profile"][i]) if gates["profile"] else ""
         style = styles.get(profile, SERIES - 1) if profile else 0
-        size = 9 if len(gates["users"]) <= 100 else 5
         _mark(ax, x, y, style, ", ".join(filter(None, [str(gates["users"][i]), profile])), size)
     ax.set(xticks=[], yticks=[], ylim=_limits([y for _, y in gates["coordinates"]]))
     ax.spines[:].set(visible=True, color=_COLOUR["line"])
     return figure, "map-svg", "Map of the users' gates"
 
 
+def _short(text: Any, letters: int) -> str:
+    return textwrap.shorten(clean(text), letters, placeholder="…")
+
+
 def _axis(found: Mapping[str, Any]) -> str:
-    leading = found["leading"]
-    return metric_title(leading) + (" (less is better)" if leading in found["smaller_is_better"] else "")
+    return marked(found, found["leading"], " (less is better)")
 
 
 def _axes(

@@ -1,16 +1,14 @@
 """The report of a comparison: JSON, CSV, Markdown, LaTeX, and one page of HTML that needs no network.
 
 :func:`report` works it out from the files of finished runs. The other functions are views of the comparison's dict,
-which :mod:`recbole_llm.comparison.tables` describes. Names, titles and model texts are untrusted: templates escape
+which docs/comparisons.md describes. Names, titles and model texts are untrusted: templates escape
 everything that is not marked as safe, each in the way of its format.
 """
 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +16,16 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from recbole_llm.comparison import charts, tables
-from recbole_llm.comparison.analysis import FinishedRun, build_comparison, load_run
+from recbole_llm.comparison.analysis import build_comparison
+from recbole_llm.comparison.finished_run import FinishedRun, load_run
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
-from recbole_llm.comparison.tables import COSTS, MINUS, TASKS, Footnotes, Table, clean, failure_lines
+from recbole_llm.comparison.tables import COSTS, DASH, MINUS, TASKS, clean
 from recbole_llm.experiment.table import layout
 from recbole_llm.utils.files import read_json, write_atomically, write_json
 from recbole_llm.utils.run_files import RESULT_FILE
@@ -32,7 +33,6 @@ from recbole_llm.utils.text_output import spreadsheet_text
 
 NAME = "compare"
 TEMPLATES = Path(__file__).parent / "templates"
-_KIND_NAMES = {"llm": "language model", "classical": "conventional recommender", "reference": "reference"}
 _CSV_COLUMNS = (
     "record", "dataset", "task", "model", "against", "kind", "seed", "metric", "value", "sd", "low", "high",
     "low_bca", "high_bca", "p", "p_holm", "test", "rows", "group", "reason",
@@ -88,7 +88,7 @@ def _planned(folder: Path) -> tuple[list[FinishedRun], list[Mapping[str, Any]], 
             unfinished = {"name": name, "seed": seed, "error": "the run is not finished"}
             failed.append(reasons.get((name, seed), unfinished))
     if not runs:
-        what = "; ".join(failure_lines({"failed": failed}))
+        what = "; ".join(tables.failure_lines({"failed": failed}))
         raise ValueError(f"no run in {folder} has a result ({what})")
     subject = plan["subject"] if any(run.name == plan["subject"] for run in runs) else runs[-1].name
     return runs, failed, {"subject": subject, "samples": plan["samples"], "command": plan["command"]}
@@ -114,17 +114,14 @@ def write_report(folder: Path, found: Mapping[str, Any]) -> list[Path]:
 
 def terminal_table(found: Mapping[str, Any]) -> str:
     """Plain text: the models, key findings, failures."""
-    notes, table = Footnotes(), tables.metrics_table(found)
-    cells = [
-        [clean(f"{c.text} {c.interval}") + (f" ({number})" if (number := notes.mark(c)) else "") for c in row]
-        for row in table.rows
-    ]
-    lines = [layout([list(table.head), *cells])] if cells else ["no model finished"]
-    lines += [f"({number}) {clean(note)}" for number, note in notes]
+    notes: dict[str, int] = {}
+    lines = ["no model finished"]
+    if rows := tables.metrics_table(found).rows:
+        lines = [layout([list(rows[0]), *([_plain(cell, notes) for cell in row.values()] for row in rows)])]
+    lines += [f"({number}) {clean(note)}" for note, number in notes.items()]
     lines += ["", *map(clean, found["sentences"])] if found["sentences"] else []
-    if found["failed"]:
-        lines += ["", "failed:", *map(clean, failure_lines(found))]
-    return "\n".join(lines).replace(MINUS, "-").replace("–", "-")
+    lines += ["", "failed:", *map(clean, tables.failure_lines(found))] if found["failed"] else []
+    return "\n".join(lines).replace(MINUS, "-").replace(DASH, "-")
 
 
 def to_csv(found: Mapping[str, Any]) -> str:
@@ -155,38 +152,25 @@ def to_csv(found: Mapping[str, Any]) -> str:
     lines += [{"record": "difference", "model": d["a"], "against": d["b"], **d} for d in found["differences"]]
     for f in found["failed"]:
         lines.append({"record": "failed", "model": f["name"], "seed": f["seed"], "reason": f["error"]})
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, _CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        line = {"dataset": found["dataset"], "task": found["task"], **line}
-        writer.writerow({key: _csv(v) if isinstance(v, str) else v for key, v in line.items()})
-    return file.getvalue()
+    whole = ({"dataset": found["dataset"], "task": found["task"], **line} for line in lines)
+    cells = [{key: _csv(v) if isinstance(v, str) else v for key, v in line.items()} for line in whole]
+    return pd.DataFrame(cells, columns=_CSV_COLUMNS, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def to_markdown(found: Mapping[str, Any]) -> str:
     """A page for GitHub; footnotes explain missing values and labels."""
     environment = _environment(_markdown)
     environment.filters["fenced"] = lambda text: Markup(_fence(clean(text, lines=True)))
-    view = {**found, "failed": failure_lines(found), "facts": tables.facts(found), "title": _title(found)}
-    text = environment.get_template("report.md").render(view, tables=_tables(found), footnotes=Footnotes())
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", _render(environment, "report.md", found)).rstrip() + "\n"
 
 
 def to_latex(found: Mapping[str, Any]) -> str:
     """Tables with booktabs, to be read with \\input; the best value of a column is bold."""
-    samples = f"{found['rows']['test']:,} test samples of {found['rows']['users']:,} users"
-    captions = {
-        "Metrics": f"{_title(found)}: {samples}; mean ± standard deviation over seeds.",
-        "Differences": "Differences, paired by user; p adjusted by Holm's method.",
-        "Cost": "Cost, means over seeds.",
-    }
     environment = _environment(
         _latex, block_start_string="<%", block_end_string="%>", variable_start_string="<<",
         variable_end_string=">>", comment_start_string="<#", comment_end_string="#>",
     )  # fmt: skip
-    captioned = [(table, captions[table.title]) for table in _tables(found)]
-    return environment.get_template("report.tex").render(captioned=captioned, footnotes=Footnotes) + "\n"
+    return _render(environment, "report.tex", found) + "\n"
 
 
 def to_html(found: Mapping[str, Any]) -> str:
@@ -197,30 +181,19 @@ def to_html(found: Mapping[str, Any]) -> str:
         # Names such as gate_scope=user may be broken after = and _ on a narrow screen.
         "breakable": lambda text: Markup(re.sub("([=_])", r"\1<wbr>", str(escape(clean(text))))),
     }
-    style, script = (
-        Markup((TEMPLATES / f"report.{end}").read_text(encoding="utf-8").strip()) for end in ("css", "js")
-    )
-    models, leading = found["models"], found["leading"]
-    points, unknown = _against_cost(found)
+    script = environment.get_template("report.js").render()
     page = {
-        "found": found,
-        "tables": tables,
         "charts": charts,
-        "title": _title(found),
-        "leading": tables.metric_title(leading),
-        "labels": {model["name"]: model["label"] for model in models},
-        "kind_names": _KIND_NAMES,
-        "order": tables.best_first(found, leading),
-        "several_seeds": any(len(model["seeds"]) > 1 for model in models),
-        "points": points,
-        "unknown": unknown,
-        "curves": [model for model in models if model["calibration"]],
-        "groupings": list(dict.fromkeys(name for model in models for name in model["groups"])),
-        "style": style,
-        "script": script,
+        "labels": {model["name"]: model["label"] for model in found["models"]},
+        "leading": tables.metric_title(found["leading"]),
+        "order": tables.best_first(found, found["leading"]),
+        "several_seeds": any(len(model["seeds"]) > 1 for model in found["models"]),
+        "groupings": list(dict.fromkeys(name for model in found["models"] for name in model["groups"])),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **_against_cost(found),
+        **(_gates(found["gates"]) if found["gates"] else {}),
     }
-    return environment.get_template("report.html").render(page, **_gates(found["gates"])) + "\n"
+    return _render(environment, "report.html", found, **page) + "\n"
 
 
 def _environment(escaped: Callable[[Any], str], **syntax: Any) -> Environment:
@@ -235,17 +208,18 @@ def _environment(escaped: Callable[[Any], str], **syntax: Any) -> Environment:
     )
 
 
-def _title(found: Mapping[str, Any]) -> str:
-    return f"{found['dataset']}: {TASKS.get(found['task'], found['task'])}"
+def _render(environment: Environment, template: str, found: Mapping[str, Any], **more: Any) -> str:
+    title = f"{found['dataset']}: {TASKS.get(found['task'], found['task'])}"
+    return environment.get_template(template).render(found=found, title=title, tables=tables, **more)
 
 
-def _tables(found: Mapping[str, Any]) -> list[Table]:
-    made = (tables.metrics_table(found), tables.differences_table(found), tables.costs_table(found))
-    return [table for table in made if table.rows]
+def _plain(cell: tables.Cell, notes: dict[str, int]) -> str:
+    number = tables.mark(notes, cell)
+    return clean(f"{cell.text} {cell.interval}") + (f" ({number})" if number else "")
 
 
-def _against_cost(found: Mapping[str, Any]) -> tuple[list[tuple[float, float, str, int]], list[str]]:
-    """(seconds, value, tip, style) of models, and those that lack the value or some of the seconds."""
+def _against_cost(found: Mapping[str, Any]) -> dict[str, Any]:
+    """``points``: (seconds, value, tip, style) of models; ``unknown``: those that lack the value or seconds."""
     points, unknown = [], []
     for model in found["models"]:
         mean = model["metrics"][found["leading"]]["mean"]
@@ -255,23 +229,18 @@ def _against_cost(found: Mapping[str, Any]) -> tuple[list[tuple[float, float, st
             unknown.append(model["label"])
         if mean is not None and seconds >= 1e-6:
             tip = f"{model['label']}: {tables.value_text(mean)} after {tables.quantity_text(seconds)} s"
-            points.append((seconds, mean, tip, charts.style_of(model)))
-    return points, unknown
+            points.append((seconds, mean, tip, charts.style_of(model["kind"])))
+    return {"points": points, "unknown": unknown}
 
 
-def _gates(gates: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The order of users (those of one expert together, the most weight first), and the styles of profiles."""
-    if not gates:
-        return {"gates": None}
-    values = gates["values"]
-    strongest = [max(range(len(row)), key=row.__getitem__) for row in values]
-    order = sorted(range(len(values)), key=lambda i: (strongest[i], -max(values[i])))
+def _gates(gates: Mapping[str, Any]) -> dict[str, Any]:
+    """Users in order, those of one expert together, the most weight first; profiles with their numbers of users."""
+    weights = np.array(gates["values"])
     common = Counter(map(clean, gates["profile"] or ())).most_common()
-    shown = common if len(common) <= charts.SERIES else common[: charts.SERIES - 1]
-    rest = sum(count for _, count in common) - sum(count for _, count in shown)
-    profiles = [*shown, ("other", rest)] if rest else shown
-    styles = {value: style for style, (value, _) in enumerate(shown)}
-    return {"gates": gates, "user_order": order, "profiles": profiles, "profile_styles": styles}
+    shown = common[: charts.SERIES - (len(common) > charts.SERIES)]
+    rest = sum(count for _, count in common[len(shown) :])
+    order = np.lexsort((-weights.max(axis=1), weights.argmax(axis=1)))
+    return {"user_order": order, "profiles": shown + ([("other", rest)] if rest else [])}
 
 
 def _csv(text: str) -> str:

@@ -1,46 +1,17 @@
-"""The tables of a comparison, before they become text, Markdown, LaTeX or HTML; and what a comparison holds.
+"""The tables of a comparison, before they become text, Markdown, LaTeX or HTML.
 
-`compare.json`, format 1, as :func:`recbole_llm.comparison.analysis.build_comparison` makes it. It holds everything; the
-other files are views of it.
-
-    format              1
-    task                "ctr" or "next_item"
-    dataset, created, machine, device, command
-                        text; created is the time of writing, ISO
-    versions            {package: version or null}
-    metrics             ["auc", "logloss", ..] or ["hr@1", "ndcg@5", ..], in the order of the columns
-    leading             the one of them that plots, tests and key findings are about
-    smaller_is_better   those of them where less is better
-    rows                {train, few_shot or null, valid, test, test_available, users}: numbers of samples and users
-    seeds               [2020, ..]
-    models              [{name, kind: llm|classical|reference, seeds, label: how reports call it,
-                          metrics: {auc: {mean, sd, low, high, low_bca, high_bca, values, reason}, ..},
-                          cost: {train_seconds, test_seconds, samples_per_second, tokens_per_second, tokens,
-                                 peak_memory_gib, trained_parameters},
-                          calibration: {predicted, observed, counts, ece} or null,
-                          groups: {"history length": [{name, rows, value, reason}, ..], ..},
-                          paths: [..]}, ..]
-                        reason says why the mean or the bounds are null
-    differences         [{a, b, metric, value, low, high, low_bca, high_bca, p, p_holm, test, reason}, ..]: a minus b
-    failed              [{name, seed, error}, ..]
-    sentences, notes    [text, ..]: key findings, and remarks
-    gates               {model, experts: K, users, values [users, K], coordinates [users, 2], profile_field, profile}
-                        or null; the last two may be null
-    prompts             [{model, user, item, text, label, scores: {model: score}}, ..]
-
-Numbers that are not known are null.
+`found` is a comparison's dict, the content of `compare.json`, which docs/comparisons.md describes.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from recbole_llm.experiment.result import metric_title
 
-FORMAT = 1
 DASH = "–"
 MINUS = "−"
 COSTS = {
@@ -53,6 +24,8 @@ COSTS = {
     "trained_parameters": "trained parameters",
 }
 TASKS = {"ctr": "click-through rate", "next_item": "next item"}
+BINS = "predicted / observed (samples), by bin"
+TEXTS = ("model", "difference", "metric", "test", "user", BINS)
 _STEERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufffe\uffff")
 
 
@@ -78,26 +51,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of cells below a head; the columns in [words] are text, the others numbers."""
+    """Rows of cells by the name of their column; the columns in ``TEXTS`` hold text, all others numbers."""
 
     title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    words: tuple[int, ...] = (0,)
+    rows: Sequence[Mapping[str, Cell]]
+
+    @property
+    def head(self) -> list[str]:
+        return list(self.rows[0]) if self.rows else []
 
 
-class Footnotes:
-    """Numbers notes in order of appearance, equal ones once; iterate over (number, note)."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def mark(self, cell: Cell) -> int:
-        """The number of the cell's note, 0 if it has none."""
-        return self._numbers.setdefault(cell.note, len(self._numbers) + 1) if cell.note else 0
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        return iter([(number, note) for note, number in self._numbers.items()])
+def mark(notes: dict[str, int], cell: Cell) -> int:
+    """The number of the cell's note, 0 if it has none; `notes` numbers them in order of appearance, equal ones once."""
+    return notes.setdefault(cell.note, len(notes) + 1) if cell.note else 0
 
 
 def clean(text: Any, lines: bool = False) -> str:
@@ -112,29 +78,26 @@ def clean(text: Any, lines: bool = False) -> str:
     return kept if lines else " ".join(kept.split())
 
 
-def value_text(value: float | None, sign: bool = False) -> str:
-    """A metric with four decimals, a dash for None."""
-    return DASH if value is None else f"{value:{'+' if sign else ''}.4f}".replace("-", MINUS)
+def value_text(value: float | None, form: str = ".4f") -> str:
+    """A metric with four decimals, or in another format; a dash for None."""
+    return DASH if value is None else f"{value:{form}}".replace("-", MINUS)
 
 
 def quantity_text(value: float | None) -> str:
     """A cost: whole from 100 on, three digits below; a dash for None."""
-    if value is None:
-        return DASH
-    return (f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}").replace(
-        "-", MINUS
-    )
+    whole = value is not None and (abs(value) >= 100 or value == int(value))
+    return value_text(value, ",.0f" if whole else ".3g")
 
 
 def p_text(value: float | None) -> str:
     """A probability with four decimals, '<0.0001' below."""
-    return DASH if value is None else "<0.0001" if value < 1e-4 else f"{value:.4f}"
+    return "<0.0001" if value is not None and value < 1e-4 else value_text(value)
 
 
-def interval_text(holder: Mapping[str, Any], suffix: str = "", sign: bool = False) -> str:
+def interval_text(holder: Mapping[str, Any], suffix: str = "", form: str = ".4f") -> str:
     """'[0.7301, 0.7520]', empty where a bound is null."""
-    low, high = holder.get("low" + suffix), holder.get("high" + suffix)
-    return "" if low is None or high is None else f"[{value_text(low, sign)}, {value_text(high, sign)}]"
+    bounds = [holder.get(end + suffix) for end in ("low", "high")]
+    return "" if None in bounds else "[{}, {}]".format(*(value_text(bound, form) for bound in bounds))
 
 
 def estimate_text(model: Mapping[str, Any], metric: str) -> str:
@@ -144,17 +107,23 @@ def estimate_text(model: Mapping[str, Any], metric: str) -> str:
     return value_text(estimate["mean"]) + ("" if spread is None else f" ± {value_text(spread)}")
 
 
-def best_first(comparison: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+def marked(found: Mapping[str, Any], metric: str, mark: str = " ↓") -> str:
+    """The metric's title, marked where less is better."""
+    return metric_title(metric) + (mark if metric in found["smaller_is_better"] else "")
+
+
+def best_first(found: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
     """The models that have the metric, the best first."""
-    models = [model for model in comparison["models"] if model["metrics"][metric]["mean"] is not None]
-    sign = 1 if metric in comparison["smaller_is_better"] else -1
+    models = [model for model in found["models"] if model["metrics"][metric]["mean"] is not None]
+    sign = 1 if metric in found["smaller_is_better"] else -1
     return sorted(models, key=lambda model: sign * model["metrics"][metric]["mean"])
 
 
 def number_cell(value: float | None, text: str | None = None, note: str | None = None) -> Cell:
     """A number; `note` says why it is missing."""
-    text = value_text(value) if text is None else text
-    return Cell(text, note=note if value is None else None, number=value)
+    return Cell(
+        value_text(value) if text is None else text, note=note if value is None else None, number=value
+    )
 
 
 def name_cell(model: Mapping[str, Any]) -> Cell:
@@ -163,67 +132,72 @@ def name_cell(model: Mapping[str, Any]) -> Cell:
     return Cell(label, note=None if label == name else f"{label}: {name}", kind=model["kind"])
 
 
-def metrics_table(comparison: Mapping[str, Any], all_intervals: bool = False) -> Table:
+def metrics_table(found: Mapping[str, Any], all_intervals: bool = False) -> Table:
     """A line for each model: seeds and metrics, with the interval of the leading metric or of all."""
-    metrics, leading = comparison["metrics"], comparison["leading"]
-    order = {metric: best_first(comparison, metric) for metric in metrics}
-    best = {m: value_text(found[0]["metrics"][m]["mean"]) for m, found in order.items() if len(found) > 1}
-    rows = []
-    for model in comparison["models"]:
-        row = [name_cell(model), Cell(str(len(model["seeds"])), number=len(model["seeds"]))]
-        for metric in metrics:
+    rows = [
+        {"model": name_cell(model), "seeds": Cell(str(len(model["seeds"])), number=len(model["seeds"]))}
+        for model in found["models"]
+    ]
+    for metric in found["metrics"]:
+        leads, order = metric == found["leading"], best_first(found, metric)
+        best = value_text(order[0]["metrics"][metric]["mean"]) if len(order) > 1 else None
+        title = marked(found, metric) + (" [95% CI]" if leads and not all_intervals else "")
+        for row, model in zip(rows, found["models"], strict=True):
             estimate = model["metrics"][metric]
-            mean, wanted = estimate["mean"], all_intervals or metric == leading
+            mean, wanted = estimate["mean"], leads or all_intervals
             interval = interval_text(estimate) if wanted and mean is not None else ""
             note = estimate["reason"] if mean is None or (wanted and not interval) else None
-            is_best = mean is not None and value_text(mean) == best.get(metric)
-            row.append(Cell(estimate_text(model, metric), interval, note, is_best, mean))
-        rows.append(tuple(row))
-    head = (
-        marked(comparison, m) + (" [95% CI]" if m == leading and not all_intervals else "") for m in metrics
-    )
-    return Table("Metrics", ("model", "seeds", *head), tuple(rows))
+            is_best = mean is not None and value_text(mean) == best
+            row[title] = Cell(estimate_text(model, metric), interval, note, is_best, mean)
+    return Table("Metrics", rows)
 
 
-def seeds_table(comparison: Mapping[str, Any]) -> Table:
+def seeds_table(found: Mapping[str, Any]) -> Table:
     """The leading metric of every seed, and BCa intervals."""
-    leading, seeds, rows = comparison["leading"], comparison["seeds"], []
-    for model in comparison["models"]:
+    leading, rows = found["leading"], []
+    for model in found["models"]:
         estimate = model["metrics"][leading]
         values = dict(zip(model["seeds"], estimate["values"], strict=True))
-        bca = Cell(interval_text(estimate, "_bca") or DASH, number=estimate["low_bca"])
-        rows.append((name_cell(model), *(number_cell(values.get(seed)) for seed in seeds), bca))
-    head = ("model", *(f"seed {seed}" for seed in seeds), "BCa interval")
-    return Table(f"{metric_title(leading)} by seed", head, tuple(rows))
+        row = {"model": name_cell(model)}
+        row |= {f"seed {seed}": number_cell(values.get(seed)) for seed in found["seeds"]}
+        row["BCa interval"] = Cell(interval_text(estimate, "_bca") or DASH, number=estimate["low_bca"])
+        rows.append(row)
+    return Table(f"{metric_title(leading)} by seed", rows)
 
 
-def differences_table(comparison: Mapping[str, Any]) -> Table:
+def differences_table(found: Mapping[str, Any]) -> Table:
     """A line for each difference, with BCa intervals and tests where any has them."""
-    found, labels = comparison["differences"], {m["name"]: m["label"] for m in comparison["models"]}
-    bca, tests = any(interval_text(d, "_bca") for d in found), any(d["test"] for d in found)
-    rows = []
-    for d in found:
-        interval, note = interval_text(d, sign=True), d["reason"]
+    labels, rows = {model["name"]: model["label"] for model in found["models"]}, []
+    for d in found["differences"]:
         a, b = (labels.get(d[side], d[side]) for side in "ab")
-        row = [Cell(f"{a} {MINUS} {b}"), Cell(marked(comparison, d["metric"]))]
-        row += [number_cell(d["value"], value_text(d["value"], sign=True), note)]
-        row += [Cell(interval or DASH, note=None if interval else note, number=d["low"])]
-        row += [Cell(interval_text(d, "_bca", sign=True) or DASH, number=d["low_bca"])] if bca else []
-        row += [number_cell(d[key], p_text(d[key]), note) for key in ("p", "p_holm")]
-        rows.append((*row, *([Cell(d["test"] or DASH)] if tests else [])))
-    head = ["difference", "metric", "value", "95% CI", *(["BCa interval"] if bca else []), "p", "p (Holm)"]
-    return Table("Differences", (*head, *(["test"] if tests else [])), tuple(rows), (0, 1, len(head)))
+        interval, reason = interval_text(d, form="+.4f"), d["reason"]
+        row = {
+            "difference": Cell(f"{a} {MINUS} {b}"),
+            "metric": Cell(marked(found, d["metric"])),
+            "value": number_cell(d["value"], value_text(d["value"], "+.4f"), reason),
+            "95% CI": Cell(interval or DASH, note=None if interval else reason, number=d["low"]),
+            "BCa interval": Cell(interval_text(d, "_bca", "+.4f") or DASH, number=d["low_bca"]),
+            "p": number_cell(d["p"], p_text(d["p"]), reason),
+            "p (Holm)": number_cell(d["p_holm"], p_text(d["p_holm"]), reason),
+            "test": Cell(d["test"] or DASH),
+        }
+        rows.append(row)
+    for name in ("BCa interval", "test"):
+        if all(row[name].text == DASH for row in rows):
+            rows = [{key: cell for key, cell in row.items() if key != name} for row in rows]
+    return Table("Differences", rows)
 
 
-def costs_table(comparison: Mapping[str, Any]) -> Table:
+def costs_table(found: Mapping[str, Any]) -> Table:
     """A line for each model with the costs that any of them has; without lines where nothing is known."""
-    models = comparison["models"]
+    models = found["models"]
     known = [key for key in COSTS if any(model["cost"][key] is not None for model in models)]
     rows = []
     for model in models if known else ():
-        values = [model["cost"][key] for key in known]
-        rows.append((name_cell(model), *(number_cell(value, quantity_text(value)) for value in values)))
-    return Table("Cost", ("model", *(COSTS[key] for key in known)), tuple(rows))
+        costs = {key: model["cost"][key] for key in known}
+        cells = {COSTS[key]: number_cell(value, quantity_text(value)) for key, value in costs.items()}
+        rows.append({"model": name_cell(model), **cells})
+    return Table("Cost", rows)
 
 
 def calibration_table(models: Sequence[Mapping[str, Any]]) -> Table:
@@ -233,82 +207,82 @@ def calibration_table(models: Sequence[Mapping[str, Any]]) -> Table:
         curve = model["calibration"]
         bins = zip(curve["predicted"], curve["observed"], curve["counts"], strict=True)
         text = "; ".join(f"{p:.3f} / {o:.3f} ({n:,})" for p, o, n in bins)
-        rows.append((name_cell(model), number_cell(curve["ece"]), Cell(text)))
-    head = ("model", "calibration error", "predicted / observed (samples), by bin")
-    return Table("Reliability", head, tuple(rows), (0, 2))
+        error = number_cell(curve["ece"])
+        rows.append({"model": name_cell(model), "calibration error": error, BINS: Cell(text)})
+    return Table("Reliability", rows)
 
 
-def group_sizes(comparison: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The groups of one kind, and the number of samples of each in words."""
-    groups = [group for model in comparison["models"] for group in model["groups"].get(name, ())]
-    return {group["name"]: f"{group['rows']:,} samples" for group in groups}
-
-
-def group_table(comparison: Mapping[str, Any], name: str) -> Table:
+def group_table(found: Mapping[str, Any], name: str) -> Table:
     """The leading metric of every model in the groups of one kind, the best models first."""
-    order = best_first(comparison, comparison["leading"])
-    order += [model for model in comparison["models"] if model not in order]
-    sizes, rows = group_sizes(comparison, name), []
-    for model in order:
-        groups = model["groups"].get(name)
-        if groups:
-            rows.append((name_cell(model), *(number_cell(g["value"], note=g["reason"]) for g in groups)))
-    head = ("model", *(f"{group} ({size})" for group, size in sizes.items()))
-    return Table(f"{metric_title(comparison['leading'])} by {name}", head, tuple(rows))
+    order = best_first(found, found["leading"])
+    rows = []
+    for model in [*order, *(model for model in found["models"] if model not in order)]:
+        if groups := model["groups"].get(name):
+            cells = {
+                f"{g['name']} ({g['rows']:,} samples)": number_cell(g["value"], note=g["reason"])
+                for g in groups
+            }
+            rows.append({"model": name_cell(model), **cells})
+    return Table(f"{metric_title(found['leading'])} by {name}", rows)
 
 
-def values_by_group(comparison: Mapping[str, Any], name: str) -> dict[str, list[float | None]]:
-    """By label, the values in each group of the models that have any, the best models first."""
-    values = {row[0].text: [cell.number for cell in row[1:]] for row in group_table(comparison, name).rows}
-    return {label: found for label, found in values.items() if any(value is not None for value in found)}
+def values_by_group(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float | None]]:
+    """``{model: {group with its size: value}}`` of the models that have a value, the best first."""
+    values = {}
+    for row in group_table(found, name).rows:
+        label, *cells = row.values()
+        if any(cell.number is not None for cell in cells):
+            values[label.text] = {group: row[group].number for group in list(row)[1:]}
+    return values
 
 
 def gates_table(gates: Mapping[str, Any], order: Sequence[int]) -> Table:
     """The mixture weights of users, in the given order."""
-    rows = [
-        (Cell(str(gates["users"][i])), *(number_cell(value, f"{value:.3f}") for value in gates["values"][i]))
-        for i in order
-    ]
-    return Table("Gates", ("user", *(f"expert {j + 1}" for j in range(gates["experts"]))), tuple(rows))
+    rows = []
+    for i in order:
+        weights = {f"expert {j + 1}": number_cell(v, f"{v:.3f}") for j, v in enumerate(gates["values"][i])}
+        rows.append({"user": Cell(str(gates["users"][i])), **weights})
+    return Table("Gates", rows)
 
 
 def scores_table(prompt: Mapping[str, Any], labels: Mapping[str, str]) -> Table:
     """Every model's score of an example prompt."""
     scores = prompt["scores"].items()
-    rows = tuple((Cell(labels.get(name, name)), number_cell(score)) for name, score in scores)
-    return Table("Scores", ("model", "score"), rows)
+    return Table("Scores", [{"model": Cell(labels.get(k, k)), "score": number_cell(v)} for k, v in scores])
 
 
-def facts(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+def main_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Metrics, differences and cost, as far as there are any."""
+    made = (metrics_table(found), differences_table(found), costs_table(found))
+    return [table for table in made if table.rows]
+
+
+def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The head of a report: name and text of samples, users, seeds, device and the like."""
-    rows, versions = comparison["rows"], comparison["versions"]
+    rows, versions = found["rows"], found["versions"]
     test, training = f"{rows['test']:,}", f"{rows['train']:,}"
     if rows["test_available"] > rows["test"]:
         test += f" of {rows['test_available']:,}, a seeded draw"
     if rows["few_shot"] is not None:
         training += f"; {rows['few_shot']:,} of them for the language models"
-    pairs = (
-        ("training samples", training),
-        ("validation samples", f"{rows['valid']:,}"),
-        ("test samples", test),
-        ("users", f"{rows['users']:,}"),
-        ("seeds", ", ".join(map(str, comparison["seeds"]))),
-        ("machine", comparison["machine"]),
-        ("device", comparison["device"]),
-        ("created", comparison["created"].replace("T", " ").replace("+00:00", " UTC")),
-        ("versions", ", ".join(f"{package} {version}" for package, version in versions.items() if version)),
-    )
-    return [(name, text) for name, text in pairs if text]
+    pairs = {
+        "training samples": training,
+        "validation samples": f"{rows['valid']:,}",
+        "test samples": test,
+        "users": f"{rows['users']:,}",
+        "seeds": ", ".join(map(str, found["seeds"])),
+        "machine": found["machine"],
+        "device": found["device"],
+        "created": found["created"].replace("T", " ").replace("+00:00", " UTC"),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items() if version),
+    }
+    return [(name, text) for name, text in pairs.items() if text]
 
 
-def failure_lines(comparison: Mapping[str, Any]) -> list[str]:
+def failure_lines(found: Mapping[str, Any]) -> list[str]:
     """'iLoRA, seed 2021: out of memory'."""
-    return [
-        f"{f['name']}{'' if f['seed'] is None else ', seed ' + str(f['seed'])}: {f['error']}"
-        for f in comparison["failed"]
-    ]
-
-
-def marked(comparison: Mapping[str, Any], metric: str) -> str:
-    """The metric's title, with an arrow where less is better."""
-    return metric_title(metric) + (" ↓" if metric in comparison["smaller_is_better"] else "")
+    lines = []
+    for run in found["failed"]:
+        seed = "" if run["seed"] is None else f", seed {run['seed']}"
+        lines.append(f"{run['name']}{seed}: {run['error']}")
+    return lines

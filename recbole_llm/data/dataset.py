@@ -29,8 +29,9 @@ from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.atomic_dataset import SPLITS, AtomicDataset, setting
 from recbole_llm.data.atomic_files import AtomicFile, joined
 from recbole_llm.data.history import HistoryIndex
-from recbole_llm.data.item_text import ItemText, TextSettings, UserText
+from recbole_llm.data.item_text import ItemText, UserText
 from recbole_llm.data.retriever import RecentRetriever, Retriever
+from recbole_llm.data.text_settings import TextSettings
 from recbole_llm.utils.fields import ROW_ID
 
 try:

@@ -52,19 +52,6 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((pairs.below + pairs.not_above).sum()) / (2 * pairs.positives.size * pairs.negatives.size)
 
 
-def logloss(p: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of -log(probability given to the label), `p` [n] being the probability of 1.
-
-    Note:
-        `p` is clipped to [1e-15, 1 - 1e-15], as in RecBole. A float32 sigmoid is exactly 1 from a logit of
-        about 17 on, and one such sample that is wrong costs 34.5: pass float64 probabilities where possible.
-
-    Raises:
-        UndefinedMetric: if `p` leaves [0, 1] or there are no samples.
-    """
-    return float(row_logloss(p, labels).mean())
-
-
 def accuracy(p: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:
     """Share of samples where `p > threshold` agrees with the label (a probability of exactly 0.5 predicts 0).
 
@@ -185,7 +172,15 @@ class PairOrder:
 
 
 def row_logloss(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """[n] float64 log loss of each sample; see `logloss`."""
+    """[n] float64: -log(probability given to the label) of each sample, `p` [n] being the probability of 1.
+
+    Note:
+        `p` is clipped to [1e-15, 1 - 1e-15], as in RecBole. A float32 sigmoid is exactly 1 from a logit of
+        about 17 on, and one such sample that is wrong costs 34.5: pass float64 probabilities where possible.
+
+    Raises:
+        UndefinedMetric: if `p` leaves [0, 1] or there are no samples.
+    """
     p, labels = _check_probabilities(p, labels, "LogLoss")
     p = np.clip(p, LOG_EPS, 1 - LOG_EPS)
     return -np.log(np.where(labels, p, 1 - p))

@@ -20,12 +20,9 @@ averaged over all samples, in float64. Without ties they equal RecBole's Hit, ND
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-
-from recbole_llm.evaluation.metrics import UndefinedMetric
 
 RANK_METRICS = ("hr@1", *(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (5, 10, 20)))
 """What is computed unless one asks for others. At 1 all three are the same."""
@@ -91,22 +88,6 @@ def row_rank_metric(metric: str, ranks: np.ndarray) -> np.ndarray:
         "mrr": lambda: 1 / ranks,
     }[kind]()
     return np.where(ranks <= k, gain, 0.0)
-
-
-def rank_metrics(ranks: np.ndarray, metrics: Sequence[str] = RANK_METRICS) -> dict[str, float]:
-    """Metric name -> mean over the samples, of the ranks [n] that `target_ranks` gives.
-
-    >>> rank_metrics([1, 3, 12], ["hr@1", "hr@5", "ndcg@5", "mrr@10"])["ndcg@5"]
-    0.5
-
-    Raises:
-        UndefinedMetric: if there are no samples.
-        ValueError: on an unknown metric, or ranks that are no whole numbers from 1 on.
-    """
-    ranks = _check_ranks(ranks)
-    if not ranks.size:
-        raise UndefinedMetric("there are no samples to evaluate")
-    return {metric.lower(): float(row_rank_metric(metric, ranks).mean()) for metric in metrics}
 
 
 def parse_rank_metric(metric: str) -> tuple[str, int]:

@@ -16,16 +16,11 @@ from recbole.utils import EvaluatorType
 from torch import Tensor
 
 from recbole_llm.config.configurator import Config
-from recbole_llm.data.candidates import (
-    CandidateDataLoader,
-    CandidateSet,
-    RankedItemsDataLoader,
-    draw_candidates,
-    most_negatives,
-)
+from recbole_llm.data.candidates import CandidateSet, draw_candidates, most_negatives
 from recbole_llm.data.create import create_dataset
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.loading import build_splits, draw_rows
+from recbole_llm.data.ranking_loaders import CandidateDataLoader, RankedItemsDataLoader
 from recbole_llm.data.retriever import CategoryRetriever, SemanticRetriever
 from recbole_llm.data.streams import draw_by_user
 from recbole_llm.experiment.assembly import cache_folder, is_default_count

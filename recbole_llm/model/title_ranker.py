@@ -25,7 +25,8 @@ from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
 from recbole_llm.backbone.answers import pad_right
-from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
+from recbole_llm.backbone.title_trie import TitleTrie
+from recbole_llm.backbone.titles import answer_log_likelihood, generate_titles, score_titles
 from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.config.settings import ScoringSettings
 from recbole_llm.model.base import LLMRecommender, MicroBatch

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from recbole_llm.adapter.config import AdapterConfig
-from recbole_llm.adapter.export import write_plain_lora
+from recbole_llm.adapter.export import plain_tensors, write_plain_lora
 from recbole_llm.adapter.merge import PlainLora, applied, padded
 from recbole_llm.backbone.loader import DEQUANTISED
 from recbole_llm.model.answer_ctr import AnswerCTR
@@ -267,9 +266,11 @@ def write_adapter(run: ServedRun, lora: PlainLora, folder: Path, **more: object)
     """Write a PEFT folder, and beside PEFT's files what the adapter was made of."""
     config = run.model.adapter.config
     write_plain_lora(
-        lora.pairs,
-        plain_config(config, lora),
+        lora,
         folder,
+        target_modules=config.target_modules,
+        layers=config.layers,
+        lora_dropout=config.lora_dropout,
         base_model_name=base_name(run),
         fan_in_fan_out=run.model.adapter.fan_in_fan_out,
     )
@@ -284,19 +285,6 @@ def write_adapter(run: ServedRun, lora: PlainLora, folder: Path, **more: object)
     write_json(folder / DESCRIPTION, facts)
 
 
-def plain_config(config: AdapterConfig, lora: PlainLora) -> AdapterConfig:
-    """The settings of a plain LoRA of this rank and scale on the same projections."""
-    return replace(
-        config,
-        mixer="identity",
-        gate="uniform",
-        top_k=None,
-        num_experts=1,
-        r=lora.rank,
-        lora_alpha=lora.scale * lora.rank,
-    )
-
-
 # ---------------------------------------------------------------------- many users
 
 
@@ -307,12 +295,10 @@ def _write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     where: dict[str, str] = {}
     for number, start in enumerate(range(0, len(names), SHARD_USERS)):
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for row in range(start, min(start + SHARD_USERS, len(names))):
             lora = lora_of(run, {key: value[row : row + 1] for key, value in gates.items()}, rank, names[row])
-            for projection, (a, b) in lora.pairs.items():
-                tensors[f"{names[row]}/{projection}.lora_A.weight"] = a.detach().cpu().clone().contiguous()
-                tensors[f"{names[row]}/{projection}.lora_B.weight"] = b.detach().cpu().clone().contiguous()
+            tensors |= plain_tensors(lora, f"{names[row]}/")
             where[names[row]] = SHARD.format(number)
         save_file(tensors, folder / SHARD.format(number))
     config = run.model.adapter.config
@@ -349,19 +335,10 @@ def unpack(index: str | Path, name: str, folder: str | Path) -> None:
             owner, _, rest = key.partition("/")
             if owner == name:
                 pairs.setdefault(rest.rsplit(".lora_", 1)[0], []).append(file.get_tensor(key))
-    rank = content["rank"]
-    config = AdapterConfig(
-        mixer="identity",
-        instance_size=1,
-        r=rank,
-        lora_alpha=content["scale"] * rank,
-        target_modules=content["target_modules"],
-    )
-    loras = {projection: (a, b) for projection, (a, b) in pairs.items()}
     write_plain_lora(
-        loras,
-        config,
+        PlainLora({projection: (a, b) for projection, (a, b) in pairs.items()}, content["scale"]),
         folder,
+        target_modules=content["target_modules"],
         base_model_name=content["base_model"]["name"],
         fan_in_fan_out=content["fan_in_fan_out"],
     )

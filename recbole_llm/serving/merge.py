@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.export import write_plain_lora
 from recbole_llm.adapter.merge import (
     BY_INPUTS,
@@ -217,22 +216,15 @@ def prompt_batches(run: ServedRun, n: int, size: int = 4) -> list[Batch]:
 
 def write_merged(lora: PlainLora, sources: Sequence[Source], folder: Path, facts: dict) -> None:
     """Write the merged LoRA as a PEFT folder."""
-    config = AdapterConfig(
-        mixer="identity",
-        instance_size=1,
-        r=lora.rank,
-        lora_alpha=lora.scale * lora.rank,
-        target_modules=sources[0].targets,
-    )
-    pairs = {name: (a.float(), b.float()) for name, (a, b) in lora.pairs.items()}
+    first = sources[0]
     write_plain_lora(
-        pairs, config, folder, base_model_name=sources[0].base, fan_in_fan_out=sources[0].transposed
+        replace(lora, pairs={name: (a.float(), b.float()) for name, (a, b) in lora.pairs.items()}),
+        folder,
+        target_modules=first.targets,
+        base_model_name=first.base,
+        fan_in_fan_out=first.transposed,
     )
-    about = {
-        "base_model": {"name": sources[0].base, "sha256": lora.base},
-        "prompt": sources[0].prompt,
-        **facts,
-    }
+    about = {"base_model": {"name": first.base, "sha256": lora.base}, "prompt": first.prompt, **facts}
     write_json(folder / DESCRIPTION, about)
 
 

@@ -26,8 +26,6 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
-from recbole_llm.data.atomic_files import AtomicFile, read_atomic
-from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.item_text import ItemText
@@ -41,6 +39,7 @@ from recbole_llm.lens.din import LensDIN
 from recbole_llm.lens.lens import Lens
 from recbole_llm.model.stream import StreamRecommender
 from recbole_llm.model.title_ranker import TitleRanker
+from recbole_llm.serving.new_tables import read_interactions, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -152,105 +151,6 @@ def _give_history(retriever: Retriever, history: HistoryIndex) -> None:
             _give_history(part, history)
 
 
-# ---------------------------------------------------------------------- reading
-
-
-def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset) -> pd.DataFrame:
-    """Check a table of interactions against what the run's data has; see :mod:`recbole_llm.data.atomic_files`.
-
-    ``min_rating`` holds here, too; RecBole's filters by counts and intervals do not.
-
-    Args:
-        source: an atomic ``.inter`` file, or a table with the same column names.
-        dataset: of the run.
-
-    Returns:
-        ``user``, ``item`` (tokens), ``time`` and, of what the histories have, ``rating`` and ``label``.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the columns or cells that are wrong.
-    """
-    file, history = _cells(source, "interactions", dataset), cast(HistoryIndex, dataset.history)
-    timed = dataset.time_field in dataset._loaded(dataset._files.interactions[0])
-    columns = {"user": dataset.uid_field, "item": dataset.iid_field}
-    if timed:
-        columns["time"] = dataset.time_field
-    if history.ratings is not None:
-        columns["rating"] = cast(str, dataset._rating_field)
-    threshold = dataset.threshold if isinstance(dataset, CTRDataset) else None
-    if history.labels is not None:
-        columns["label"] = next(iter(threshold)) if threshold else dataset.label_field
-    missing = sorted({name for name in columns.values() if name not in file.types})
-    if missing:
-        raise ValueError(
-            f"{file.path}: no column {', '.join(missing)}; the run needs {', '.join(dict.fromkeys(columns.values()))}, "
-            f"and there are {', '.join(file.types)}"
-        )
-    found = pd.DataFrame()
-    for name, column in columns.items():
-        if name in ("user", "item"):
-            file.clean_ids(column)
-            found[name] = file.table[column]
-            empty = found[name].isin(["", "[PAD]"])
-        else:
-            found[name] = file.times(column) if name == "time" else file.numbers(column, needed=True)
-            empty = found[name].isna()
-        if empty.any():
-            raise ValueError(
-                f"{file.where(int(empty.argmax()), column)} is empty; fill it in or remove the line"
-            )
-    if not timed:  # the order of the file is the order in time
-        found["time"] = history.timestamps.max() + 1 + np.arange(len(found))
-    if threshold:
-        found["label"] = (found["label"] >= next(iter(threshold.values()))).astype(np.float64)
-    elif "label" in found and not found["label"].isin((0, 1)).all():
-        raise ValueError(f"{file.path}: {columns['label']} holds other values than 0 and 1")
-    minimum = dataset.config["min_rating"]
-    if minimum is not None and dataset.config["task"] == "next_item":
-        found = found[found["rating"] >= minimum].reset_index(drop=True)
-    return _without_duplicates(found, dataset) if timed else found
-
-
-def _cells(source: str | Path | pd.DataFrame, what: str, dataset: HistoryDataset) -> AtomicFile:
-    if not isinstance(source, pd.DataFrame):
-        return _read(source, what, dataset)
-    types = {
-        str(name): "float" if pd.api.types.is_float_dtype(column) else "token"
-        for name, column in source.items()
-    }
-    table = source.where(source.notna(), "").astype(str).set_axis(list(types), axis=1).reset_index(drop=True)
-    return AtomicFile(Path(f"the {what}"), types, table, np.arange(1, len(table) + 1))
-
-
-def _read(path: str | Path, what: str, dataset: HistoryDataset) -> AtomicFile:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{what}: there is no file {path}")
-    return read_atomic(Path(path), dataset.config["field_separator"], dataset.config["encoding"])
-
-
-def _without_duplicates(table: pd.DataFrame, dataset: HistoryDataset) -> pd.DataFrame:
-    """The interactions that the data does not have yet, each once, as a preparation would keep them."""
-    history = cast(HistoryIndex, dataset.history)
-    if "rating" in table:
-        table["rating"] = table["rating"].astype(np.float32)  # as in the histories
-    users = np.repeat(np.arange(len(history.user_start) - 1), np.diff(history.user_start))
-    ids = dataset.field2token_id[dataset.uid_field]
-    mine = np.flatnonzero(np.isin(users, [ids[user] for user in table["user"].unique() if user in ids]))
-    old = {
-        "user": dataset.field2id_token[dataset.uid_field][users[mine]],
-        "item": dataset.field2id_token[dataset.iid_field][history.item_ids[mine]],
-        "time": history.timestamps[mine],
-    }
-    for name, values in (("rating", history.ratings), ("label", history.labels)):
-        if values is not None:
-            old[name] = values[mine]
-    both = pd.concat([pd.DataFrame(old)[list(table.columns)], table], ignore_index=True)
-    again = both.duplicated().to_numpy()[len(mine) :]
-    if again.any():
-        logger.warning("%d of the interactions are in the data already: left out", again.sum())
-    return table[~again].reset_index(drop=True)
-
-
 # ---------------------------------------------------------------------- appending
 
 
@@ -265,7 +165,8 @@ def append(
     Args:
         parts: the run.
         new: what it has been given so far; changed.
-        source: see :func:`read_interactions`. May hold users and items that the data does not have.
+        source: see :func:`~recbole_llm.serving.new_tables.read_interactions`. May hold users and items that the data
+            does not have.
         items: an atomic ``.item`` file, or a table, with the titles of such items, beside the data's own.
 
     Returns:
@@ -291,7 +192,7 @@ def append(
     if by_titles and not set(table["item"]) <= dataset.field2token_id[dataset.iid_field].keys():
         new.titles = new.titles or TitleVectors(parts)
     if items is not None:
-        titles = _cells(items, "items", dataset)
+        titles = read_table(items, "items", dataset)
         if dataset.iid_field not in titles.types:
             raise ValueError(
                 f"{titles.path} has no column {dataset.iid_field!r}; it has {list(titles.types)}"
@@ -367,7 +268,7 @@ def _refresh_titles(parts: Assembly, size: int) -> None:
     prompts = _line_prompts(parts) or _streams(parts)
     if prompts is None and not _by_titles(parts):
         return
-    hidden = prompts is not None and prompts.config["obfuscate_titles"]
+    hidden = prompts is not None and prompts.template["obfuscate_titles"]
     titles = dataset.item_text(obfuscate=hidden)
     untitled = [i for i in range(size, dataset.item_num) if titles.titles[i] == titles._placeholder(i)]
     if untitled and dataset.text_settings.missing_title == "error" and titles.titled and not hidden:

@@ -15,7 +15,6 @@ That is exact where nothing of the prefix depends on the target: a plain LoRA; a
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -26,13 +25,14 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_llm.backbone.answers import pad_right
-from recbole_llm.backbone.titles import CachedPrompts, KeptPrompt, takes_branches
+from recbole_llm.backbone.cached_prompts import CachedPrompts, KeptPrompt, takes_branches
 from recbole_llm.data.prompts.ctr import PromptBuilder
 from recbole_llm.data.prompts.stream import EncodedStreams
 from recbole_llm.data.retriever import RecentRetriever
 from recbole_llm.data.streams import Chunk, interactions_at, visible_until
 from recbole_llm.model.answer_ctr import AnswerCTR
 from recbole_llm.model.stream_ctr import StreamCTR
+from recbole_llm.serving.kept import Kept
 from recbole_llm.serving.new_data import KnownItemsRetriever
 
 ROWS = 16
@@ -69,46 +69,8 @@ def why_not(model: object) -> str | None:
     return None
 
 
-class KeptPrefixes:
-    """Keys and values of prefixes, at most so many bytes; the one used longest ago goes first.
-
-    Args:
-        size: bytes.
-
-    Attributes:
-        used: bytes.
-        found, missed: how often one was asked for.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size, self.used, self.found, self.missed = size, 0, 0, 0
-        self._entries: OrderedDict[Key, KeptPrompt] = OrderedDict()
-
-    def get(self, key: Key) -> KeptPrompt | None:
-        """A prefix, or ``None``."""
-        found = self._entries.get(key)
-        if found is None:
-            self.missed += 1
-            return None
-        self.found += 1
-        self._entries.move_to_end(key)
-        return found
-
-    def put(self, key: Key, prefix: KeptPrompt) -> None:
-        """Keep a prefix, if it fits at all."""
-        size = _bytes(prefix)
-        if size > self.size:
-            return
-        self._entries[key] = prefix
-        self.used += size
-        while self.used > self.size:
-            self.used -= _bytes(self._entries.popitem(last=False)[1])
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-def _bytes(prefix: KeptPrompt) -> int:
+def bytes_of(prefix: KeptPrompt) -> int:
+    """Of the keys and values of a prefix."""
     return sum(tensor.nbytes for layer in prefix for tensor in layer)
 
 
@@ -152,7 +114,7 @@ class PrefixScorer:
         reason = why_not(model)
         if reason is not None:
             raise ValueError(f"prompts of one user cannot share their beginning: {reason}")
-        self.model, self.kept = model, KeptPrefixes(memory)
+        self.model, self.kept = model, Kept[Key, KeptPrompt](memory, bytes_of)
         self.passes = {"prefixes": 0, "branches": 0}
         self._answers = torch.as_tensor(model.answer_ids)
 

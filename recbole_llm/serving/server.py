@@ -14,17 +14,18 @@ import json
 import logging
 import secrets
 import socket
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
+from jinja2 import Environment, FileSystemLoader
 
+from recbole_llm.serving.kept import Kept
 from recbole_llm.serving.recommend import choose, ranked
 from recbole_llm.serving.run import ServedRun
 
@@ -48,6 +49,8 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(f"recbole-llm serve needs {error.name}: pip install 'recbole_llm[serve]'") from error
 
 logger = logging.getLogger(__name__)
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -151,39 +154,6 @@ class Batcher:
         self._thread.shutdown(wait=True)
 
 
-class Kept:
-    """A bounded table of results; the one used longest ago goes first.
-
-    Args:
-        size: entries, at most.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[tuple, Any] = OrderedDict()
-
-    def get(self, key: tuple) -> Any:
-        """The entry, or ``None``."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
-
-    def put(self, key: tuple, value: Any) -> None:
-        """Keep an entry."""
-        self._entries[key] = value
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-
-    def forget(self, users: set[str] | None) -> None:
-        """Drop the entries of some users, the first part of the key; ``None``: of all."""
-        for key in [key for key in self._entries if users is None or key[0] in users]:
-            del self._entries[key]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
 def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) -> FastAPI:  # noqa: B008 - frozen
     """The application.
 
@@ -277,7 +247,7 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
             ("bytes", "Bytes of kept keys and values", lambda: prefixes.used),
         ):
             Gauge(f"recbole_llm_prefix_{name}", meaning, registry=registry).set_function(value)
-    batcher, kept = Batcher(run, limits, sizes.observe), Kept(limits.users_kept)
+    batcher, kept = Batcher(run, limits, sizes.observe), Kept[tuple, list[dict]](limits.users_kept)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -410,7 +380,8 @@ def create_app(run: ServedRun, *, token: str | None, limits: Limits = Limits()) 
         table = pd.DataFrame(request.interactions)
         titles = None if request.items is None else pd.DataFrame(request.items)
         counts = await batcher.call(lambda: run.append(table, titles))
-        kept.forget(None if counts["new_items"] else set(table[user_field].astype(str)))
+        changed = set(table[user_field].astype(str))
+        kept.forget([key for key in kept.keys() if counts["new_items"] or key[0] in changed])
         return InteractionsAnswer(**counts)
 
     return app
@@ -505,39 +476,12 @@ def new_token() -> str:
 
 def openapi_page(api: dict[str, Any]) -> str:
     """An OpenAPI description as one page of HTML that needs no other host."""
-    sections = []
-    for path, methods in api["paths"].items():
-        for method, call in methods.items():
-            body = (
-                call.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
-            )
-            fields = api["components"]["schemas"].get(body.get("$ref", "").rpartition("/")[2], {})
-            needed = fields.get("required", [])
-            rows = [
-                Markup("<tr><td><code>{}</code></td><td>{}</td><td><code>{}</code></td></tr>").format(
-                    name, "required" if name in needed else "optional", json.dumps(field)
-                )
-                for name, field in fields.get("properties", {}).items()
-            ]
-            statuses = ", ".join(
-                f"{code} {answer['description']}" for code, answer in call["responses"].items()
-            )
-            sections.append(
-                Markup("<h2><code>{} {}</code></h2><p>{}</p><table>{}</table><p>Answers: {}</p>").format(
-                    method.upper(),
-                    path,
-                    call.get("description") or call["summary"],
-                    Markup("").join(rows),
-                    statuses,
-                )
-            )
-    style = Markup(
-        "<meta charset=utf-8><meta name=viewport content='width=device-width'><style>:root{color-scheme:light dark}"
-        "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}td{padding:.2rem .6rem;"
-        "vertical-align:top}td:last-child{overflow-wrap:anywhere}</style>"
-    )
-    head = Markup(
-        "<!doctype html><title>{0}</title>{1}<h1>{0}</h1><p>{2}</p><p>{3} <a href=openapi.json>openapi.json</a></p>"
-    )
-    info = api["info"]
-    return head.format(info["title"], style, info["description"], "For programs:") + Markup("").join(sections)
+    schemas = api["components"]["schemas"]
+
+    def fields(call: dict[str, Any]) -> dict[str, Any]:
+        """The schema of a call's body; empty if it has none."""
+        body = call.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+        return schemas.get(body.get("$ref", "").rpartition("/")[2], {})
+
+    template = Environment(autoescape=True, trim_blocks=True, loader=FileSystemLoader(TEMPLATES))
+    return template.get_template("api.html").render(api=api, fields=fields, json=json.dumps)

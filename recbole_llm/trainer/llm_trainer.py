@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from recbole.config import Config
@@ -47,9 +47,6 @@ from recbole_llm.utils.distributed import ProcessLost
 from recbole_llm.utils.hashing import hash_tensors
 from recbole_llm.utils.memory import is_out_of_memory, within_memory
 from recbole_llm.utils.run_files import BEST_FILE, LAST_FILE
-
-if TYPE_CHECKING:
-    from recbole_llm.model.base import MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +292,7 @@ class LLMTrainer(Trainer):
             total += loss.item()
         return total
 
-    def _own(self, batches: Iterator[MicroBatch], n_rows: int) -> Iterator[tuple[MicroBatch, float]]:
+    def _own(self, batches: Iterator[Any], n_rows: int) -> Iterator[tuple[Any, float]]:
         """The micro-batches of this process, and the share of each in the mean loss.
 
         Neighbours are of similar length, so that in turn all processes have as much to do. With ``shard_backbone`` they

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from formulas import export_instance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recbole_llm.adapter.config import GATES, AdapterConfig
 from recbole_llm.adapter.gate import DenseGate, SoftmaxGate, build_gate
-from recbole_llm.adapter.personalized import PersonalizedAdapter
+from recbole_llm.adapter.personalized import attach_adapter
 
 WIDTH, EXPERTS = 6, 4
 LEARNED = ["mlp60", "linear", "mlp", "cnn", "cnn_groupnorm", "token"]
@@ -319,8 +321,9 @@ def test_new_gates_come_back_from_disk_bit_by_bit(adapted, model, batch, tmp_pat
     """The statistics too: released iLoRA loses them, and then its gate hardly differs between users."""
     ids, z = batch
     adapter = trained(adapted, kind)
-    adapter.save(tmp_path)
-    again = PersonalizedAdapter.load(model(), tmp_path)
+    save_file(adapter.state_dict(), tmp_path / "adapter.safetensors")
+    again = attach_adapter(model(), adapter.config)
+    again.load_state_dict(load_file(tmp_path / "adapter.safetensors"))
     again.peft_model.eval()
     saved, restored = adapter.state_dict(), again.state_dict()
     assert saved.keys() == restored.keys()
@@ -342,7 +345,7 @@ def test_one_users_adapter_can_be_exported(adapted, model, batch, tmp_path, kind
     expected = logits(adapter, ids[:1], z[:1])
     adapter.peft_model.train()
     before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
-    adapter.export_user(z[:1], tmp_path)
+    export_instance(adapter, z[:1], tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
     plain = PeftModel.from_pretrained(model(), tmp_path)
     torch.testing.assert_close(plain(ids[:1]).logits, expected)

@@ -443,7 +443,7 @@ def test_peft_counts_the_gate_among_the_adapter(adapted):
 def test_merge_is_refused(adapted, safe):
     adapter = adapted("factor")
     weight = adapter.model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="cannot be merged.*export_user"):
+    with pytest.raises(ValueError, match="cannot be merged.*recbole-llm export"):
         adapter.peft_model.merge_and_unload(safe_merge=safe)
     with pytest.raises(ValueError, match="cannot be merged"):
         adapter.peft_model.merge_adapter(safe_merge=safe)

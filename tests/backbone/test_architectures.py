@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from formulas import export_instance
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_architectures import CASES, DEFAULT, TOKENIZER, Case, build
 from torch import Tensor
@@ -16,7 +15,8 @@ from recbole_llm.adapter.config import AdapterConfig
 from recbole_llm.adapter.personalized import PersonalizedAdapter, attach_adapter
 from recbole_llm.adapter.targets import LLAMA_PROJECTIONS, resolve_targets
 from recbole_llm.backbone.answers import answer_logits, answer_token_ids, mean_pooled_vectors, pad_right
-from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
+from recbole_llm.backbone.title_trie import TitleTrie
+from recbole_llm.backbone.titles import answer_log_likelihood, generate_titles, score_titles
 from recbole_llm.utils.causal_lm import check_length, decoder_layers, layer_sizes, position_limit, projections
 
 TITLES = [TOKENIZER.encode(title) for title in (" Heat\n", " Toy Story\n", " Toy Story 2\n", " Toy\n", "\n")]
@@ -281,7 +281,7 @@ def test_one_instance_is_exported_as_a_lora_that_peft_merges(name, tmp_path):
     adapter.set_instance(INSTANCES[:1].expand(2, -1))
     with torch.no_grad():
         expected = answer_logits(adapter.peft_model, *batch, [3, 4])
-        adapter.export_user(INSTANCES[:1], tmp_path)
+        export_instance(adapter, INSTANCES[:1], tmp_path)
         loaded = PeftModel.from_pretrained(build(case, torch.float64), tmp_path).eval()
         torch.testing.assert_close(answer_logits(loaded, *batch, [3, 4]), expected, atol=1e-5, rtol=0)
         merged = loaded.merge_and_unload()
@@ -298,14 +298,3 @@ def test_adapters_give_each_row_its_own_titles(case):
         adapter.set_instance(INSTANCES[row : row + 1])
         expected = [written_out(adapter.peft_model, prompt, title) for title in TITLES]
         torch.testing.assert_close(got[row], torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0)
-
-
-def test_saved_adapters_come_back(tmp_path, caplog):
-    adapter = trained(adapted(CASES["GPT-2"], "factor"))
-    adapter.save(tmp_path)
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        back = PersonalizedAdapter.load(build(CASES["GPT-2"], torch.float64), tmp_path)
-    assert not caplog.records and back.config.target_modules == ["c_attn"]
-    for name, tensor in adapter.state_dict().items():
-        assert torch.equal(back.state_dict()[name], tensor)

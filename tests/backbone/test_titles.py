@@ -29,7 +29,8 @@ from recbole_llm.adapter.personalized import attach_adapter
 from recbole_llm.backbone import titles
 from recbole_llm.backbone.loader import load_backbone
 from recbole_llm.backbone.tiny import tiny_backbone
-from recbole_llm.backbone.titles import TitleTrie, answer_log_likelihood, generate_titles, score_titles
+from recbole_llm.backbone.title_trie import TitleTrie
+from recbole_llm.backbone.titles import answer_log_likelihood, generate_titles, score_titles
 
 END = 10  # any token can be the terminator
 # Common beginnings, titles that are the beginning of others (with and without the terminator), equal ones.

@@ -12,7 +12,9 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from recbole_llm.comparison.analysis import BEST_STACK, COLD, FinishedRun, build_comparison, chance, load_run
+from recbole_llm.comparison.analysis import BEST_STACK, COLD, build_comparison
+from recbole_llm.comparison.findings import chance
+from recbole_llm.comparison.finished_run import FinishedRun, load_run
 from recbole_llm.comparison.stacking import best_stack, stack
 from recbole_llm.evaluation.bootstrap import bootstrap
 from recbole_llm.evaluation.metrics import UndefinedMetric

@@ -18,15 +18,11 @@ from recbole.utils import init_seed
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.data import candidates
-from recbole_llm.data.candidates import (
-    CandidateDataLoader,
-    CandidateSet,
-    RankedItemsDataLoader,
-    draw_candidates,
-)
+from recbole_llm.data.candidates import CandidateSet, draw_candidates
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.data.next_item import NextItemDataset
+from recbole_llm.data.ranking_loaders import CandidateDataLoader, RankedItemsDataLoader
 from recbole_llm.data.retriever import SemanticRetriever
 from recbole_llm.utils.fields import ROW_ID
 

@@ -11,8 +11,9 @@ from atomic_files import random_interactions, write_atomic
 
 from recbole_llm.data.atomic_files import read_atomic
 from recbole_llm.data.ctr import CTRDataset
-from recbole_llm.data.item_text import ItemText, UserText, clean, natural_order, shorten
+from recbole_llm.data.item_text import ItemText, UserText
 from recbole_llm.data.next_item import NextItemDataset
+from recbole_llm.data.text_cleaning import clean, natural_order, shorten
 
 INTER_COLUMNS = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 

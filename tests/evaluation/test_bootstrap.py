@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from formulas import logloss, rank_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from recbole_llm.evaluation import bootstrap as module
 from recbole_llm.evaluation.bootstrap import bootstrap, bootstrap_ranks
-from recbole_llm.evaluation.metrics import accuracy, auc, gauc, logloss, user_codes
-from recbole_llm.evaluation.ranking import rank_metrics
+from recbole_llm.evaluation.metrics import accuracy, auc, gauc, user_codes
 
 VALUES = {
     "auc": lambda u, s, y: auc(s, y),

@@ -7,6 +7,7 @@ import collections
 import numpy as np
 import pytest
 import torch
+from formulas import rank_metrics
 from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector, Evaluator
@@ -15,7 +16,6 @@ from recbole.trainer import Trainer
 from recbole_llm.config.configurator import Config
 from recbole_llm.evaluation.collector import RowCollector
 from recbole_llm.evaluation.metrics import auc, gauc, register_metrics
-from recbole_llm.evaluation.ranking import rank_metrics
 
 FIELDS = {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LABEL_FIELD": "label"}
 

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from formulas import logloss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recbole.evaluator import Collector, Evaluator
@@ -22,7 +23,6 @@ from recbole_llm.evaluation.metrics import (
     auc,
     gauc,
     labeled_metrics,
-    logloss,
     register_metrics,
     user_auc,
 )

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from formulas import rank_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recbole.evaluator import Collector, Evaluator
 
-from recbole_llm.evaluation.metrics import UndefinedMetric
-from recbole_llm.evaluation.ranking import parse_rank_metric, rank_metrics, row_rank_metric, target_ranks
+from recbole_llm.evaluation.ranking import parse_rank_metric, row_rank_metric, target_ranks
 from recbole_llm.utils import recbole_repairs
 
 LEVELS = st.sampled_from([-math.inf, -2.0, 0.0, 0.5, 1e30, math.inf])
@@ -107,9 +107,7 @@ def test_wrong_metrics_and_ranks_are_named():
     assert parse_rank_metric("NDCG@10") == ("ndcg", 10)
     for name in ("hit@1", "hr", "hr@0", "hr@-1", "ndcg@x", "hr@1.5"):
         with pytest.raises(ValueError, match=f"no rank metric '{name}'"):
-            rank_metrics([1, 2], [name])
+            row_rank_metric(name, np.array([1, 2]))
     for ranks in ([0, 1], [1.0, 2.0], [[1]], [np.nan]):
         with pytest.raises(ValueError, match="ranks must be a vector of whole numbers"):
-            rank_metrics(np.array(ranks), ["hr@1"])
-    with pytest.raises(UndefinedMetric, match="no samples"):
-        rank_metrics([])
+            row_rank_metric("hr@1", np.array(ranks))

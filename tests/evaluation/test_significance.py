@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from formulas import logloss, rank_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -13,8 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
 from recbole_llm.evaluation.bootstrap import bootstrap, bootstrap_ranks
-from recbole_llm.evaluation.metrics import UndefinedMetric, accuracy, auc, gauc, logloss
-from recbole_llm.evaluation.ranking import rank_metrics
+from recbole_llm.evaluation.metrics import UndefinedMetric, accuracy, auc, gauc
 from recbole_llm.evaluation.significance import (
     bca_interval,
     calibration,

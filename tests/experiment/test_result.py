@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from formulas import logloss, rank_metrics
 
-from recbole_llm.evaluation.metrics import accuracy, auc, gauc, logloss
-from recbole_llm.evaluation.ranking import rank_metrics
+from recbole_llm.evaluation.metrics import accuracy, auc, gauc
 from recbole_llm.experiment.result import Cost, Evaluation, Ingredients, build_result, write_result
 from recbole_llm.experiment.table import result_table
 from recbole_llm.utils.machine import environment, peak_memory, reset_peak_memory

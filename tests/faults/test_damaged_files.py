@@ -12,7 +12,6 @@ import pytest
 import torch
 from tiny_wheel import write_gguf
 
-from recbole_llm.adapter.export import read_personalized
 from recbole_llm.backbone import loader
 from recbole_llm.backbone.loader import load_backbone
 from recbole_llm.backbone.tiny import tiny_backbone
@@ -134,18 +133,6 @@ def test_json_and_yaml_are_named_or_read_whole(tmp_path):
         assert n > 20
     for text in ("a: 2011-13-99", "[" * 5000, "a: !!binary x", "a: !!int 'x'", "a: &x [*x]\n? *x\n: 1"):
         assert refused(tmp_path / "mine.yaml", load_yaml, text.encode()) or text.startswith("a: &x")
-
-
-def test_adapters(tmp_path):
-    from recbole_llm.adapter.config import AdapterConfig
-    from recbole_llm.adapter.export import write_personalized
-
-    config = AdapterConfig(mixer="identity", instance_size=1, r=2, target_modules=["q_proj"])
-    write_personalized(config, {"a.lora_A": torch.ones(2, 3)}, tmp_path)
-    assert read_personalized(tmp_path)[1]["a.lora_A"].shape == (2, 3)
-    tensors = tmp_path / "personalized_adapter.safetensors"
-    for content in damages(tensors.read_bytes(), flips=100):
-        assert refused(tensors, lambda path: read_personalized(path.parent), content)
 
 
 def test_tensors(tmp_path):

@@ -14,10 +14,11 @@ from pathlib import Path
 from recbole_llm.comparison.search import read_space
 from recbole_llm.config.command_line import parse_command_line, parse_model, parse_value, split_models
 from recbole_llm.data.atomic_files import AtomicFiles
-from recbole_llm.data.item_text import TextSettings, clean, natural_order, shorten
 from recbole_llm.data.prompts.ctr import CTR_TEMPLATE
 from recbole_llm.data.prompts.next_item import TITLE_TEMPLATE
 from recbole_llm.data.prompts.stream import STREAM_TEMPLATE
+from recbole_llm.data.text_cleaning import clean, natural_order, shorten
+from recbole_llm.data.text_settings import TextSettings
 from recbole_llm.utils.yaml_files import load_yaml
 
 MAX_SENTENCE = 4000

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from recbole_llm.serving.prefixes import KeptPrefixes, PrefixScorer, why_not
+from recbole_llm.serving.kept import Kept
+from recbole_llm.serving.prefixes import PrefixScorer, bytes_of, why_not
 from recbole_llm.serving.run import ServedRun
 
 SHARED = [
@@ -82,7 +83,7 @@ def test_memory_is_bounded_and_changes_no_score(name, memory, served):
 
 
 def test_the_prefix_used_longest_ago_goes_first():
-    kept, layer = KeptPrefixes(100), [(torch.zeros(5), torch.zeros(5))]  # 40 bytes
+    kept, layer = Kept(100, bytes_of), [(torch.zeros(5), torch.zeros(5))]  # 40 bytes
     for user in range(3):
         kept.put((user, 0, b""), layer)
         kept.get((0, 0, b""))

@@ -22,9 +22,10 @@ httpx = pytest.importorskip("httpx")
 from fastapi.testclient import TestClient  # noqa: E402 - after the check that it is there
 
 from recbole_llm.cli import main  # noqa: E402
+from recbole_llm.serving.kept import Kept  # noqa: E402
 from recbole_llm.serving.recommend import recommend  # noqa: E402
 from recbole_llm.serving.score import score  # noqa: E402
-from recbole_llm.serving.server import Batcher, Kept, Limits, create_app  # noqa: E402
+from recbole_llm.serving.server import Batcher, Limits, create_app  # noqa: E402
 
 TOKEN = "secret"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
@@ -199,7 +200,7 @@ def test_what_is_kept_is_bounded():
         kept.put((user, 1), user)
         kept.get(("a", 1))
     assert len(kept) == 2 and kept.get(("b", 1)) is None and kept.get(("a", 1)) == "a"
-    kept.forget({"a"})
+    kept.forget([("a", 1), ("b", 1)])
     assert kept.get(("a", 1)) is None and len(kept) == 1
 
 

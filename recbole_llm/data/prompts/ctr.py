@@ -142,21 +142,25 @@ class PromptBuilder(LinePrompts):
             dataset,
             tokenizer,
             CTR_TEMPLATE,
-            CTR_TEMPLATE.check(prompt_config),
+            prompt_config,
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )
         self.lens_scores = lens_scores
         self._instruction = self._instruction_text()
-        by_label = self.config["liked_header"] and self.config["disliked_header"] and not self._shows_stars
-        if by_label and self.config["history"] == "timeline" and self.config["show_stars"]:
-            logger.info("the history is shown as liked and other items, as there are no ratings to show")
-            self.config["history"] = "by_label"
-        self._profiles = (
-            dataset.user_text().profiles if self.config["show_profile"] and self.config["profile"] else None
+        by_label = (
+            self.template["liked_header"] and self.template["disliked_header"] and not self._shows_stars
         )
-        self.item_slots: bool | str = self.config["item_slots"]
-        self.user_slot = bool(self.config["user_slot"])
+        if by_label and self.template["history"] == "timeline" and self.template["show_stars"]:
+            logger.info("the history is shown as liked and other items, as there are no ratings to show")
+            self.template["history"] = "by_label"
+        self._profiles = (
+            dataset.user_text().profiles
+            if self.template["show_profile"] and self.template["profile"]
+            else None
+        )
+        self.item_slots: bool | str = self.template["item_slots"]
+        self.user_slot = bool(self.template["user_slot"])
         self._choose_assembly(self._sample(slots) for slots in {False, self.has_slots})
 
     def _instruction_text(self) -> str:
@@ -165,10 +169,10 @@ class PromptBuilder(LinePrompts):
         Raises:
             ValueError: if it names the highest rating, and ratings have no scale.
         """
-        template, threshold = self.config["instruction"], self._dataset.threshold
+        template, threshold = self.template["instruction"], self._dataset.threshold
         names = {name for _, name, _, _ in Formatter().parse(template) if name}
         if not threshold and names:  # no ratings to speak of
-            return self.config["instruction_labels"].format()
+            return self.template["instruction_labels"].format()
         scale = self._dataset.text_settings.scale_of(self._history.ratings)
         if scale is None and "max_rating" in names:
             raise ValueError(
@@ -189,12 +193,12 @@ class PromptBuilder(LinePrompts):
     @property
     def answer_words(self) -> tuple[str, str]:
         """(yes, no)"""
-        return tuple(self.config["answers"])
+        return tuple(self.template["answers"])
 
     @property
     def before_answer(self) -> str | np.ndarray:
         """What the answer stands behind: the question, or the token ids that end a chat's turn."""
-        return self._after if self.config["chat_template"] else self._line_text(("question",))
+        return self._after if self.template["chat_template"] else self._line_text(("question",))
 
     @cached_property
     def answer_ids(self) -> list[int]:
@@ -213,7 +217,7 @@ class PromptBuilder(LinePrompts):
     @property
     def tells_lens(self) -> bool:
         """Whether prompts say the lens's score."""
-        return bool(self.config["lens_score"])
+        return bool(self.template["lens_score"])
 
     def _sample(self, slots: bool = False) -> list[Line]:
         """One prompt with many histories and targets."""
@@ -263,8 +267,8 @@ class PromptBuilder(LinePrompts):
             lines += self._with_slot(("user_slot",), self._dataset.item_num)
         behind_history = slots and self.item_slots is True
         if not len(positions):
-            lines += [("history_empty",)] if self.config["history_empty"] and not cut else []
-        elif self.config["history"] == "timeline":
+            lines += [("history_empty",)] if self.template["history_empty"] and not cut else []
+        elif self.template["history"] == "timeline":
             lines += self._block("history_header", positions, behind_history)
         else:
             liked = cast(np.ndarray, self._history.labels)[positions] > 0
@@ -283,11 +287,11 @@ class PromptBuilder(LinePrompts):
         lines = self._history_lines(positions)
         if slots:
             lines = [part for line in lines for part in self._with_slot(line, line[1])]
-        return [(header,), *lines] if self.config[header] else lines
+        return [(header,), *lines] if self.template[header] else lines
 
     def _template_text(self, line: Line) -> str:
         kind, *about = line
-        template = self.config[kind]
+        template = self.template[kind]
         if kind == "instruction":
             text = self._instruction
         elif kind == "profile":

@@ -27,8 +27,9 @@ from recbole.data.interaction import Interaction
 from transformers import PreTrainedTokenizerBase
 
 from recbole_llm.data.dataset import HistoryDataset
-from recbole_llm.data.item_text import WORDS, ItemText
+from recbole_llm.data.item_text import ItemText
 from recbole_llm.data.retriever import Retriever
+from recbole_llm.data.text_settings import WORDS
 from recbole_llm.utils.yaml_files import load_yaml, properties_dir
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class TemplateKind:
         defaults: keys that may be left out, and their values.
         required: keys that must be given.
         placeholders: which placeholders a text may hold beside the words of the ``text`` section
-            (:meth:`~recbole_llm.data.item_text.TextSettings.words`); required texts are listed even if none.
+            (:meth:`~recbole_llm.data.text_settings.TextSettings.words`); required texts are listed even if none.
         titled: keys that must hold ``{title}``.
         choices: what a key may be that is neither any text nor true or false.
         further: checks what these attributes cannot say; called with a complete template and where it stands.
@@ -231,13 +232,63 @@ class EncodedPrompts:
     n_shortened: int
 
 
-class LinePrompts:
-    """Prompts assembled from lines. A subclass says which lines a sample has, and how each of them reads.
+class TemplatePrompts:
+    """What prompts of every kind are made of: a template in the words of the data, and the texts of the items.
 
     Args:
         dataset: a built dataset; samples of any of its splits can be encoded.
         kind: which keys its templates have.
-        config: a checked template.
+        template: with keys of this kind.
+
+    Attributes:
+        template: the complete template, in the words of the data.
+
+    Raises:
+        ValueError: if the dataset is not built, or for an impossible template.
+    """
+
+    version = PROMPT_VERSION
+    """Of the code that makes token ids of a template and samples."""
+
+    def __init__(
+        self,
+        dataset: HistoryDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: TemplateKind,
+        template: Mapping[str, Any],
+    ) -> None:
+        if dataset.history is None:
+            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
+        self.template = kind.in_words(kind.check(template), dataset.text_settings.words())
+        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
+        self._items = dataset.item_text(obfuscate=self.template["obfuscate_titles"])
+
+    def identities(self) -> dict[str, str]:
+        """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
+        return {
+            "template": sha256_of(self.template),
+            "titles": sha256_of(self._item_texts()),
+            "prompt version": str(self.version),
+        }
+
+    def _item_texts(self) -> list[Any]:
+        return [self._items.titles, self._items.years, self._items.genres]
+
+    def item_token_ids(self) -> list[np.ndarray]:
+        """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
+        return item_token_ids(self._items, self._tokenizer)
+
+    def _decoded(self, ids: np.ndarray) -> str:
+        """Token ids as text, slots as ``[item vector]``."""
+        pieces = np.split(ids, np.flatnonzero(np.diff(ids < 0)) + 1)
+        return "".join(SLOT_TEXT if piece[0] < 0 else self._tokenizer.decode(piece) for piece in pieces)
+
+
+class LinePrompts(TemplatePrompts):
+    """Prompts assembled from lines. A subclass says which lines a sample has, and how each of them reads.
+
+    Args:
+        dataset, kind, template: as of :class:`TemplatePrompts`.
         max_prompt_tokens: longer prompts lose their oldest history.
         retriever: which earlier interactions are shown. May be replaced later.
 
@@ -256,18 +307,14 @@ class LinePrompts:
         dataset: HistoryDataset,
         tokenizer: PreTrainedTokenizerBase,
         kind: TemplateKind,
-        config: dict[str, Any],
+        template: Mapping[str, Any],
         *,
         max_prompt_tokens: int,
         retriever: Retriever,
     ):
-        if dataset.history is None:
-            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        self.config = kind.in_words(config, dataset.text_settings.words())
+        super().__init__(dataset, tokenizer, kind, template)
         self.retriever = retriever
         self.max_prompt_tokens = max_prompt_tokens
-        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
-        self._items = dataset.item_text(obfuscate=config["obfuscate_titles"])
         self._number_stars()
         self._bos = bos_ids(tokenizer)
         self._before, self._after = self._frame()
@@ -278,9 +325,9 @@ class LinePrompts:
     def _number_stars(self) -> None:
         """Number the rating values, so that a history line is identified by (item, number)."""
         ratings = self._history.ratings
-        self._shows_stars = self.config["show_stars"] and ratings is not None
+        self._shows_stars = self.template["show_stars"] and ratings is not None
         if ratings is None:
-            if self.config["show_stars"]:
+            if self.template["show_stars"]:
                 logger.warning("%s has no ratings: prompts show no stars", self._dataset.dataset_name)
         elif self._shows_stars:
             values, self._star = np.unique(ratings, return_inverse=True)
@@ -289,7 +336,7 @@ class LinePrompts:
     def _frame(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids before and after the text: BOS if the tokenizer itself adds it, or the chat turns."""
         tokenizer = self._tokenizer
-        if not self.config["chat_template"]:
+        if not self.template["chat_template"]:
             return self._bos, np.array([], dtype=np.int64)
         if tokenizer.chat_template is None:
             raise ValueError("chat_template: True, but the tokenizer has no chat template; set it to False")
@@ -303,15 +350,6 @@ class LinePrompts:
         ).partition(mark)
         first, last = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
         return np.asarray(first, dtype=np.int64), np.asarray(last, dtype=np.int64)
-
-    def identities(self) -> dict[str, str]:
-        """What prompts are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
-        items = self._items
-        return {
-            "template": sha256_of(self.config),
-            "titles": sha256_of([items.titles, items.years, items.genres]),
-            "prompt version": str(PROMPT_VERSION),
-        }
 
     def _choose_assembly(self, samples: Iterable[list[Line]]) -> None:
         """Set ``assembled``: whether line by line gives the tokens of the whole string, on these prompts."""
@@ -355,10 +393,10 @@ class LinePrompts:
     def _item_text(self, template: str, where: str, item: int, star: int | None = None) -> str:
         parts = {"title": self._items.titles[item], "stars": "", "year": "", "genre": ""}
         if star is not None:
-            parts["stars"] = self.config["stars_format"].format(stars=self._star_texts[star])
+            parts["stars"] = self.template["stars_format"].format(stars=self._star_texts[star])
         for name, values in (("year", self._items.years), ("genre", self._items.genres)):
-            if values[item] and self.config[f"show_{name}"] in (True, where):
-                parts[name] = self.config[f"{name}_format"].format(**{name: values[item]})
+            if values[item] and self.template[f"show_{name}"] in (True, where):
+                parts[name] = self.template[f"{name}_format"].format(**{name: values[item]})
         return template.format(**parts)
 
     def _line_ids(self, lines: Iterable[Line]) -> list[np.ndarray]:
@@ -388,10 +426,6 @@ class LinePrompts:
         )
 
     # ------------------------------------------------------------------ prompts
-
-    def item_token_ids(self) -> list[np.ndarray]:
-        """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
-        return item_token_ids(self._items, self._tokenizer)
 
     def _fit(
         self,
@@ -436,7 +470,7 @@ class LinePrompts:
     def _full_text(self, lines: Iterable[Line]) -> str:
         """The text of these lines as the LLM gets it, with the turns of a chat template."""
         body = "".join(map(self._line_text, lines))
-        if self.config["chat_template"]:
+        if self.template["chat_template"]:
             return self._tokenizer.decode(self._before) + body + self._tokenizer.decode(self._after)
         return body
 

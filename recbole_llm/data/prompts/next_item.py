@@ -111,13 +111,13 @@ class TitlePromptBuilder(LinePrompts):
             dataset,
             tokenizer,
             TITLE_TEMPLATE,
-            TITLE_TEMPLATE.check(prompt_config),
+            prompt_config,
             max_prompt_tokens=max_prompt_tokens,
             retriever=retriever,
         )
         self.candidates = candidates
-        self.item_slots: bool = self.config["item_slots"]
-        if self.config["list_candidates"] is True and candidates is None:
+        self.item_slots: bool = self.template["item_slots"]
+        if self.template["list_candidates"] is True and candidates is None:
             raise ValueError(
                 "list_candidates: True, but every item is ranked, so there are no candidates to list; set it to "
                 "auto or False, or rank among candidates"
@@ -137,7 +137,7 @@ class TitlePromptBuilder(LinePrompts):
     @property
     def lists_candidates(self) -> bool:
         """Whether prompts list the candidates."""
-        return self.config["list_candidates"] is not False and self.candidates is not None
+        return self.template["list_candidates"] is not False and self.candidates is not None
 
     def _check_retriever(self) -> None:
         if isinstance(self.retriever, SemanticRetriever):
@@ -160,7 +160,7 @@ class TitlePromptBuilder(LinePrompts):
         Each ends with the terminator; entry 0, of the padding item, is nothing else. Items with the same text
         have the same answer.
         """
-        behind = "" if self.config["chat_template"] else self._line_text(("question",))
+        behind = "" if self.template["chat_template"] else self._line_text(("question",))
         titles = tokenize_behind(
             self._tokenizer, behind, [self.answer_text(item) for item in range(1, len(self._items.titles))]
         )
@@ -168,7 +168,7 @@ class TitlePromptBuilder(LinePrompts):
 
     def answer_text(self, item: int) -> str:
         """The answer that names an item, as it stands behind a prompt (with its blank) and without the line break."""
-        return self._item_text(self.config["answer"], "answer", item)
+        return self._item_text(self.template["answer"], "answer", item)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The title in what an LLM wrote: its first line, without special tokens and outer blanks.
@@ -203,14 +203,14 @@ class TitlePromptBuilder(LinePrompts):
 
     def _block(self, header: str, items: list[Line], slots: bool = False) -> list[Line]:
         """A header, unless it is empty, and the lines of items."""
-        lines: list[Line] = [(header,)] if self.config[header] else []
+        lines: list[Line] = [(header,)] if self.template[header] else []
         for line in items:
             lines += self._with_slot(line, line[1]) if slots else [line]
         return lines
 
     def _template_text(self, line: Line) -> str:
         kind, *about = line
-        template = self.config[kind]
+        template = self.template[kind]
         if kind in ("history_item", "candidate_item"):
             return self._item_text(template, kind, *about) + "\n"
         return template.format() + ("" if kind == "question" else "\n")

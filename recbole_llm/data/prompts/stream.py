@@ -28,14 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.item_text import UserText
-from recbole_llm.data.prompts.lines import (
-    SLOT_TEXT,
-    TemplateKind,
-    bos_ids,
-    item_token_ids,
-    sha256_of,
-    tokenize_inert,
-)
+from recbole_llm.data.prompts.lines import TemplateKind, TemplatePrompts, bos_ids, tokenize_inert
 from recbole_llm.data.streams import Chunk, StreamCutter, stored
 
 logger = logging.getLogger(__name__)
@@ -124,7 +117,7 @@ class EncodedStreams:
         return [stream.input_ids for stream in self.streams]
 
 
-class StreamPrompts:
+class StreamPrompts(TemplatePrompts):
     """Turns chunks into token ids.
 
     Args:
@@ -148,8 +141,10 @@ class StreamPrompts:
             ratings where ``answer: stars`` asks for it, or a line does not fit into a chunk.
     """
 
+    version = STREAM_VERSION
     user_slot = False
     """Streams have no slot of the user: what it would hold changes with every interaction."""
+    _dataset: CTRDataset
     _history: Any  # with labels, and where the answers are stars, with ratings
     values: Any
     """Of the rating scale, float64 ``[K]``, ascending; ``None`` where the answers are words."""
@@ -166,14 +161,9 @@ class StreamPrompts:
         rating_scale: Sequence[float] | None = None,
         lens_scores: Callable[[Sequence[Chunk]], np.ndarray] | None = None,
     ) -> None:
-        if dataset.history is None:
-            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        words = dataset.text_settings.words()
-        self.config = STREAM_TEMPLATE.in_words(STREAM_TEMPLATE.check(prompt_config), words)
-        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
-        self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+        super().__init__(dataset, tokenizer, STREAM_TEMPLATE, prompt_config)
         self.lens_scores = lens_scores
-        self.item_slots: bool = self.config["item_slots"]
+        self.item_slots: bool = self.template["item_slots"]
         self._max_tokens, self._lead, self._context = max_prompt_tokens, lead, context
         self._slotted_items = dataset.item_num
         self._choose_answers(rating_scale)
@@ -216,7 +206,7 @@ class StreamPrompts:
 
     def refresh(self) -> None:
         """Follow interactions, users and items that were appended to the dataset; the answers stay what they are."""
-        self._items = self._dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+        self._items = self._dataset.item_text(obfuscate=self.template["obfuscate_titles"])
         self.classes = self._classes()
         self._tokenise_lines()
         self._tokenise_headers()
@@ -230,32 +220,24 @@ class StreamPrompts:
 
     # ------------------------------------------------------------------ once
 
-    def identities(self) -> dict[str, str]:
-        """What streams are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
-        return {
-            "template": sha256_of(self.config),
-            "titles": sha256_of([self._items.titles, self._items.years, self._items.genres]),
-            "prompt version": str(STREAM_VERSION),
-        }
-
     def _ids(self, *texts: str) -> list[np.ndarray]:
         return tokenize_inert(self._tokenizer, list(texts))
 
     def _choose_answers(self, rating_scale: Sequence[float] | None) -> None:
         """Set what the answers are, how they read and which of them each interaction has."""
-        dataset, history, wanted = self._dataset, self._history, self.config["answer"]
-        threshold = dataset.config["threshold"]
+        dataset, history, wanted = self._dataset, self._history, self.template["answer"]
+        threshold = dataset.threshold
         decides = history.ratings is not None and threshold is not None and dataset._rating_field in threshold
         if wanted == "stars" and not decides:
             raise ValueError(
                 f"prompt: answer: stars needs labels that are a threshold on the ratings, and {dataset.dataset_name} "
                 f"has {'no ratings' if history.ratings is None else f'threshold: {threshold}'}; set answer: words"
             )
-        before = self.config["item"].rpartition("}")[2]
-        if wanted == "words" or not decides:
+        before = self.template["item"].rpartition("}")[2]
+        if wanted == "words" or threshold is None or not decides:
             if wanted == "auto":
-                logger.info("labels are no threshold on ratings: the answers are %s", self.config["words"])
-            self.values, self.answer_words = None, tuple(self.config["words"])
+                logger.info("labels are no threshold on ratings: the answers are %s", self.template["words"])
+            self.values, self.answer_words = None, tuple(self.template["words"])
             self.likes, self._letters = np.array([True, False]), False
             self._answers = self._behind(before, self.answer_words)
             firsts = [int(ids[0]) for ids in self._answers]
@@ -327,14 +309,14 @@ class StreamPrompts:
 
     def _tokenise_lines(self) -> None:
         """Titles, and what stands around them, each once."""
-        opening, _, rest = self.config["item"].partition("{title}")
+        opening, _, rest = self.template["item"].partition("{title}")
         between, _, colon = rest.rpartition("{lens_score}")
         self._between, self._colon, self._break = (
             ids if text else np.array([], dtype=np.int64)
             for text, ids in zip((between, colon, "\n"), self._ids(between, colon, "\n"), strict=True)
         )
         self._scores = self._behind(between, _SCORES) if self.tells_lens else []
-        limit = self.config["max_title_tokens"]
+        limit = self.template["max_title_tokens"]
         items = range(1, len(self._items.titles))
         texts = [opening + self._items.titles[item] for item in items]
         self._titles = [np.array([], dtype=np.int64)]
@@ -351,17 +333,19 @@ class StreamPrompts:
 
     def _tokenise_headers(self) -> None:
         """The header of every user, with the token that begins a text where the tokenizer has one."""
-        profiles = UserText(self._dataset).profiles if self.config["show_profile"] else None
-        template = self.config["header"]
+        profiles = UserText(self._dataset).profiles if self.template["show_profile"] else None
+        template = self.template["header"]
         if self.values is None:
-            template = self.config["words_header"] or template
+            template = self.template["words_header"] or template
         scale = ""
         if self.values is not None and self._letters:
-            scale = self.config["letters"].format(lowest=self.answer_words[0], highest=self.answer_words[-1])
+            scale = self.template["letters"].format(
+                lowest=self.answer_words[0], highest=self.answer_words[-1]
+            )
         texts = []
         for user in range(self._dataset.user_num):
             known = profiles[user] if profiles else ""
-            profile = self.config["profile_format"].format(profile=known) if known else ""
+            profile = self.template["profile_format"].format(profile=known) if known else ""
             texts.append(template.format(profile=profile, scale=scale) + "\n")
         distinct, place = np.unique(texts, return_inverse=True)
         bos, ids = bos_ids(self._tokenizer), self._ids(*distinct.tolist())
@@ -377,11 +361,7 @@ class StreamPrompts:
     @property
     def tells_lens(self) -> bool:
         """Whether lines state the lens's probability."""
-        return "{lens_score}" in self.config["item"]
-
-    def item_token_ids(self) -> list[np.ndarray]:
-        """Token ids of each item's title and genres, by internal id; row 0 is a mere line break."""
-        return item_token_ids(self._items, self._tokenizer)
+        return "{lens_score}" in self.template["item"]
 
     def answer_to(self, interaction: Interaction, i: int) -> str:
         """The answer of sample ``i`` as it reads."""
@@ -476,6 +456,4 @@ class StreamPrompts:
     def text(self, interaction: Interaction, i: int, *, slots: bool = True) -> str:
         """The stream of sample ``i`` up to its answer, as the LLM gets it; slots as ``[item vector]``."""
         (stream,) = self.encode(interaction[i : i + 1], slots=slots).streams
-        ids = stream.input_ids
-        pieces = np.split(ids, np.flatnonzero(np.diff(ids < 0)) + 1)
-        return "".join(SLOT_TEXT if ids[0] < 0 else self._tokenizer.decode(ids) for ids in pieces)
+        return self._decoded(stream.input_ids)

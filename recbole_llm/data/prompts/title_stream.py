@@ -28,10 +28,9 @@ from transformers import PreTrainedTokenizerBase
 
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.prompts.lines import (
-    SLOT_TEXT,
     TemplateKind,
+    TemplatePrompts,
     bos_ids,
-    sha256_of,
     tokenize_behind,
     tokenize_inert,
 )
@@ -93,7 +92,7 @@ class TitleStreams:
         return [stream.input_ids for stream in self.streams]
 
 
-class TitleStreamPrompts:
+class TitleStreamPrompts(TemplatePrompts):
     """Turns chunks and samples into token ids, and items into answers.
 
     Args:
@@ -116,6 +115,7 @@ class TitleStreamPrompts:
             line does not fit into a chunk.
     """
 
+    version = TITLE_STREAM_VERSION
     lists_candidates = False
     """Candidates are never listed: the text is the same for all of them, and for all targets behind it."""
 
@@ -129,13 +129,8 @@ class TitleStreamPrompts:
         lead: int,
         history_length: int,
     ) -> None:
-        if dataset.history is None:
-            raise ValueError(f"{type(self).__name__} needs a dataset after build()")
-        checked = TITLE_STREAM_TEMPLATE.check(prompt_config, "prompt")
-        self.config = TITLE_STREAM_TEMPLATE.in_words(checked, dataset.text_settings.words())
-        self.item_slots: bool = self.config["item_slots"]
-        self._dataset, self._tokenizer, self._history = dataset, tokenizer, dataset.history
-        self._items = dataset.item_text(obfuscate=self.config["obfuscate_titles"])
+        super().__init__(dataset, tokenizer, TITLE_STREAM_TEMPLATE, prompt_config)
+        self.item_slots: bool = self.template["item_slots"]
         self._retriever = RecentRetriever(self._history, history_length)
         self._max_tokens = max_prompt_tokens
         (breaks,) = tokenize_behind(tokenizer, "a", ["\n"])
@@ -147,7 +142,7 @@ class TitleStreamPrompts:
         self._break = breaks
         eos = tokenizer.eos_token_id
         self.stop_ids: list[int] = sorted({int(breaks[0]), *([] if eos is None else [eos])})
-        (header,) = tokenize_inert(tokenizer, [self.config["header"].format()])
+        (header,) = tokenize_inert(tokenizer, [self.template["header"].format()])
         self._header = np.concatenate([bos_ids(tokenizer), header])
         titles = tokenize_behind(tokenizer, "\n", list(map(self.answer_text, range(1, dataset.item_num))))
         if empty := [item for item, ids in enumerate(titles, start=1) if not len(ids)]:
@@ -166,19 +161,14 @@ class TitleStreamPrompts:
             unit="tokens (max_prompt_tokens)",
         )
 
-    def identities(self) -> dict[str, str]:
-        """What streams are made of beside samples and tokenizer: hashes, and the version of this code, by name."""
-        return {
-            "template": sha256_of(self.config),
-            "titles": sha256_of(self._items.titles),
-            "prompt version": str(TITLE_STREAM_VERSION),
-        }
+    def _item_texts(self) -> list[str]:
+        return self._items.titles
 
     # ------------------------------------------------------------------ answers
 
     def answer_text(self, item: int) -> str:
         """The line of an item, without its line break."""
-        return self.config["title"].format(title=self._items.titles[item])
+        return self.template["title"].format(title=self._items.titles[item])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The title in what an LLM wrote: its first line, without special tokens and outer blanks."""
@@ -276,5 +266,4 @@ class TitleStreamPrompts:
         """
         slots = self.item_slots if slots is None else slots
         (stream,) = self.encode(interaction[i : i + 1], slots=slots).streams
-        pieces = np.split(stream.input_ids, np.flatnonzero(np.diff(stream.input_ids < 0)) + 1)
-        return "".join(SLOT_TEXT if ids[0] < 0 else self._tokenizer.decode(ids) for ids in pieces)
+        return self._decoded(stream.input_ids)

@@ -14,10 +14,10 @@ from tokenizers import processors
 from toy_tokenizers import PRE_TOKENIZERS, train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from recbole_llm.data.item_text import TextSettings
 from recbole_llm.data.prompts.ctr import CTR_TEMPLATE, PromptBuilder
 from recbole_llm.data.prompts.lines import _with_words, tokenize_inert
 from recbole_llm.data.retriever import RecentRetriever, SemanticRetriever
+from recbole_llm.data.text_settings import TextSettings
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def test_packaged_templates_are_complete_and_documented(name):
 
 @pytest.mark.parametrize("name", ["ml-1m", "ml-100k"])
 def test_packaged_text_sections_are_valid_and_documented(name):
-    from recbole_llm.data.item_text import TextSettings
+    from recbole_llm.data.text_settings import TextSettings
     from recbole_llm.utils.yaml_files import load_yaml, properties_dir
 
     path = properties_dir() / "dataset" / f"{name}.yaml"

@@ -184,7 +184,7 @@ def test_a_scale_of_too_many_values_is_an_error(small, tokenizer):
 
 def test_a_scale_of_one_label_is_an_error(small, tokenizer):
     dataset = small()
-    dataset.config = dataset.config.override(threshold={"rating": 6})
+    dataset.threshold = {"rating": 6}
     with pytest.raises(ValueError, match="the same label"):
         prompts_of(dataset, tokenizer)
 
@@ -194,7 +194,7 @@ def test_labels_alone_become_words(small, tokenizer, answer, caplog):
     caplog.set_level(logging.INFO)
     dataset = small()
     if answer == "auto":  # as of data with a column of labels
-        dataset.config = dataset.config.override(threshold=None)
+        dataset.threshold = None
     prompts = prompts_of(dataset, tokenizer, answer=answer)
     assert prompts.text(last_of(dataset, "1"), 0) == (
         "What a viewer, female, aged 21 likes:\nFargo:yes\nThe Matrix:yes\nHeat:no\nOh! Calcutta!:no\nSeven:"
@@ -205,7 +205,7 @@ def test_labels_alone_become_words(small, tokenizer, answer, caplog):
 
 def test_stars_without_a_threshold_on_them_are_an_error(small, tokenizer):
     dataset = small()
-    dataset.config = dataset.config.override(threshold=None)
+    dataset.threshold = None
     with pytest.raises(ValueError, match="answer: stars needs labels that are a threshold on the ratings"):
         prompts_of(dataset, tokenizer, answer="stars")
     dataset.history.ratings = None
