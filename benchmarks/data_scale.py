@@ -135,7 +135,7 @@ def prepare(folder: Path, task: str, batches: int) -> dict:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--interactions", type=float, nargs="+", default=[1e6, 5e6])
+    options.add_argument("--interactions", type=float, nargs="+", default=[1e6])
     options.add_argument("--tasks", nargs="+", default=["ctr", "next_item"])
     options.add_argument("--batches", type=int, default=50, help="of 1,024 samples that are iterated")
     options.add_argument("--folder", type=Path, help="where the data is written; default: a temporary folder")

@@ -108,7 +108,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cpu", help="cpu or cuda")
     found.add_argument("--threads", type=int, default=1)
-    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--rounds", type=int, default=2)
     found.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the program runs")
     found.add_argument("--json", type=Path, help="where the result goes; default: benchmarks/results")
     found.add_argument(
