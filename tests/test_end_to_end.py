@@ -175,7 +175,7 @@ def test_a_loaded_run_gives_the_saved_scores(settings):
 def test_a_run_of_other_data_is_refused(settings, tmp_path):
     result = run_recbole_llm("RecLoRA", "toy", config_dict=settings)
     other = write_dataset(tmp_path / "other", length=24)
-    with pytest.raises(ValueError, match="data or configuration of the lens are not those of its training"):
+    with pytest.raises(ValueError, match="is missing: data or configuration are not those that its DIN-"):
         load_data_and_model(Path(result["path"]).parent, data_path=str(other))
 
 
