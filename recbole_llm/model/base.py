@@ -199,7 +199,9 @@ class LLMRecommender(SequentialRecommender):
         if self.shares_samples:
             return self._shared(interaction)
         if self.sharded:
-            return self.processes.together(lambda: self.score_rows(interaction))
+            return self.score_within_memory(
+                lambda: self.processes.together(lambda: self.score_rows(interaction))
+            )
         if self.kept_scores is None:
             return self.score_within_memory(lambda: self.score_rows(interaction))
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])

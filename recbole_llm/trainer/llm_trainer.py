@@ -255,9 +255,7 @@ class LLMTrainer(Trainer):
         loss = 0.0
         try:
             loss = self._accumulate(interaction, step)
-        except (
-            Exception
-        ) as raised:  # of any kind: raised below, after the others know, who would wait for ever
+        except Exception as raised:  # of any kind, and raised below: till they know, the others wait
             error = raised
         trouble = 0 if error is None else 1 if is_out_of_memory(error) else 2
         worst = self.processes.largest(trouble, self.device)

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from recbole_llm.utils.memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -64,10 +66,13 @@ class Processes:
 
         Raises:
             ProcessLost: if another one has ended.
+            RuntimeError: if this one's memory does not suffice.
         """
         try:
             return work()
         except RuntimeError as error:
+            if is_out_of_memory(error):  # here, not there
+                raise
             reason = str(error).partition("\n")[0]
             raise ProcessLost(
                 f"another of the {self.count} processes of this run has ended ({reason}); its own message says why"

@@ -23,8 +23,9 @@ def check(tmp_path):
     return call
 
 
-def test_right_files_pass(check):
+def test_right_files_pass(check, caplog):
     check()
+    assert "RecBole drops" not in caplog.text
     check(items=ITEMS[:9], load_col={"inter": ["user_id", "item_id", "timestamp"]})
 
 
@@ -61,6 +62,7 @@ def test_interactions_that_recbole_drops_are_told(check, caplog):
     assert f"{lost} of" in caplog.text and "RecBole drops them" in caplog.text
 
 
-def test_models_that_need_no_times_need_no_column_of_them(check):
+def test_models_that_need_no_times_need_no_column_of_them(check, caplog):
     rows = [row[:2] for row in random_interactions()]
     check(rows, header="user_id:token item_id:token", model="BPR")
+    assert "RecBole drops" not in caplog.text

@@ -17,7 +17,7 @@ from synthetic import TEXT
 
 from recbole_llm.config.configurator import Config
 from recbole_llm.trainer.checkpoint import load_checkpoint
-from recbole_llm.utils.distributed import Processes
+from recbole_llm.utils.distributed import Processes, ProcessLost
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 LENS = {"epochs": 1, "embedding_size": 8, "mlp_hidden_size": [16, 8], "attention_hidden_size": [8]}
@@ -173,6 +173,18 @@ def test_what_two_processes_cannot_do_is_refused(monkeypatch, model, changes, sa
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match=said):
         Config(model, "toy", config_dict={"data_path": str(toy_data), "device": "cpu", **changes})
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_memory_that_does_not_suffice_here_is_no_lost_process(kind):
+    def fails() -> None:
+        raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    with pytest.raises(kind, match="can't allocate") as raised:
+        Processes(0, 2).together(fails)
+    assert not isinstance(raised.value, ProcessLost)
+    with pytest.raises(ProcessLost, match="another of the 2 processes"):
+        Processes(0, 2).together(lambda: (_ for _ in ()).throw(RuntimeError("Connection closed by peer")))
 
 
 def test_one_process_has_nothing_to_share_the_weights_with(toy_data, tmp_cwd):
