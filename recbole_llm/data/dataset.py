@@ -17,7 +17,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -453,8 +452,8 @@ class HistoryDataset(AtomicDataset):
 
         Items that were appended to a finished run bring files of their own (``_shared["item_files"]``).
         """
-        path = Path(self.dataset_path) / f"{self.dataset_name}.{suffix}"
-        files = [self._files[path]] if path in self._files else []
+        file = self._files.other(suffix)
+        files = [] if file is None else [file]
         return joined(files + (self._shared.get("item_files", []) if suffix == "item" else []))
 
     def item_texts(self) -> list[str]:
