@@ -118,7 +118,8 @@ class ParquetTable:
         name, stored = list(self._fields.items())[number]
         if _kind(stored) == "other":
             self._type_of(name, (), ())
-        file, opened = None, None
+        file: Any = None
+        opened: Path | None = None
         for start, (part, group) in zip(self._starts, self._groups, strict=True):
             if part != opened:
                 file, opened = _opened(part, [name] if _kind(stored) == "text" else None), part
