@@ -23,7 +23,7 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from recbole_llm.comparison.tables import KINDS, SERIES, Table, clean, estimate_text, interval_text, marked
+from recbole_llm.comparison.tables import KINDS, SERIES, Table, clean, estimate_text, interval_text
 from recbole_llm.experiment.result import metric_title
 
 _MARKERS = "osD^vP"
@@ -59,15 +59,14 @@ def _chart(draw: Callable[..., tuple[Figure, str]]) -> Callable[..., Markup]:
 
 
 @_chart
-def intervals(found: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> tuple[Figure, str]:
+def intervals(metric: str, axis: str, models: Sequence[Mapping[str, Any]]) -> tuple[Figure, str]:
     """Dot and whisker, one lane for each model: name and number above, the seeds below."""
-    metric = found["leading"]
-    figure, ax = _axes(44 * len(models) + 40, marked(found, metric, " (less is better)"))
+    figure, ax = _axes(44 * len(models) + 40, axis)
     ax.set(yticks=[], ylim=(len(models) - 0.6, -0.85))
     for y, model in enumerate(models):
         estimate, text = model["metrics"][metric], estimate_text(model, metric)
         mean, spread = estimate["mean"], estimate["sd"] or 0
-        for up, line, weight in ((0.54, _short(model["label"], 50), "bold"), (0.25, text, "normal")):
+        for up, line, weight in ((0.57, _short(model["label"], 50), "bold"), (0.29, text, "normal")):
             ax.text(0, y - up, line, weight=weight, transform=ax.get_yaxis_transform(), in_layout=False)
         if interval_text(estimate):
             ax.plot([estimate["low"], estimate["high"]], [y, y], color=_COLOUR["ink"], marker="|", ms=10)
@@ -81,12 +80,10 @@ def intervals(found: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> 
 
 
 @_chart
-def cost(found: Mapping[str, Any], points: Sequence[tuple[float, float, str, int]]) -> tuple[Figure, str]:
+def cost(axis: str, points: Sequence[tuple[float, float, str, int]]) -> tuple[Figure, str]:
     """(seconds, value, tip, style): the leading metric against seconds, on a logarithmic axis, numbered from 1."""
     figure, ax = _axes(280, "seconds of training and testing")
-    axis = marked(found, found["leading"], " (less is better)")
-    ax.set_title(axis, loc="left", size=11, color=_COLOUR["muted"])
-    ax.set_xscale("log")
+    ax.set(xscale="log", ylabel=axis)
     for i, (seconds, value, tip, style) in enumerate(points):
         _mark(ax, seconds, value, style, tip)
         beside = [(10, 0), (0, 11), (-10, 0), (0, -11)][i % 4]
@@ -96,7 +93,7 @@ def cost(found: Mapping[str, Any], points: Sequence[tuple[float, float, str, int
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     ax.xaxis.set_major_formatter("{x:,.7g}")
     ax.xaxis.set_minor_formatter("")
-    return figure, f"{metric_title(found['leading'])} against cost"
+    return figure, f"{axis} against cost"
 
 
 @_chart
@@ -114,10 +111,10 @@ def reliability(model: Mapping[str, Any]) -> tuple[Figure, str]:
 
 
 @_chart
-def by_group(table: Table) -> tuple[Figure, str]:
+def by_group(table: Table, axis: str) -> tuple[Figure, str]:
     """One band for each group, in it a mark for each of the best models; thin lines join neighbouring groups."""
     groups, rows = table.head[1:], table.known[:SERIES]
-    figure, ax = _axes(len(groups) * (9 * len(rows) + 14) + 40)
+    figure, ax = _axes(len(groups) * (9 * len(rows) + 14) + 40, axis)
     for j, row in enumerate(rows):
         label, *cells = row.values()
         values = np.array([cell.number for cell in cells], float)
@@ -143,7 +140,9 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Figure
     figure, ax = _axes(16 * users + 70 if few else 550)
     shades = ListedColormap([(*to_rgb(_COLOUR["c1"]), share) for share in np.linspace(0.03, 0.8, 40)])
     mesh = ax.pcolormesh(values, cmap=shades, vmin=low)
-    figure.colorbar(mesh, location="bottom", shrink=0.4, aspect=15, anchor=(0, 1), ticks=mesh.get_clim())
+    figure.colorbar(
+        mesh, location="bottom", shrink=0.4, aspect=15, anchor=(0, 1), ticks=mesh.get_clim(), format="%.2f"
+    )
     names = [_short(gates["users"][i], 14) for i in order] if few else []
     ax.set_yticks(np.arange(len(names)) + 0.5, names)
     ax.set_xticks(np.arange(experts) + 0.5, range(1, experts + 1))

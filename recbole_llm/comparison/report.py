@@ -106,11 +106,10 @@ def write_report(folder: Path, found: Mapping[str, Any]) -> list[Path]:
         OSError: if the folder cannot be written.
     """
     texts = {"csv": to_csv(found), "md": to_markdown(found), "tex": to_latex(found), "html": to_html(found)}
-    paths = [Path(folder) / f"{NAME}.json"]
+    paths = [Path(folder) / f"{NAME}.{ending}" for ending in ("json", *texts)]
     write_json(paths[0], found)
-    for ending, text in texts.items():
-        paths.append(Path(folder) / f"{NAME}.{ending}")
-        write_atomically(paths[-1], methodcaller("write", text.encode()))
+    for path, text in zip(paths[1:], texts.values(), strict=True):
+        write_atomically(path, methodcaller("write", text.encode()))
     return paths
 
 
@@ -182,6 +181,7 @@ def to_html(found: Mapping[str, Any]) -> str:
         "charts": _charts(),
         "labels": {model["name"]: model["label"] for model in found["models"]},
         "leading": tables.metric_title(found["leading"]),
+        "axis": tables.marked(found, found["leading"], " (less is better)"),
         "order": tables.best_first(found, found["leading"]),
         "several_seeds": any(len(model["seeds"]) > 1 for model in found["models"]),
         "groupings": list(dict.fromkeys(name for model in found["models"] for name in model["groups"])),
