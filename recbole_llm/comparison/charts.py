@@ -87,7 +87,12 @@ def cost(axis: str, points: Sequence[tuple[float, float, str, int]]) -> tuple[Fi
     for i, (seconds, value, tip, style) in enumerate(points):
         _mark(ax, seconds, value, style, tip)
         beside = [(10, 0), (0, 11), (-10, 0), (0, -11)][i % 4]
-        number = {"weight": "bold", "ha": "center", "va": "center", "textcoords": "offset points"}
+        number: dict[str, Any] = {
+            "weight": "bold",
+            "ha": "center",
+            "va": "center",
+            "textcoords": "offset points",
+        }
         ax.annotate(str(i + 1), (seconds, value), beside, **number)
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
@@ -145,7 +150,7 @@ def gate_weights(gates: Mapping[str, Any], order: Sequence[int]) -> tuple[Figure
     )
     names = [_short(gates["users"][i], 14) for i in order] if few else []
     ax.set_yticks(np.arange(len(names)) + 0.5, names)
-    ax.set_xticks(np.arange(experts) + 0.5, range(1, experts + 1))
+    ax.set_xticks(np.arange(experts) + 0.5, [str(j + 1) for j in range(experts)])
     ax.xaxis.tick_top()
     ax.grid(visible=False)
     ax.invert_yaxis()
@@ -184,8 +189,11 @@ def _axes(height: float, axis: str = "", width: float = 360) -> tuple[Figure, Ax
 
 def _mark(ax: Axes, x: float, y: float, style: int, tip: str, size: float = 8) -> None:
     """The mark of a style, with its tip."""
-    look = {"marker": _MARKERS[style], "color": _COLOUR[f"c{style + 1}"], "mec": _COLOUR["paper"], "mew": 0.8}
-    ax.plot([x], [y], ms=size, gid=f"tip {clean(tip)}", clip_on=False, zorder=3, **look)
+    colour = _COLOUR[f"c{style + 1}"]
+    line = ax.plot(
+        x, y, _MARKERS[style], color=colour, ms=size, mec=_COLOUR["paper"], mew=0.8, clip_on=False
+    )[0]
+    line.set(gid=f"tip {clean(tip)}", zorder=3)
 
 
 def _inline(svg: str, title: str) -> Markup:
