@@ -29,7 +29,7 @@ from recbole_llm.comparison.report import (
 )
 from recbole_llm.comparison.tables import COSTS, clean
 
-needs_matplotlib = pytest.mark.skipif(report.find_spec("matplotlib") is None, reason="the extra report is not installed")
+needs_matplotlib = pytest.mark.skipif(report.find_spec("matplotlib") is None, reason="needs the extra report")
 VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
 EVIL = (
     "</title></script><script>alert(1)</script> & 100%_|x\n\"q\" 'r' `c` \\ $x$ {y} #1 ~ ^ *b* [z](http://u)"
