@@ -388,7 +388,7 @@ def test_a_whisker_ends_where_the_interval_ends():
     from recbole_llm.comparison import charts
 
     found = comparison([model("A", 0.7), model("B", 0.6)])
-    chart = ElementTree.fromstring(charts.intervals(found, found["models"]).replace("xlink:", ""))
+    chart = ElementTree.fromstring(charts.intervals("auc", "AUC", found["models"]).replace("xlink:", ""))
     ticks = [
         (float(t.get("x")), float(t.text))
         for t in chart.iter("text")
