@@ -19,53 +19,42 @@ def key_findings(
     metric: str,
     expected: float | None,
 ) -> list[str]:
-    """The key findings: one for each difference of the leading metric."""
-    lines = {line["name"]: line for line in table}
-
-    def at_chance(name: str) -> bool:
-        found = lines[name]["metrics"][metric]
-        return None not in (expected, found["low"]) and found["low"] <= expected <= found["high"]
-
-    return [
-        sentence(
-            dict(found) | {side: lines[found[side]]["label"] for side in "ab"},
-            one_seed=len(lines[found["a"]]["seeds"]) == 1,
-            chance=expected if at_chance(found["a"]) and at_chance(found["b"]) else None,
-        )
-        for found in differences
-        if found["metric"] == metric
-    ]
-
-
-def sentence(difference: Mapping[str, Any], *, one_seed: bool = False, chance: float | None = None) -> str:
-    """One difference of the leading metric in words.
+    """The key findings: one for each difference of the leading metric.
 
     Args:
-        difference: one of a comparison's.
-        one_seed: whether ``a`` was trained with one seed: the finding then holds for that training only.
-        chance: the expected value of random scores, if both models' intervals contain it.
+        table: a comparison's models.
+        expected: the expected value of random scores, if known.
     """
-    a, b, metric = difference["a"], difference["b"], difference["metric"].upper()
-    value, p = difference["value"], difference["p_holm"]
+    lines = {line["name"]: line for line in table}
+    leading = [found for found in differences if found["metric"] == metric]
+    return [_sentence(found, lines[found["a"]], lines[found["b"]], expected) for found in leading]
+
+
+def _sentence(
+    difference: Mapping[str, Any], of_a: Mapping[str, Any], of_b: Mapping[str, Any], expected: float | None
+) -> str:
+    a, b, key = of_a["label"], of_b["label"], difference["metric"]
+    value, low, high, p = (difference[name] for name in ("value", "low", "high", "p_holm"))
+    metric = key.upper()
     if value is None:
         return f"{a} and {b} cannot be compared: {difference['reason']}."
-    low, high = difference["low"], difference["high"]
     if p is None and low is None:
         return f"{metric} of {a} minus {b}: {value:+.4f}; significance is not known ({difference['reason']})."
-    significant = p < ALPHA if p is not None else low > 0 or high < 0
-    better = "better" if (value > 0) == (difference["metric"] not in SMALLER_IS_BETTER) else "worse"
-    if significant:
-        found = f"{a}{' (one seed)' if one_seed else ''} is significantly {better} than {b}"
-    else:
-        found = f"The difference between {a} and {b} is not significant at {ALPHA:.0%}"
     details = [f"{metric} {value:+.4f}"]
     if low is not None:
         details.append(f"95% CI [{low:+.4f}, {high:+.4f}]")
     if p is not None:
         details.append(f"p = {p:.2g} ({difference['test']}; Holm)")
-    found += f": {', '.join(details)}."
-    if significant and chance is not None:
-        found += f" Neither is distinguishable from chance ({metric} {chance:.4g} lies in both 95% CIs)."
+    numbers = ", ".join(details)
+    if not (p < ALPHA if p is not None else low > 0 or high < 0):
+        return f"The difference between {a} and {b} is not significant at {ALPHA:.0%}: {numbers}."
+    # Trained once: the finding then holds for that training only.
+    once = " (one seed)" if len(of_a["seeds"]) == 1 else ""
+    better = "better" if (value > 0) == (key not in SMALLER_IS_BETTER) else "worse"
+    found = f"{a}{once} is significantly {better} than {b}: {numbers}."
+    bounds = [(line["metrics"][key]["low"], line["metrics"][key]["high"]) for line in (of_a, of_b)]
+    if expected is not None and all(low is not None and low <= expected <= high for low, high in bounds):
+        found += f" Neither is distinguishable from chance ({metric} {expected:.4g} lies in both 95% CIs)."
     return found
 
 

@@ -12,8 +12,10 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from operator import methodcaller
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,12 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from recbole_llm.comparison import charts, tables
+from recbole_llm.comparison import tables
 from recbole_llm.comparison.analysis import build_comparison
 from recbole_llm.comparison.finished_run import FinishedRun, load_run
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
-from recbole_llm.comparison.tables import COSTS, DASH, MINUS, TASKS, clean
-from recbole_llm.experiment.table import layout
+from recbole_llm.comparison.tables import COSTS, KINDS, SERIES, TASKS, clean
+from recbole_llm.experiment.table import MINUS, layout
 from recbole_llm.utils.files import read_json, write_atomically, write_json
 from recbole_llm.utils.run_files import RESULT_FILE
 from recbole_llm.utils.text_output import spreadsheet_text
@@ -104,24 +106,28 @@ def write_report(folder: Path, found: Mapping[str, Any]) -> list[Path]:
         OSError: if the folder cannot be written.
     """
     texts = {"csv": to_csv(found), "md": to_markdown(found), "tex": to_latex(found), "html": to_html(found)}
-    paths = [Path(folder) / f"{NAME}.json"]
+    paths = [Path(folder) / f"{NAME}.{ending}" for ending in ("json", *texts)]
     write_json(paths[0], found)
-    for ending, text in texts.items():
-        paths.append(Path(folder) / f"{NAME}.{ending}")
-        write_atomically(paths[-1], methodcaller("write", text.encode()))
+    for path, text in zip(paths[1:], texts.values(), strict=True):
+        write_atomically(path, methodcaller("write", text.encode()))
     return paths
 
 
 def terminal_table(found: Mapping[str, Any]) -> str:
     """Plain text: the models, key findings, failures."""
-    notes: dict[str, int] = {}
+    table, notes = tables.metrics_table(found), dict[str, int]()
+
+    def plain(cell: tables.Cell) -> str:
+        number = tables.mark(notes, cell)
+        return clean(f"{cell.text} {cell.below}") + (f" ({number})" if number else "")
+
     lines = ["no model finished"]
-    if rows := tables.metrics_table(found).rows:
-        lines = [layout([list(rows[0]), *([_plain(cell, notes) for cell in row.values()] for row in rows)])]
+    if table.rows:
+        lines = [layout([table.head, *([plain(cell) for cell in row.values()] for row in table.rows)])]
     lines += [f"({number}) {clean(note)}" for note, number in notes.items()]
     lines += ["", *map(clean, found["sentences"])] if found["sentences"] else []
     lines += ["", "failed:", *map(clean, tables.failure_lines(found))] if found["failed"] else []
-    return "\n".join(lines).replace(MINUS, "-").replace(DASH, "-")
+    return "\n".join(lines)
 
 
 def to_csv(found: Mapping[str, Any]) -> str:
@@ -159,88 +165,78 @@ def to_csv(found: Mapping[str, Any]) -> str:
 
 def to_markdown(found: Mapping[str, Any]) -> str:
     """A page for GitHub; footnotes explain missing values and labels."""
-    environment = _environment(_markdown)
-    environment.filters["fenced"] = lambda text: Markup(_fence(clean(text, lines=True)))
-    return re.sub(r"\n{3,}", "\n\n", _render(environment, "report.md", found)).rstrip() + "\n"
+    page = _render("report.md", found, _markdown, fenced=_fenced)
+    return re.sub(r"\n{3,}", "\n\n", page).rstrip() + "\n"
 
 
 def to_latex(found: Mapping[str, Any]) -> str:
     """Tables with booktabs, to be read with \\input; the best value of a column is bold."""
-    environment = _environment(
-        _latex, block_start_string="<%", block_end_string="%>", variable_start_string="<<",
-        variable_end_string=">>", comment_start_string="<#", comment_end_string="#>",
-    )  # fmt: skip
-    return _render(environment, "report.tex", found) + "\n"
+    return _render("report.tex", found, _latex) + "\n"
 
 
 def to_html(found: Mapping[str, Any]) -> str:
     """The page. A content policy lets no script run but the page's own, which only sorts tables."""
-    environment = _environment(lambda value: escape(clean(value)))
-    environment.filters |= {
-        "lines": lambda text: escape(clean(text, lines=True)),
-        # Names such as gate_scope=user may be broken after = and _ on a narrow screen.
-        "breakable": lambda text: Markup(re.sub("([=_])", r"\1<wbr>", str(escape(clean(text))))),
-    }
-    script = environment.get_template("report.js").render()
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = {
-        "charts": charts,
+        "charts": _charts(),
         "labels": {model["name"]: model["label"] for model in found["models"]},
         "leading": tables.metric_title(found["leading"]),
+        "axis": tables.marked(found, found["leading"], " (less is better)"),
         "order": tables.best_first(found, found["leading"]),
         "several_seeds": any(len(model["seeds"]) > 1 for model in found["models"]),
         "groupings": list(dict.fromkeys(name for model in found["models"] for name in model["groups"])),
+        "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "lines": lambda text: escape(clean(text, lines=True)),
         **_against_cost(found),
         **(_gates(found["gates"]) if found["gates"] else {}),
     }
-    return _render(environment, "report.html", found, **page) + "\n"
+    return _render("report.html", found, lambda value: escape(clean(value)), **page) + "\n"
 
 
-def _environment(escaped: Callable[[Any], str], **syntax: Any) -> Environment:
-    """Templates whose every output is escaped unless it is marked as safe already."""
-    return Environment(
+def _charts() -> ModuleType | None:
+    """The module that draws, where the extra `report` is installed."""
+    if find_spec("matplotlib") is None:
+        return None
+    from recbole_llm.comparison import charts
+
+    return charts
+
+
+def _render(template: str, found: Mapping[str, Any], escaped: Callable[[Any], str], **page: Any) -> str:
+    """A template's text, in which every output is escaped unless it is marked as safe already."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         autoescape=True,
         finalize=lambda value: value if hasattr(value, "__html__") else Markup(escaped(value)),
         trim_blocks=True,
-        **syntax,
     )
-
-
-def _render(environment: Environment, template: str, found: Mapping[str, Any], **more: Any) -> str:
     title = f"{found['dataset']}: {TASKS.get(found['task'], found['task'])}"
-    return environment.get_template(template).render(found=found, title=title, tables=tables, **more)
-
-
-def _plain(cell: tables.Cell, notes: dict[str, int]) -> str:
-    number = tables.mark(notes, cell)
-    return clean(f"{cell.text} {cell.interval}") + (f" ({number})" if number else "")
+    return environment.get_template(template).render(found=found, title=title, tables=tables, **page)
 
 
 def _against_cost(found: Mapping[str, Any]) -> dict[str, Any]:
-    """``points``: (seconds, value, tip, style) of models; ``unknown``: those that lack the value or seconds."""
+    """``points``: (seconds, value, tip, style) of models; ``unknown``: the others."""
     points, unknown = [], []
     for model in found["models"]:
-        mean = model["metrics"][found["leading"]]["mean"]
-        parts = [model["cost"][key] for key in ("train_seconds", "test_seconds")]
-        seconds = sum(part for part in parts if part is not None)
-        if mean is None or None in parts:
+        mean, cost = model["metrics"][found["leading"]]["mean"], model["cost"]
+        if None in (mean, cost["train_seconds"], cost["test_seconds"]):
             unknown.append(model["label"])
-        if mean is not None and seconds >= 1e-6:
+        elif (seconds := cost["train_seconds"] + cost["test_seconds"]) >= 1e-6:
             tip = f"{model['label']}: {tables.value_text(mean)} after {tables.quantity_text(seconds)} s"
-            points.append((seconds, mean, tip, charts.style_of(model["kind"])))
+            points.append((seconds, mean, tip, list(KINDS).index(model["kind"])))
     return {"points": points, "unknown": unknown}
 
 
 def _gates(gates: Mapping[str, Any]) -> dict[str, Any]:
-    """Users in order, those of one expert together, the most weight first; profiles with their numbers of users."""
+    """``user_order``: those of one expert together, the most weight first; ``profiles``: their names with counts."""
     weights = np.array(gates["values"])
     common = Counter(map(clean, gates["profile"] or ())).most_common()
-    shown = common[: charts.SERIES - (len(common) > charts.SERIES)]
-    rest = sum(count for _, count in common[len(shown) :])
+    if len(common) > SERIES:
+        common[SERIES - 1 :] = [("other", sum(count for _, count in common[SERIES - 1 :]))]
     order = np.lexsort((-weights.max(axis=1), weights.argmax(axis=1)))
-    return {"user_order": order, "profiles": shown + ([("other", rest)] if rest else [])}
+    return {"user_order": order, "profiles": {name: f"{name} ({count})" for name, count in common}}
 
 
 def _csv(text: str) -> str:
@@ -252,10 +248,11 @@ def _markdown(text: Any) -> str:
     return clean(text).translate(_MARKDOWN)
 
 
-def _fence(text: str) -> str:
+def _fenced(text: str) -> Markup:
     """A code block whose fence is longer than any in the text."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}\n{text}\n{fence}"
+    text = clean(text, lines=True)
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", text))])
+    return Markup(f"{fence}\n{text}\n{fence}")
 
 
 def _latex(text: Any) -> str:

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from recbole_llm.experiment.result import metric_title
+from recbole_llm.experiment.table import DASH, MINUS, interval_text, value_text
 
-DASH = "–"
-MINUS = "−"
 COSTS = {
     "train_seconds": "training, s",
     "test_seconds": "test, s",
@@ -26,7 +25,10 @@ COSTS = {
 TASKS = {"ctr": "click-through rate", "next_item": "next item"}
 BINS = "predicted / observed (samples), by bin"
 TEXTS = ("model", "difference", "metric", "test", "user", BINS)
-_STEERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufffe\uffff")
+KINDS = {"llm": "language model", "classical": "conventional recommender", "reference": "reference"}
+SERIES = 6
+"""As many series are distinguished in one chart."""
+_STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,17 @@ class Cell:
     """One entry of a table.
 
     Attributes:
-        interval: "[0.7301, 0.7520]" or empty.
+        below: what stands below the text: an interval, "[0.7301, 0.7520]", or a model's kind.
         note: a footnote: why the text or the interval is missing, or what a label stands for.
         best: whether no other model is better, as printed.
         number: to sort by; None for text and unknown values.
-        kind: of the model, below its name in HTML.
     """
 
     text: str
-    interval: str = ""
+    below: str = ""
     note: str | None = None
     best: bool = False
     number: float | None = None
-    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Table:
     def head(self) -> list[str]:
         return list(self.rows[0]) if self.rows else []
 
+    @property
+    def known(self) -> list[Mapping[str, Cell]]:
+        """The rows with a number."""
+        return [row for row in self.rows if any(cell.number is not None for cell in row.values())]
+
 
 def mark(notes: dict[str, int], cell: Cell) -> int:
     """The number of the cell's note, 0 if it has none; `notes` numbers them in order of appearance, equal ones once."""
@@ -71,16 +76,8 @@ def clean(text: Any, lines: bool = False) -> str:
 
     Control characters, unpaired surrogates and marks that change the writing direction become U+FFFD.
     """
-    kept = "".join(
-        c if c in "\n\t" or not (c in _STEERING or unicodedata.category(c) in ("Cc", "Cs")) else "\ufffd"
-        for c in str(text).replace("\r\n", "\n").replace("\r", "\n")
-    )
+    kept = _STEERING.sub("\ufffd", re.sub("\r\n?", "\n", str(text)))
     return kept if lines else " ".join(kept.split())
-
-
-def value_text(value: float | None, form: str = ".4f") -> str:
-    """A metric with four decimals, or in another format; a dash for None."""
-    return DASH if value is None else f"{value:{form}}".replace("-", MINUS)
 
 
 def quantity_text(value: float | None) -> str:
@@ -92,12 +89,6 @@ def quantity_text(value: float | None) -> str:
 def p_text(value: float | None) -> str:
     """A probability with four decimals, '<0.0001' below."""
     return "<0.0001" if value is not None and value < 1e-4 else value_text(value)
-
-
-def interval_text(holder: Mapping[str, Any], suffix: str = "", form: str = ".4f") -> str:
-    """'[0.7301, 0.7520]', empty where a bound is null."""
-    bounds = [holder.get(end + suffix) for end in ("low", "high")]
-    return "" if None in bounds else "[{}, {}]".format(*(value_text(bound, form) for bound in bounds))
 
 
 def estimate_text(model: Mapping[str, Any], metric: str) -> str:
@@ -121,33 +112,31 @@ def best_first(found: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
 
 def number_cell(value: float | None, text: str | None = None, note: str | None = None) -> Cell:
     """A number; `note` says why it is missing."""
-    return Cell(
-        value_text(value) if text is None else text, note=note if value is None else None, number=value
-    )
+    text = value_text(value) if text is None else text
+    return Cell(text, note=note if value is None else None, number=value)
 
 
-def name_cell(model: Mapping[str, Any]) -> Cell:
+def name_cell(model: Mapping[str, Any], below: str = "") -> Cell:
     """A model's label, with its full name as a footnote where the two differ."""
     label, name = model["label"], model["name"]
-    return Cell(label, note=None if label == name else f"{label}: {name}", kind=model["kind"])
+    return Cell(label, below, note=None if label == name else f"{label}: {name}")
 
 
 def metrics_table(found: Mapping[str, Any], all_intervals: bool = False) -> Table:
-    """A line for each model: seeds and metrics, with the interval of the leading metric or of all."""
-    rows = [
-        {"model": name_cell(model), "seeds": Cell(str(len(model["seeds"])), number=len(model["seeds"]))}
-        for model in found["models"]
-    ]
+    """A line for each model: seeds and metrics; the interval of the leading metric, or the kind and all intervals."""
+    rows = []
+    for model in found["models"]:
+        name = name_cell(model, KINDS[model["kind"]] if all_intervals else "")
+        rows.append({"model": name, "seeds": number_cell(len(model["seeds"]), str(len(model["seeds"])))})
     for metric in found["metrics"]:
-        leads, order = metric == found["leading"], best_first(found, metric)
+        wanted, order = all_intervals or metric == found["leading"], best_first(found, metric)
         best = value_text(order[0]["metrics"][metric]["mean"]) if len(order) > 1 else None
-        title = marked(found, metric) + (" [95% CI]" if leads and not all_intervals else "")
+        title = marked(found, metric) + (" [95% CI]" if wanted and not all_intervals else "")
         for row, model in zip(rows, found["models"], strict=True):
             estimate = model["metrics"][metric]
-            mean, wanted = estimate["mean"], leads or all_intervals
-            interval = interval_text(estimate) if wanted and mean is not None else ""
+            mean, interval = estimate["mean"], interval_text(estimate) if wanted else ""
             note = estimate["reason"] if mean is None or (wanted and not interval) else None
-            is_best = mean is not None and value_text(mean) == best
+            is_best = value_text(mean) == best
             row[title] = Cell(estimate_text(model, metric), interval, note, is_best, mean)
     return Table("Metrics", rows)
 
@@ -190,12 +179,11 @@ def differences_table(found: Mapping[str, Any]) -> Table:
 
 def costs_table(found: Mapping[str, Any]) -> Table:
     """A line for each model with the costs that any of them has; without lines where nothing is known."""
-    models = found["models"]
-    known = [key for key in COSTS if any(model["cost"][key] is not None for model in models)]
+    known = [key for key in COSTS if any(model["cost"][key] is not None for model in found["models"])]
     rows = []
-    for model in models if known else ():
-        costs = {key: model["cost"][key] for key in known}
-        cells = {COSTS[key]: number_cell(value, quantity_text(value)) for key, value in costs.items()}
+    for model in found["models"] if known else ():
+        costs = {COSTS[key]: model["cost"][key] for key in known}
+        cells = {title: number_cell(value, quantity_text(value)) for title, value in costs.items()}
         rows.append({"model": name_cell(model), **cells})
     return Table("Cost", rows)
 
@@ -206,34 +194,21 @@ def calibration_table(models: Sequence[Mapping[str, Any]]) -> Table:
     for model in models:
         curve = model["calibration"]
         bins = zip(curve["predicted"], curve["observed"], curve["counts"], strict=True)
-        text = "; ".join(f"{p:.3f} / {o:.3f} ({n:,})" for p, o, n in bins)
-        error = number_cell(curve["ece"])
-        rows.append({"model": name_cell(model), "calibration error": error, BINS: Cell(text)})
+        text = Cell("; ".join(f"{p:.3f} / {o:.3f} ({n:,})" for p, o, n in bins))
+        rows.append({"model": name_cell(model), "calibration error": number_cell(curve["ece"]), BINS: text})
     return Table("Reliability", rows)
 
 
 def group_table(found: Mapping[str, Any], name: str) -> Table:
     """The leading metric of every model in the groups of one kind, the best models first."""
-    order = best_first(found, found["leading"])
-    rows = []
-    for model in [*order, *(model for model in found["models"] if model not in order)]:
-        if groups := model["groups"].get(name):
-            cells = {
-                f"{g['name']} ({g['rows']:,} samples)": number_cell(g["value"], note=g["reason"])
-                for g in groups
-            }
-            rows.append({"model": name_cell(model), **cells})
+    order, rows = best_first(found, found["leading"]), []
+    for model in order + [model for model in found["models"] if model not in order]:
+        row = {"model": name_cell(model)}
+        for group in model["groups"].get(name, ()):
+            title = f"{group['name']} ({group['rows']:,} samples)"
+            row[title] = number_cell(group["value"], note=group["reason"])
+        rows += [row] if len(row) > 1 else []
     return Table(f"{metric_title(found['leading'])} by {name}", rows)
-
-
-def values_by_group(found: Mapping[str, Any], name: str) -> dict[str, dict[str, float | None]]:
-    """``{model: {group with its size: value}}`` of the models that have a value, the best first."""
-    values = {}
-    for row in group_table(found, name).rows:
-        label, *cells = row.values()
-        if any(cell.number is not None for cell in cells):
-            values[label.text] = {group: row[group].number for group in list(row)[1:]}
-    return values
 
 
 def gates_table(gates: Mapping[str, Any], order: Sequence[int]) -> Table:
@@ -281,8 +256,5 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def failure_lines(found: Mapping[str, Any]) -> list[str]:
     """'iLoRA, seed 2021: out of memory'."""
-    lines = []
-    for run in found["failed"]:
-        seed = "" if run["seed"] is None else f", seed {run['seed']}"
-        lines.append(f"{run['name']}{seed}: {run['error']}")
-    return lines
+    seeds = ["" if run["seed"] is None else f", seed {run['seed']}" for run in found["failed"]]
+    return [f"{run['name']}{seed}: {run['error']}" for run, seed in zip(found["failed"], seeds, strict=True)]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -50,6 +50,8 @@ class AtomicDataset(SequentialDataset):
 
     inter_feat: Any  # RecBole's: a DataFrame while it loads, then an Interaction
     file_size_list: list[int]
+    field2seqlen: dict[str, int]
+    benchmark_filename_list: list[str] | None
 
     def __init__(self, config):
         self.dropped: dict[str, int] = {}
@@ -162,9 +164,10 @@ class AtomicDataset(SequentialDataset):
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         """The interactions of all files, one after the other; RecBole knows them by the names of text files only."""
-        feats, longest = [], dict[str, int]()
+        feats: list[pd.DataFrame] = []
+        longest = dict[str, int]()
         for path in self._files.interactions:
-            feats.append(self._load_feat(str(path), FeatureSource.INTERACTION))
+            feats.append(cast(pd.DataFrame, self._load_feat(str(path), FeatureSource.INTERACTION)))
             for field, length in self.field2seqlen.items():
                 longest[field] = max(longest.get(field, 0), length)
         if self.benchmark_filename_list is None:

@@ -433,7 +433,7 @@ def read_atomic(
     found = _usual_columns(islice(_lines(path, encoding), 1, None), separator, kept)
     if found is not None:
         table, size = found
-        numbers = np.arange(2, 2 + size, dtype=_row_type(size))
+        numbers: np.ndarray = np.arange(2, 2 + size, dtype=_row_type(size))
     else:
         lines = list(_lines(path, encoding))[1:]
         rows, numbers = _checked_records(path, lines, separator, list(types))
@@ -453,7 +453,7 @@ def _kept(
     return {name: types[name] for name in table}, pd.DataFrame(table, copy=False)
 
 
-def _row_type(size: int) -> type:
+def _row_type(size: int) -> type[np.signedinteger]:
     return np.int32 if size < 2**31 - 2 else np.int64
 
 
@@ -560,7 +560,7 @@ def _read_parquet(
             else:
                 values.append(piece)
         table[name] = pd.Series(np.concatenate(values) if values else cells.done())
-    rows = np.arange(source.rows, dtype=_row_type(source.rows))
+    rows: np.ndarray = np.arange(source.rows, dtype=_row_type(source.rows))
     kept = {name: types[name] for name in table}
     return AtomicFile(path, kept, pd.DataFrame(table, copy=False), rows, source)
 

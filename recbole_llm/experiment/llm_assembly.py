@@ -113,33 +113,12 @@ def assemble(config: Config, *, fit: bool = True, saved: Path | None = None) -> 
     if lora is not None:
         lora.check({"data": splits.dataset.content_hash(), "backbone": backbone.sha256}, config["eval_args"])
     check_adapter(config, backbone)
-    candidates = None
     prompts: AnyPrompts
+    candidates = None
     if config["task"] == "ctr":
         prompts, lens = _ctr_prompts(config, splits, backbone, train_lens, seconds)
     else:
-
-        def draw(lens: Lens | None) -> dict[str, CandidateSet] | None:
-            with stage(seconds, "candidates"):
-                return draw_candidate_sets(
-                    config,
-                    {"train": splits.train, "valid": splits.valid, "test": splits.test},
-                    splits.full_train,
-                    negatives,
-                    item_scores=lens.score_items if lens else None,
-                    scores_identity=lens.identity if lens else None,
-                )
-
-        negatives = possible_negatives(config, splits)
-        if config["negatives"] == "hard":  # chosen by the trained lens
-            lens = train_lens()
-            candidates = draw(lens)
-            prompts = _title_prompts(config, splits, backbone, candidates)
-        else:
-            candidates = draw(None)
-            prompts = _title_prompts(config, splits, backbone, candidates)
-            check_prompts(config, backbone, prompts, splits)
-            lens = train_lens()
+        prompts, lens, candidates = _next_item_prompts(config, splits, backbone, train_lens, seconds)
 
     train = splits.train.mixed() if config["mixed_training"] else splits.train
     torch.manual_seed(config["seed"])  # the adapter's start must not depend on whether caches were warm
@@ -268,6 +247,33 @@ def _ctr_prompts(
         else:
             prompts.lens_scores = lambda interaction: lens.probability(interaction).cpu().numpy()
     return prompts, lens
+
+
+def _next_item_prompts(
+    config: Config,
+    splits: Splits,
+    backbone: Backbone,
+    train_lens: Callable[[], Lens | None],
+    seconds: dict[str, float],
+) -> tuple[TitlePromptBuilder | TitleStreamPrompts, Lens | None, dict[str, CandidateSet] | None]:
+    """Prompts, lens and stored candidates of the next-item task; hard candidates are chosen by the trained lens."""
+    negatives = possible_negatives(config, splits)
+    chooses = config["negatives"] == "hard"
+    lens = train_lens() if chooses else None
+    with stage(seconds, "candidates"):
+        candidates = draw_candidate_sets(
+            config,
+            {"train": splits.train, "valid": splits.valid, "test": splits.test},
+            splits.full_train,
+            negatives,
+            item_scores=lens.score_items if lens else None,
+            scores_identity=lens.identity if lens else None,
+        )
+    prompts = _title_prompts(config, splits, backbone, candidates)
+    if not chooses:
+        check_prompts(config, backbone, prompts, splits)
+        lens = train_lens()
+    return prompts, lens, candidates
 
 
 def _title_prompts(

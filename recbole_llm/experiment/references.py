@@ -1,4 +1,4 @@
-"""What a model's result is compared with, on the same test samples: lens, popularity, untrained LLM.
+"""What a model's result is compared with, on the same test samples: lens, past ratings or popularity, untrained LLM.
 
 Every function returns columns for ``test_rows.npz``, in the order of the test samples: ``NAME_score`` in the ctr task,
 ``NAME_rank`` in the next-item task.
@@ -27,6 +27,7 @@ from recbole_llm.evaluation.generation import generation_report, match_title
 from recbole_llm.evaluation.ranking import target_ranks
 from recbole_llm.experiment.assembly import cache_folder
 from recbole_llm.experiment.llm_assembly import LLMAssembly
+from recbole_llm.experiment.past_ratings import past_ratings_scores
 from recbole_llm.lens.lens import Lens
 from recbole_llm.trainer.score_cache import KeptScores
 from recbole_llm.utils.fields import ROW_ID
@@ -41,7 +42,11 @@ BATCH = 64
 def reference_columns(parts: LLMAssembly) -> dict[str, np.ndarray]:
     """The columns of every reference that this run has; the time of each is added to ``parts.seconds``."""
     if parts.config["task"] == "ctr":
-        references = {"lens_score": lens_scores, "zero_shot_score": untrained_scores}
+        references = {
+            "past_ratings_score": lambda parts: past_ratings_scores(parts.train, parts.test_data._dataset),
+            "lens_score": lens_scores,
+            "zero_shot_score": untrained_scores,
+        }
     elif parts.config["eval_mode"] in ("candidates", "full"):
         references = {
             "popularity_rank": popularity_ranks,

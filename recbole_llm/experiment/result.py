@@ -32,8 +32,9 @@
     test_rows           "test_rows.npz" or null
 
 `test_rows.npz` has one array per column, each with one entry per test sample, no pickles: user, item (tokens of the
-dataset), row_id, label (int8), model_score, and where they exist lens_score, zero_shot_score and, with lens_residual,
-llm_score, the tuned LLM's without the lens (float64 probabilities).
+dataset), row_id, label (int8), model_score, and where they exist past_ratings_score (of LLM recommenders; see
+:mod:`recbole_llm.experiment.past_ratings`), lens_score, zero_shot_score and, with lens_residual, llm_score, the tuned
+LLM's without the lens (float64 probabilities).
 Rankings have, instead of label and scores, model_rank, and where they exist lens_rank, zero_shot_rank,
 popularity_rank and others (1 being best); item is the target. What it was ranked among is candidates: [n, C] tokens
 with candidate_scores [n, C] where candidates are stored, else [n] numbers of items.

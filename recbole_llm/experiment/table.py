@@ -9,6 +9,7 @@ from typing import Any
 
 from recbole_llm.experiment.result import metric_title
 
+DASH, MINUS = "–", "−"
 _RANK_COLUMNS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr@10")
 """Of the table; the result has all of :data:`recbole_llm.evaluation.ranking.RANK_METRICS`."""
 
@@ -26,45 +27,60 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
             one did not.
     """
     results = [results] if isinstance(results, Mapping) else list(results)
-    basis = {_basis(r) for r in results}
+    first, basis = results[0], {_basis(r) for r in results}
     if len(basis) != 1:
-        ranked = any("candidates" in r["rows"] for r in results)
-        what = "samples, users, candidates" if ranked else "samples, users"
+        what = "samples, users" + ", candidates" * any("candidates" in r["rows"] for r in results)
         raise ValueError(f"one table needs one test set, but these runs were evaluated on ({what}) {basis}")
-    if results[0]["intervals"] is None:
+    if first["intervals"] is None:
         columns = list(dict.fromkeys(key for r in results for key in r["metrics"]["test"]))
-        body = [[r["name"], *(_number(r["metrics"]["test"].get(key)) for key in columns)] for r in results]
+        tested = [(r["name"], r["metrics"]["test"]) for r in results]
+        body = [[name, *(value_text(values.get(key)) for key in columns)] for name, values in tested]
         return layout([["model", *columns], *body])
 
-    main, columns = "auc", ["logloss", "acc", "gauc"]
-    if "candidates" in results[0]["rows"]:
-        known = next(iter(results[0]["intervals"]["models"].values()))
+    main, *columns = "auc", "logloss", "acc", "gauc"
+    if "candidates" in first["rows"]:
+        known = next(iter(first["intervals"]["models"].values()))
         main, *columns = (metric for metric in _RANK_COLUMNS if metric in known)
-    notes: list[str] = []
-    lines: list[list[str]] = []
-    own: list[list[str]] = []
+    notes, references, own = list[str](), list[list[str]](), list[list[str]]()
     title, order = metric_title(main), {"zero_shot": 0, "lens": 1, "llm": 2}
+
+    def cell(found: Mapping[str, Any], where: str, form: str = ".4f", bounds: bool = True) -> str:
+        """'0.7412 [0.7301, 0.7520]', or the value alone; a note says why one of the two is missing."""
+        if found["low" if bounds else "value"] is None:
+            notes.append(f"{where}: {found['reason']}")
+        return (
+            f"{value_text(found['value'], form)} {interval_text(found, form=form) if bounds else ''}".rstrip()
+        )
+
     for result in results:
         found = result["intervals"]
         for key in sorted(found["models"], key=lambda key: order.get(key, len(order))):
             label, values = result["names"][key], found["models"][key]
+            line = [label, cell(values[main], f"{label}, {title}")]
+            line += [cell(values[m], f"{label}, {metric_title(m)}", bounds=False) for m in columns]
             difference = found["differences"].get(f"{key} - lens", {}).get(main)
-            line = [label, _cell(values[main], f"{label}, {title}", notes)]
-            line += [_number(values[metric]["value"]) for metric in columns]
-            line += [_cell(difference, f"{label}, {title} - lens", notes, sign="+") if difference else ""]
-            for metric in columns:
-                if values[metric]["value"] is None:
-                    notes.append(f"{label}, {metric_title(metric)}: {values[metric]['reason']}")
+            line += [cell(difference, f"{label}, {title} - lens", "+.4f") if difference else ""]
             if key in ("model", "llm"):
                 own.append(line)
-            elif line not in lines:
-                lines.append(line)
-    level = f"[{results[0]['intervals']['level']:.0%} interval]"
+            elif line not in references:
+                references.append(line)
+    level = f"[{first['intervals']['level']:.0%} interval]"
     head = ["model", f"{title} {level}", *map(metric_title, columns), f"{title} - lens {level}"]
-    table = [head, *lines, *own]
+    table = [head, *references, *own]
     if not any(line[-1] for line in table[1:]):
         table = [line[:-1] for line in table]
-    return "\n".join([layout(table), _footer(results[0]), *dict.fromkeys(notes)])
+    return "\n".join([layout(table), _footer(first), *dict.fromkeys(notes)])
+
+
+def value_text(value: float | None, form: str = ".4f") -> str:
+    """A metric with four decimals, or in another format; a dash for None and what is not finite."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:{form}}".replace("-", MINUS)
+
+
+def interval_text(holder: Mapping[str, Any], suffix: str = "", form: str = ".4f") -> str:
+    """'[0.7301, 0.7520]', empty where a bound is null."""
+    bounds = [holder.get(end + suffix) for end in ("low", "high")]
+    return "" if None in bounds else "[{}, {}]".format(*(value_text(bound, form) for bound in bounds))
 
 
 def _basis(result: Mapping[str, Any]) -> Any:
@@ -73,18 +89,6 @@ def _basis(result: Mapping[str, Any]) -> Any:
     if not found:
         return result["rows"].get("test")
     return (found["rows"], found["users"], *((ranked["min"], ranked["max"]) if ranked else ()))
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.4f}"
-
-
-def _cell(interval: Mapping[str, Any], where: str, notes: list[str], sign: str = "") -> str:
-    """'0.7412 [0.7301, 0.7520]', or the value alone and a note that says why."""
-    if interval["low"] is None:
-        notes.append(f"{where}: {interval['reason']}")
-        return _number(interval["value"], sign)
-    return "{} [{}, {}]".format(*(_number(interval[key], sign) for key in ("value", "low", "high")))
 
 
 def _footer(result: Mapping[str, Any]) -> str:
@@ -109,19 +113,19 @@ def _among(candidates: Mapping[str, Any]) -> str:
     return f", each target ranked among {what}{ties}"
 
 
+def layout(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as columns of equal width, with a rule below the first line; in ASCII but for the names."""
+    plain = [[cell.replace(MINUS, "-").replace(DASH, "-") for cell in line] for line in lines]
+    widths = [max(map(_width, column)) for column in zip(*plain, strict=True)]
+    plain.insert(1, ["-" * width for width in widths])
+    padded = [
+        [cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)]
+        for line in plain
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
 def _width(text: str) -> int:
     """Columns on a terminal: two for Chinese and the like, none for combining marks."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
-
-
-def layout(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as columns of equal width, with a rule below the first line."""
-    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])

@@ -18,8 +18,8 @@ from typing import cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from recbole_llm.utils.files import DAMAGED, not_written
@@ -71,9 +71,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("recbole_llm")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        # Read once: safetensors opens a path twice, and a run that is still training may replace the file between.
+        content = path.read_bytes()
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get("recbole_llm")
         meta = json.loads(header) if header is not None else None
     except (SafetensorError, RecursionError, *DAMAGED) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error

@@ -66,12 +66,12 @@ class Processes:
 
         Raises:
             ProcessLost: if another one has ended.
-            RuntimeError: if this one's memory does not suffice.
+            RuntimeError: if the work fails in this one, also for lack of memory.
         """
         try:
             return work()
         except RuntimeError as error:
-            if is_out_of_memory(error):  # here, not there
+            if is_out_of_memory(error) or not _of_communication(error):
                 raise
             reason = str(error).partition("\n")[0]
             raise ProcessLost(
@@ -149,6 +149,14 @@ class Processes:
             flat = self.add_up(torch.cat([p.grad.flatten() for p in alike]))
             for p, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
                 p.grad.copy_(part.view_as(p))
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    """Whether the other processes cannot be reached; gloo raises plain errors that only their text tells."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        name in text for name in ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+    )
 
 
 def shard_layers(layers: Iterable[nn.Module], device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import random
 
 import numpy as np
@@ -36,6 +38,30 @@ def test_saving_replaces_the_file_at_once_and_leaves_nothing_behind(tmp_path):
     save_checkpoint(path, {"a": torch.ones(2)}, {})
     assert torch.equal(load_checkpoint(path)[0]["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def save_again_and_again(path):
+    for number in itertools.count(1):
+        save_checkpoint(path, {"a": torch.full((1000,), float(number))}, {"number": number})
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"a": torch.zeros(1000)}, {"number": 0})
+    writer = multiprocessing.get_context("fork").Process(
+        target=save_again_and_again, args=(path,), daemon=True
+    )
+    writer.start()
+    seen = set()
+    try:
+        for _ in range(5000):
+            tensors, meta = load_checkpoint(path)
+            seen.add(meta["number"])
+            assert torch.equal(tensors["a"], torch.full((1000,), float(meta["number"])))
+    finally:
+        writer.kill()
+        writer.join()
+    assert len(seen) > 10
 
 
 def test_missing_damaged_and_foreign_files_are_named(tmp_path):

@@ -187,6 +187,12 @@ def test_memory_that_does_not_suffice_here_is_no_lost_process(kind):
         Processes(0, 2).together(lambda: (_ for _ in ()).throw(RuntimeError("Connection closed by peer")))
 
 
+def test_an_error_of_this_process_is_not_told_as_the_loss_of_another():
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as raised:
+        Processes(0, 2).together(lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    assert not isinstance(raised.value, ProcessLost)
+
+
 def test_one_process_has_nothing_to_share_the_weights_with(toy_data, tmp_cwd):
     changes = {"data_path": str(toy_data), "device": "cpu", "shard_backbone": True}
     with pytest.raises(ValueError, match="start it with torchrun"):
