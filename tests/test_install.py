@@ -29,7 +29,7 @@ COME_ALONG = {
     "tokenizers": "transformers", "huggingface_hub": "transformers", "accelerate": "peft", "markupsafe": "jinja2",
 }  # fmt: skip
 # Extras: may be imported inside a function only.
-OPTIONAL = {"bitsandbytes", "matplotlib"}
+OPTIONAL = {"bitsandbytes", "pyarrow"}
 # An extra that one module needs as a whole; it is imported when the command `serve` is given, or a report is drawn.
 WHOLE = {
     "serving/server.py": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},

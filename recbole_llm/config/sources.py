@@ -66,7 +66,8 @@ def data_folder(dataset: str, user_path: str | None, recbole_path: str) -> tuple
     folder = os.path.join(base, dataset)
     if os.path.isdir(folder):
         return folder, False
-    if os.path.isfile(os.path.join(base, f"{dataset}.inter")):
+    table = os.path.join(base, f"{dataset}.inter")
+    if os.path.isfile(table) or os.path.exists(f"{table}.parquet"):
         return base, False  # the dataset's own folder was given
     if dataset == "ml-100k":
         return os.path.normpath(recbole_path), True

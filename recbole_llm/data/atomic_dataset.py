@@ -12,14 +12,15 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 from recbole.data.dataset import SequentialDataset
-from recbole.utils import FeatureType
+from recbole.utils import FeatureSource, FeatureType
 
-from recbole_llm.data.atomic_files import AtomicFile, AtomicFiles
+from recbole_llm.data.atomic_files import AtomicFile, AtomicFiles, table_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class AtomicDataset(SequentialDataset):
 
     inter_feat: Any  # RecBole's: a DataFrame while it loads, then an Interaction
     file_size_list: list[int]
+    field2seqlen: dict[str, int]
+    benchmark_filename_list: list[str] | None
 
     def __init__(self, config):
         self.dropped: dict[str, int] = {}
@@ -102,7 +105,7 @@ class AtomicDataset(SequentialDataset):
         """Name every column that is asked for and not there, before a line of data is read."""
         load_col = self.config["load_col"]
         for path, columns in types.items():
-            asked = (load_col or {}).get(path.suffix[1:]) or ()
+            asked = (load_col or {}).get(table_suffix(path)) or ()
             missing = [column for column in asked if asked != "*" and column not in columns]
             if missing:
                 raise ValueError(f"load_col: {path} has no column {missing}; it has {list(columns)}")
@@ -147,20 +150,47 @@ class AtomicDataset(SequentialDataset):
             {f"{token}.user": self.uid_field, f"{token}.item": self.iid_field},
             self.config["field_separator"],
             self.config["encoding"],
+            self.config["seq_separator"],
+            [*filter(None, self._raw_fields(self.config)), self.config["LABEL_FIELD"]],
         )
         types = self._files.types
         self._open_splits(types)
         self._check_columns(types)
-        self._files.read((self.uid_field, self.iid_field))
+        # Of users and items any column may become text.
+        columns = {path: self._loaded(path) for path in self._files.interactions}
+        self._files.read((self.uid_field, self.iid_field), columns)
         super()._load_data(token, dataset_path)
         self._files.close_interactions()
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
-        super()._load_inter_feat(token, dataset_path)
+        """The interactions of all files, one after the other; RecBole knows them by the names of text files only."""
+        feats: list[pd.DataFrame] = []
+        longest = dict[str, int]()
+        for path in self._files.interactions:
+            feats.append(cast(pd.DataFrame, self._load_feat(str(path), FeatureSource.INTERACTION)))
+            for field, length in self.field2seqlen.items():
+                longest[field] = max(longest.get(field, 0), length)
+        if self.benchmark_filename_list is None:
+            (self.inter_feat,) = feats
+        else:
+            self.inter_feat = pd.concat(feats, ignore_index=True)
+            self.file_size_list, self.field2seqlen = list(map(len, feats)), longest
         self.n_read = len(self.inter_feat)
         if self._plain_splits:
             self._split_of = pd.Series(np.repeat(np.arange(len(self.file_size_list)), self.file_size_list))
             self.benchmark_filename_list = None  # filtered like any other interactions
+
+    def _load_user_or_item_feat(self, token, dataset_path, source, field_name):
+        """The features of users or items, from text or parquet; ``None`` if there are none."""
+        file, field = self._files.other(source.value), getattr(self, field_name)
+        feat = None if file is None else self._load_feat(str(file.path), source)
+        if file is not None and feat is not None and field not in feat:
+            raise ValueError(
+                f"{file.path}: column {field!r} must be loaded, but load_col and unload_col leave it out"
+            )
+        if field in self.field2source:
+            self.field2source[field] = FeatureSource(source.value + "_id")
+        return feat
 
     def _load_feat(self, filepath: str, source) -> pd.DataFrame | None:
         """The table that RecBole would make of a file, from its checked cells."""
@@ -186,10 +216,12 @@ class AtomicDataset(SequentialDataset):
                 self.field2seqlen[column] = min(limit or longest, longest)
         return pd.DataFrame({name: pd.Series(values) for name, values in table.items()})
 
-    def _column(self, file: AtomicFile, column: str) -> tuple[np.ndarray | list, FeatureType]:
+    def _column(
+        self, file: AtomicFile, column: str
+    ) -> tuple[np.ndarray | list | pd.Categorical, FeatureType]:
         """The values of a column by its role, else by the type in the header, and their type."""
         kind = FeatureType(file.types[column])
-        if file.path.suffix == ".inter" and not self._is_list(column):
+        if table_suffix(file.path) == "inter" and not self._is_list(column):
             if column == self.time_field:
                 return file.times(column), FeatureType.FLOAT
             if column in self._raw_fields(self.config):
@@ -206,13 +238,12 @@ class AtomicDataset(SequentialDataset):
                             "%s: column %r is read as numbers, not as %s", file.path, column, kind.value
                         )
                     return values, FeatureType.FLOAT
-        cells = file.table[column]
         if kind is FeatureType.FLOAT:
             return file.numbers(column), kind
         if kind is FeatureType.TOKEN:
-            return cells.where(cells != "", np.nan).to_numpy(object), kind
+            return file.tokens(column), kind
         separator = self.config["seq_separator"]
-        parts = [[part for part in cell.split(separator) if part] for cell in cells]
+        parts = [[part for part in cell.split(separator) if part] for cell in file.cells(column)]
         if kind is FeatureType.TOKEN_SEQ:
             return [np.array(part) for part in parts], kind
         lists: list[np.ndarray] = []
@@ -314,10 +345,10 @@ class AtomicDataset(SequentialDataset):
         if self.config["filter_inter_by_user_or_item"]:
             return  # they are dropped, and counted there
         for path, field in self._files.others.items():
-            known = self._files[path].table[field]
+            known = self._files[path].cells(field)
             lost = ~self.inter_feat[field].isin(known)
             if len(known) and lost.any():
-                self.unmatched[f"{field} not in {path.suffix}"] = int(lost.sum())
+                self.unmatched[f"{field} not in .{table_suffix(path)}"] = int(lost.sum())
                 logger.warning(
                     "%s of %s interactions have %s %s that is not in %s (first: %s); they are kept, without its "
                     "features and text. filter_inter_by_user_or_item: True drops them",
@@ -328,6 +359,20 @@ class AtomicDataset(SequentialDataset):
                     path,
                     self.inter_feat[field][lost].iloc[0],
                 )
+
+    def _filter_by_inter_num(self) -> None:
+        """RecBole's filter, unless it keeps all, as by default: it counts users and items in Python then, too."""
+        keys = ("user_inter_num_interval", "item_inter_num_interval")
+        if any(self.config[key] not in (None, "[0,inf)", "[0, inf)") for key in keys):
+            super()._filter_by_inter_num()
+
+    def _concat_remaped_tokens(self, remap_list):
+        """All tokens that share their ids, and where each table's end; categories are kept (RecBole: objects)."""
+        columns = [feat[field] for feat, field, _ in remap_list]
+        if not all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
+            return super()._concat_remaped_tokens(remap_list)
+        ends = np.cumsum(list(map(len, columns)))[:-1]
+        return union_categoricals(columns) if len(columns) > 1 else columns[0].array, ends
 
     def _reset_index(self) -> None:
         if self._plain_splits:
@@ -357,7 +402,7 @@ class AtomicDataset(SequentialDataset):
 
 def loaded_columns(config, path: Path, types: Iterable[str]) -> list[str]:
     """The columns of a file that ``load_col`` and ``unload_col`` keep."""
-    columns, source = list(types), path.suffix[1:]
+    columns, source = list(types), table_suffix(path)
     load_col, unload_col = config["load_col"], config["unload_col"] or {}
     if load_col is not None and load_col.get(source) != "*":
         columns = [column for column in columns if column in (load_col.get(source) or ())]

@@ -17,10 +17,10 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
@@ -116,9 +116,14 @@ class HistoryDataset(AtomicDataset):
             self.inter_feat[self.time_field],
         ]
         order = np.lexsort([*keys, self._split_of] if self._plain_splits else keys)
-        self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+        del keys
+        # Column by column: two copies of the whole table would be the peak of a preparation.
+        feat, self.inter_feat = self.inter_feat, pd.DataFrame(index=pd.RangeIndex(len(order)))
+        for name in list(feat):
+            self.inter_feat[name] = feat.pop(name).to_numpy()[order]
         if self._plain_splits:
             self._order_splits(order)
+        del feat, order
         self._exact_times = self.inter_feat[self.time_field].to_numpy(np.float64)
         super()._change_feat_format()
         if self._plain_splits:  # where RecBole leaves the histories to the files
@@ -214,6 +219,7 @@ class HistoryDataset(AtomicDataset):
         if spec_of(self.config.model_class).negative_history:
             self.history.draw_negatives(self.item_num, self.config["seed"])
         earlier = position - self.history.user_start[users]
+        del feat, users
         minimum = self._min_history
         rows = np.flatnonzero(earlier >= minimum)
         if not len(rows):
@@ -224,8 +230,12 @@ class HistoryDataset(AtomicDataset):
         self._keep_rows(rows, earlier[rows], position[rows])
 
     def _keep_rows(self, rows: np.ndarray, earlier: np.ndarray, position: np.ndarray) -> None:
-        """Reduce ``inter_feat`` to the samples at ``rows``, which have ``earlier`` items before their ``position``."""
-        self.inter_feat = take(self.inter_feat, rows)
+        """Reduce ``inter_feat`` to the samples at ``rows``, which have ``earlier`` items before their ``position``.
+
+        One column at a time, so that never two copies of the table are in memory.
+        """
+        index, columns_of = torch.from_numpy(rows), self.inter_feat.interaction
+        self.inter_feat = Interaction({name: columns_of.pop(name)[index] for name in list(columns_of)})
         lengths = np.clip(earlier, 1, self.max_item_list_len)
         columns = {self.item_list_length_field: lengths, ROW_ID: rows, HISTORY_END: position}
         self.inter_feat.update(table({name: values.astype(np.int64) for name, values in columns.items()}))
@@ -453,8 +463,8 @@ class HistoryDataset(AtomicDataset):
 
         Items that were appended to a finished run bring files of their own (``_shared["item_files"]``).
         """
-        path = Path(self.dataset_path) / f"{self.dataset_name}.{suffix}"
-        files = [self._files[path]] if path in self._files else []
+        file = self._files.other(suffix)
+        files = [] if file is None else [file]
         return joined(files + (self._shared.get("item_files", []) if suffix == "item" else []))
 
     def item_texts(self) -> list[str]:

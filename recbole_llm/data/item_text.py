@@ -80,8 +80,8 @@ class _Table:
         self.known = np.zeros(self._size, dtype=bool)
         if file is not None:
             ids = dataset.field2token_id[id_field]
-            self._table = file.table
-            self._rows = np.array([ids.get(token, 0) for token in file.table[id_field]], dtype=np.int64)
+            self._file = file
+            self._rows = np.array([ids.get(token, 0) for token in file.cells(id_field)], dtype=np.int64)
             self.known[self._rows] = True
 
     def resolve(self, name: str, key: str) -> str | None:
@@ -103,7 +103,7 @@ class _Table:
         """Cleaned cells by internal id, '' where there is none; of an id's lines the first counts."""
         values = [""] * self._size
         if column is not None:
-            for row, cell in zip(self._rows[::-1], self._table[column].to_numpy()[::-1], strict=True):
+            for row, cell in zip(self._rows[::-1], self._file.cells(column)[::-1], strict=True):
                 text = clean(cell)
                 values[row] = "" if text in missing else self._shortened(text)
             values[0] = ""  # ids that RecBole dropped all went here

@@ -10,10 +10,11 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from recbole.config import Config
 
 from recbole_llm.data.atomic_dataset import loaded_columns
-from recbole_llm.data.atomic_files import AtomicFile, AtomicFiles, read_atomic
+from recbole_llm.data.atomic_files import AtomicFile, AtomicFiles, is_parquet, read_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ def check_files(config: Config) -> None:
     splits = config["benchmark_filename"] or [""]
     names = [f"{name}.{split + '.' if split else ''}inter" for split in splits]
     files = AtomicFiles(folder, names, {f"{name}.user": user, f"{name}.item": item}, *how)
+    parquet = [path for path in (*files.interactions, *files.others) if is_parquet(path)]
+    if parquet:
+        raise ValueError(
+            f"{parquet[0]}: RecBole's own protocol reads text only; set task: ctr or task: next_item, or write "
+            f"{parquet[0].name.removesuffix('.parquet')} as text"
+        )
     columns = {path: loaded_columns(config, path, types) for path, types in files.types.items()}
     for path in files.interactions:
         lacking = {user: "USER_ID_FIELD", item: "ITEM_ID_FIELD"}
@@ -82,13 +89,13 @@ def _check_ids(inter: list[AtomicFile], other: AtomicFile, field: str, config: C
             f"{other.where(again[0], field)} has a line already, and RecBole would give all later ones the features of "
             "others. Remove one of the two"
         )
-    known = set(other.table[field])
-    lost = sum(int((~file.table[field].isin(known)).sum()) for file in inter)
+    known = set(other.cells(field))
+    lost = sum(int((~pd.Series(file.cells(field)).isin(known)).sum()) for file in inter)
     total = sum(map(len, inter))
     if lost == total:
         raise ValueError(
-            f"no {field} of {inter[0].path} is in {other.path}: the one has e.g. {inter[0].table[field].iloc[0]!r}, "
-            f"the other {other.table[field].iloc[0]!r}. Write ids alike in both files"
+            f"no {field} of {inter[0].path} is in {other.path}: the one has e.g. {inter[0].cell(0, field)!r}, "
+            f"the other {other.cell(0, field)!r}. Write ids alike in both files"
         )
     if lost and config["filter_inter_by_user_or_item"]:
         logger.warning(

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from recbole_llm.data.atomic_files import AtomicFile, read_atomic
+from recbole_llm.data.atomic_files import AtomicFile
 from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.data.history import HistoryIndex
@@ -23,7 +23,7 @@ def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset
     ``min_rating`` holds here, too; RecBole's filters by counts and intervals do not.
 
     Args:
-        source: an atomic ``.inter`` file, or a table with the same column names.
+        source: an atomic ``.inter`` file, text or parquet, or a table with the same column names.
         dataset: of the run.
 
     Returns:
@@ -52,7 +52,7 @@ def read_interactions(source: str | Path | pd.DataFrame, dataset: HistoryDataset
     for name, column in columns.items():
         if name in ("user", "item"):
             file.clean_ids(column)
-            found[name] = file.table[column]
+            found[name] = file.cells(column)
             empty = found[name].isin(["", "[PAD]"])
         else:
             found[name] = file.times(column) if name == "time" else file.numbers(column, needed=True)
@@ -80,9 +80,9 @@ def read_table(source: str | Path | pd.DataFrame, what: str, dataset: HistoryDat
         FileNotFoundError, ValueError: if there is no such file, or it is no atomic file.
     """
     if not isinstance(source, pd.DataFrame):
-        if not Path(source).is_file():
+        if not Path(source).exists():
             raise FileNotFoundError(f"{what}: there is no file {source}")
-        return read_atomic(Path(source), dataset.config["field_separator"], dataset.config["encoding"])
+        return dataset._files.read_table(Path(source))
     types = {
         str(name): "float" if pd.api.types.is_float_dtype(column) else "token"
         for name, column in source.items()
