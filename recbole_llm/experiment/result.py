@@ -19,7 +19,8 @@
                         among them, are RecBole's, rounded to metric_decimal_place
     intervals           null without scores by sample, else (with ranks, hr@1, .. stand in the place of auc, ..)
                         {unit: "user", users, rows, samples, seed, level,
-                         models: {model|lens|llm|zero_shot: {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
+                         models: {model|lens|llm|zero_shot|past_ratings:
+                                  {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
                          differences: {"model - lens": {auc: {value, low, high[, reason]}, ..}, ..}}
                         differences are paired (same draws of users); reason says why a bound is null
     names               the table's label of each entry of intervals.models
@@ -32,8 +33,8 @@
     test_rows           "test_rows.npz" or null
 
 `test_rows.npz` has one array per column, each with one entry per test sample, no pickles: user, item (tokens of the
-dataset), row_id, label (int8), model_score, and where they exist lens_score, zero_shot_score and, with lens_residual,
-llm_score, the tuned LLM's without the lens (float64 probabilities).
+dataset), row_id, label (int8), model_score, and where they exist lens_score, zero_shot_score, past_ratings_score and,
+with lens_residual, llm_score, the tuned LLM's without the lens (float64 probabilities).
 Rankings have, instead of label and scores, model_rank, and where they exist lens_rank, zero_shot_rank,
 popularity_rank and others (1 being best); item is the target. What it was ranked among is candidates: [n, C] tokens
 with candidate_scores [n, C] where candidates are stored, else [n] numbers of items.
@@ -140,9 +141,9 @@ def build_result(
                 f"{len(rows['user'])} test samples were scored, but counts['test'] is {counts['test']}"
             )
         estimate = _estimate(rows, counts, config, evaluation.n_items)
-        _log_reasons(estimate, labels)
         intervals, values = estimate.to_dict("lens"), estimate.values
         labels |= {key: key.replace("_", " ") for key in values if key not in labels}
+        _log_reasons(estimate, labels)
     bounded = any(
         (counts.get(f"{part}_available") or 0) > (counts.get(part) or 0) for part in ("valid", "test")
     )
