@@ -273,6 +273,8 @@ def test_other_rows_other_tasks_and_double_runs_are_refused():
 
 
 def test_a_folder_without_result_or_scores_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*none: give that of"):
+        load_run(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="not finished"):
         load_run(tmp_path)
     (tmp_path / "result.json").write_text("{}")
