@@ -157,12 +157,21 @@ def _models(runs: Sequence[FinishedRun]) -> tuple[dict[str, _Model], list[str]]:
             values = run.rows.get(column + suffix)
             if column == "model" or values is None:
                 continue
+            alike = [known for known in models.values() if f"{known.name} (".startswith(f"{title} (")]
+            same_seed = [known.columns[run.seed] for known in alike if run.seed in known.columns]
+            if any(np.array_equal(other, values) for other in same_seed):
+                continue
             # The untrained LLM with another prompt, or a lens trained otherwise, is another reference.
             for name, label in ((title, title), (f"{title} ({run.name})", f"{title} ({label_of(run.name)})")):
                 known = models.setdefault(name, _Model(name, "reference", label))
                 if np.array_equal(known.columns.setdefault(run.seed, values), values):
                     break
     notes = _add_stacks(models, runs)
+    if any("past_ratings" in run.result["names"] for run in runs):
+        notes.append(
+            "past ratings: averages of the user's earlier ratings and nothing of the item, fitted on the labels that "
+            "tune the language model."
+        )
     models = {name: model for name, model in models.items() if model.columns}
     counts = Counter(model.label for model in models.values())
     for model in models.values():

@@ -42,6 +42,8 @@ def load_run(folder: Path, name: str | None = None) -> FinishedRun:
         FileNotFoundError: if the run is not finished, or left no scores.
     """
     result_file, rows_file = folder / RESULT_FILE, folder / TEST_ROWS_FILE
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give that of a finished run or comparison")
     if not result_file.is_file():
         raise FileNotFoundError(f"{folder} holds no {RESULT_FILE}: the run is not finished")
     if not rows_file.is_file():

@@ -70,7 +70,7 @@ class TextSettings:
         known = [f.name for f in fields(cls)]
         for key in section:
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
+                near = difflib.get_close_matches(str(key), known, 1)  # YAML reads `no` as False
                 raise ValueError(
                     f"text.{key}: unknown key; "
                     + (f"did you mean {near[0]}?" if near else f"it may hold {known}")

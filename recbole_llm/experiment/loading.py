@@ -36,6 +36,8 @@ def load_run(
     changes: dict[str, Any] | None = None,
 ) -> Assembly:
     """The data and the trained model of a finished run; see :func:`recbole_llm.quick_start.load_data_and_model`."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}: give that of a finished run")
     saved = read_configuration(folder)
     if saved is None or not (folder / BEST_FILE).is_file():
         missing = CONFIG_FILE if saved is None else BEST_FILE

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from recbole_llm.data.dataset import HISTORY_END, HistoryDataset
 from recbole_llm.data.history import HistoryIndex
+from recbole_llm.utils.fields import ROW_ID
 
 LENGTHS = (None, 50, 10, 3, 1)
 """Averages are over so many of a user's latest earlier interactions; ``None``: over all of them."""
@@ -24,7 +25,7 @@ def past_ratings_scores(train: HistoryDataset, test: HistoryDataset) -> np.ndarr
     """Probability of the label 1 from the user's earlier ratings (from labels, where there are no ratings).
 
     Without training samples, or with one class of labels in them, it is the average of the last ``UNFITTED``, as a
-    share of the scale.
+    share of the scale, of these and two more ratings: the lowest and the highest one.
 
     Args:
         train: the samples whose labels it may learn from.
@@ -34,9 +35,13 @@ def past_ratings_scores(train: HistoryDataset, test: HistoryDataset) -> np.ndarr
         float64 ``[n]``.
     """
     features = _averages_of(test)
+    _, once = np.unique(train.inter_feat[ROW_ID].numpy(), return_index=True)
+    train = train.subset(
+        once
+    )  # the same fit whatever the layout's order, and where mixed_training shows samples twice
     labels = train.inter_feat[train.label_field].numpy()
     if len(np.unique(labels)) < 2:
-        return features[:, LENGTHS.index(UNFITTED)]
+        return (UNFITTED * features[:, LENGTHS.index(UNFITTED)] + 1) / (UNFITTED + 2)
     fitted = make_pipeline(StandardScaler(), LogisticRegression()).fit(_averages_of(train), labels)
     return fitted.predict_proba(features)[:, 1]
 

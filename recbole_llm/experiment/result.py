@@ -19,7 +19,8 @@
                         among them, are RecBole's, rounded to metric_decimal_place
     intervals           null without scores by sample, else (with ranks, hr@1, .. stand in the place of auc, ..)
                         {unit: "user", users, rows, samples, seed, level,
-                         models: {model|lens|llm|zero_shot: {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
+                         models: {model|lens|llm|zero_shot|past_ratings:
+                                  {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
                          differences: {"model - lens": {auc: {value, low, high[, reason]}, ..}, ..}}
                         differences are paired (same draws of users); reason says why a bound is null
     names               the table's label of each entry of intervals.models
@@ -141,9 +142,9 @@ def build_result(
                 f"{len(rows['user'])} test samples were scored, but counts['test'] is {counts['test']}"
             )
         estimate = _estimate(rows, counts, config, evaluation.n_items)
-        _log_reasons(estimate, labels)
         intervals, values = estimate.to_dict("lens"), estimate.values
         labels |= {key: key.replace("_", " ") for key in values if key not in labels}
+        _log_reasons(estimate, labels)
     bounded = any(
         (counts.get(f"{part}_available") or 0) > (counts.get(part) or 0) for part in ("valid", "test")
     )

@@ -76,6 +76,33 @@ def test_a_model_against_its_own_copy_differs_by_nothing():
     assert found["sentences"][0].startswith("The difference between A and B is not significant at 5%")
 
 
+def test_a_note_says_what_past_ratings_are():
+    rng = np.random.default_rng(2)
+    rows = rows_of(rng, "ctr")
+    values, past = (scores(rng, rows["label"], strength) for strength in (0.5, 0.3))
+    plain = build_comparison([run("A", rows, values)])
+    found = build_comparison(
+        [run("A", rows, values, names={"past_ratings": "past ratings"}, past_ratings_score=past)]
+    )
+    assert [line["label"] for line in found["models"]] == ["A", "past ratings"]
+    (note,) = set(found["notes"]) - set(plain["notes"])
+    assert note.startswith("past ratings: averages of the user's earlier ratings")
+
+
+def test_equal_references_are_one_also_where_the_first_run_has_another():
+    rng = np.random.default_rng(3)
+    rows = rows_of(rng, "ctr")
+    values, first, second = (scores(rng, rows["label"], strength) for strength in (0.5, 0.3, 0.2))
+    runs = [
+        run(name, rows, values, seed, names={"past_ratings": "past ratings"}, past_ratings_score=past)
+        for seed in (2020, 2021)
+        for name, past in (("A", first), ("B", second), ("C", second))
+    ]
+    lines = {line["label"]: line for line in build_comparison(runs, samples=10)["models"]}
+    assert list(lines) == ["A", "B", "C", "past ratings", "past ratings (B)"]
+    assert lines["past ratings (B)"]["seeds"] == [2020, 2021]
+
+
 def test_one_seed_is_named_and_models_at_chance_are_named():
     rng = np.random.default_rng(8)
     rows = rows_of(rng, "ctr")
@@ -246,6 +273,8 @@ def test_other_rows_other_tasks_and_double_runs_are_refused():
 
 
 def test_a_folder_without_result_or_scores_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*none: give that of"):
+        load_run(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="not finished"):
         load_run(tmp_path)
     (tmp_path / "result.json").write_text("{}")

@@ -159,6 +159,8 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(finished, tmp_path):
         load_data_and_model(folder)
     with pytest.raises(CheckpointError, match=r"it has no config\.json"):
         load_data_and_model(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no folder .*none: give that of a finished run"):
+        load_data_and_model(tmp_path / "none")
 
 
 def test_one_more_interaction_is_other_data(finished, toy_data, tmp_path):

@@ -100,7 +100,16 @@ def test_a_run_has_it_beside_its_model(run, layout):
     np.testing.assert_allclose(column, expected, atol=1e-6)
 
 
-def test_without_labels_it_is_the_average_of_the_last_ten(run):
+def test_without_labels_it_is_the_average_of_the_last_ten_and_never_sure(run):
     parts, column, _ = run(few_shot=0)
-    np.testing.assert_allclose(column, features(parts, parts.test)[:, 2], atol=1e-12)
+    np.testing.assert_allclose(column, (10 * features(parts, parts.test)[:, 2] + 1) / 12, atol=1e-12)
+    assert 0 < column.min() and column.max() < 1  # at 0 or 1 a single sample decides LogLoss
     assert np.array_equal(past_ratings_scores(parts.train, parts.test), column)
+
+
+def test_order_and_repetition_of_the_training_samples_do_not_matter(run):
+    parts, _, _ = run()
+    expected = past_ratings_scores(parts.train, parts.test)
+    others = parts.train.mixed(), parts.train.subset(np.arange(len(parts.train))[::-1].copy())
+    for train in others:  # mixed_training shows each sample twice; else two models would have two references
+        assert np.array_equal(past_ratings_scores(train, parts.test), expected)

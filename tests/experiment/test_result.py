@@ -289,6 +289,14 @@ def test_what_cannot_be_computed_is_null_with_its_reason(rows, tmp_path, caplog)
     assert interval["low"] is None and "only 4 users" in interval["reason"] and interval["value"] > 0
 
 
+def test_the_log_calls_models_as_the_table_does(rows, caplog):
+    few = {key: value[rows["user"] < 4] for key, value in rows.items()} | {
+        "past_ratings_score": np.full(40, 0.5)
+    }
+    run(few, counts={"valid": 1, "test": 40})
+    assert "past ratings, AUC: no interval" in caplog.text and "past_ratings" not in caplog.text
+
+
 def test_rows_must_fit_the_counts_and_extra_the_schema(rows):
     with pytest.raises(ValueError, match=r"300 test samples were scored, but counts\['test'\] is 5"):
         run(rows, counts={"test": 5})
