@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from string import Formatter
+from types import NoneType
 from typing import Any, cast
 
 import numpy as np
@@ -75,21 +76,18 @@ class TextSettings:
                     f"text.{key}: unknown key; "
                     + (f"did you mean {near[0]}?" if near else f"it may hold {known}")
                 )
-        user_fields = section.get("user_fields") or {}
-        if not isinstance(user_fields, Mapping):
-            user_fields = dict.fromkeys(user_fields, "{}")
-        for column, template in user_fields.items():
-            if [name for _, name, _, _ in Formatter().parse(template) if name is not None] != [""]:
-                raise ValueError(
-                    f"text.user_fields.{column}: {template!r} must hold {{}} exactly once, for the value"
-                )
-        section["user_fields"] = dict(user_fields)
-        section["value_names"] = {
-            column: {str(value): name for value, name in names.items()}
-            for column, names in (section.get("value_names") or {}).items()
-        }
+        for key in ("title", "year", "genre"):
+            if not isinstance(section.get(key), (str, NoneType)):
+                raise ValueError(f"text.{key}: {section[key]!r} is neither the name of a column nor ~")
+        section["user_fields"] = _user_fields(section.get("user_fields") or {})
+        section["value_names"] = _value_names(section.get("value_names") or {})
         missing = section.get("missing_values") or ()
-        section["missing_values"] = ("", *map(str, (missing,) if isinstance(missing, str) else missing))
+        missing = missing if isinstance(missing, (list, tuple)) else (missing,)
+        if not all(isinstance(cell, (str, int, float)) for cell in missing):
+            raise ValueError(
+                f"text.missing_values: {list(missing)!r} must hold cells, such as [unknown, none]"
+            )
+        section["missing_values"] = ("", *map(str, missing))
         for key in ("verb", "rating_scale"):
             if isinstance(section.get(key), list):
                 section[key] = tuple(section[key])
@@ -99,8 +97,10 @@ class TextSettings:
             raise ValueError(
                 f"text.missing_title: {settings.missing_title!r} is neither 'error' nor 'placeholder'"
             )
-        if not settings.genre_separator:
-            raise ValueError("text.genre_separator must not be empty")
+        if not isinstance(settings.genre_separator, str) or not settings.genre_separator:
+            raise ValueError(
+                f"text.genre_separator: {settings.genre_separator!r} is no text to split cells at"
+            )
         limit = settings.max_title_length
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
             raise ValueError(f"text.max_title_length: {limit!r} is neither an int >= 2 nor ~")
@@ -114,7 +114,11 @@ class TextSettings:
             optional = key in ("nouns", "placeholder")
             if not (optional and value is None) and not (isinstance(value, str) and clean(value)):
                 raise ValueError(f"text.{key}: {value!r} is not a word")
-        if len(self.verb) != 2 or not all(isinstance(form, str) and clean(form) for form in self.verb):
+        if (
+            not isinstance(self.verb, tuple)
+            or len(self.verb) != 2
+            or not all(isinstance(form, str) and clean(form) for form in self.verb)
+        ):
             raise ValueError(f"text.verb: {self.verb!r} must hold two forms, e.g. [reads, read]")
         scale: Any = self.rating_scale
         numbers = (
@@ -166,3 +170,45 @@ class TextSettings:
 
 WORDS = frozenset(TextSettings().words())
 """Placeholders that every template may hold, see :meth:`TextSettings.words`."""
+
+
+def _user_fields(found: Any) -> dict[str, str]:
+    """Column -> how its value reads; a list of columns shows their values as they are.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(found, (list, tuple)) and all(isinstance(column, str) for column in found):
+        return dict.fromkeys(found, "{}")
+    if not isinstance(found, Mapping):
+        raise ValueError(f'text.user_fields: {found!r} must name columns, such as {{age: "aged {{}}"}}')
+    for column, template in found.items():
+        try:
+            places = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        except (TypeError, ValueError):  # no text, or a single brace
+            places = []
+        if places != [""]:
+            raise ValueError(
+                f"text.user_fields.{column}: {template!r} must hold {{}} exactly once, for the value"
+            )
+    return dict(found)
+
+
+def _value_names(found: Any) -> dict[str, dict[str, str | None]]:
+    """Column -> value in the file, as text -> its name.
+
+    Raises:
+        ValueError: if it is none of that.
+    """
+    if not isinstance(found, Mapping) or not all(isinstance(names, Mapping) for names in found.values()):
+        raise ValueError(
+            f"text.value_names: {found!r} must name the values of columns, such as {{gender: {{F: female}}}}"
+        )
+    for column, names in found.items():
+        for value, name in names.items():
+            if not isinstance(name, (str, int, float, NoneType)):
+                raise ValueError(f"text.value_names.{column}.{value}: {name!r} is neither a text nor ~")
+    return {
+        column: {str(value): name if name is None else str(name) for value, name in names.items()}
+        for column, names in found.items()
+    }

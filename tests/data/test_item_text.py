@@ -14,6 +14,7 @@ from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.item_text import ItemText, UserText
 from recbole_llm.data.next_item import NextItemDataset
 from recbole_llm.data.text_cleaning import clean, natural_order, shorten
+from recbole_llm.data.text_settings import TextSettings
 
 INTER_COLUMNS = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 
@@ -467,3 +468,30 @@ def test_random_interactions_are_what_the_fixtures_assume():
     rows = random_interactions()
     assert {row[0] for row in rows} == {str(i) for i in range(1, 31)}
     assert {row[1] for row in rows} == {str(i) for i in range(1, 16)}
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({False: 3}, "text.False: unknown key"),
+        ({"title": [1]}, "text.title: .1. is neither the name of a column nor ~"),
+        ({"missing_values": [[1]]}, "text.missing_values: .* must hold cells"),
+        ({"value_names": 5}, "text.value_names: 5 must name the values of columns"),
+        ({"value_names": {"age": 5}}, "text.value_names: .* must name the values of columns"),
+        ({"value_names": {"age": {1: [2]}}}, "text.value_names.age.1: .2. is neither a text nor ~"),
+        ({"user_fields": 5}, "text.user_fields: 5 must name columns"),
+        ({"user_fields": [["age"]]}, "text.user_fields: .* must name columns"),
+        ({"user_fields": {"age": None}}, "text.user_fields.age: None must hold {} exactly once"),
+        ({"user_fields": {"age": "{"}}, "text.user_fields.age: '{' must hold {} exactly once"),
+        ({"verb": 5}, "text.verb: 5 must hold two forms"),
+        ({"genre_separator": 5}, "text.genre_separator: 5 is no text"),
+    ],
+)
+def test_values_of_another_kind_are_one_sentence(section, said):
+    with pytest.raises(ValueError, match=said):
+        TextSettings.from_config({"text": section})
+
+
+def test_numbers_name_values_and_cells():
+    settings = TextSettings.from_config({"text": {"value_names": {"age": {1: 18}}, "missing_values": 0}})
+    assert settings.value_names == {"age": {"1": "18"}} and settings.missing_values == ("", "0")

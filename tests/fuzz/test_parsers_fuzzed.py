@@ -47,7 +47,12 @@ FOUND: dict[str, list[bytes]] = {
         b"k uniform nan,nan",
         b"k loguniform 0,999",
     ],
-    "text_section": [b"{no,n: book, verb: [reads, read]}", b"{1: a}", b"{[a]: b}", b"{user_fields: {no: no}}"],
+    "text_section": [
+        b"{no,n: book, verb: [reads, read]}",
+        b"{1: a}",
+        b"{[a]: b}",
+        b"{user_fields: {no: no}}",
+    ],
     "template": [b"a: 2011-13-99", b"[" * 3000, b"a: !!int x"],
 }
 """Inputs that fuzzing broke a parser with, each now a result or one sentence."""
