@@ -81,7 +81,8 @@ class TextSettings:
                 raise ValueError(f"text.{key}: {section[key]!r} is neither the name of a column nor ~")
         section["user_fields"] = _user_fields(section.get("user_fields") or {})
         section["value_names"] = _value_names(section.get("value_names") or {})
-        missing = section.get("missing_values") or ()
+        missing = section.get("missing_values")
+        missing = () if missing is None else missing
         missing = missing if isinstance(missing, (list, tuple)) else (missing,)
         if not all(isinstance(cell, (str, int, float)) for cell in missing):
             raise ValueError(
