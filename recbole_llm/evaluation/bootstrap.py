@@ -96,8 +96,8 @@ class Bootstrap:
         """The metric of `name` minus that of `reference`, paired by draw; `method` as in `interval`."""
         return self._contrast([name, reference], metric, method)
 
-    def to_dict(self, reference: str | None = None) -> dict:
-        """For the json: how it was drawn, every model's intervals, and every difference to `reference`.
+    def to_dict(self, *references: str) -> dict:
+        """For the json: how it was drawn, every model's intervals, and every difference to each of `references`.
 
         Returns:
             {unit, users, rows, samples, seed, level, models: {name: {metric: interval}},
@@ -114,6 +114,7 @@ class Bootstrap:
             "models": {n: {m: self.interval(n, m).to_dict() for m in self.metrics} for n in names},
             "differences": {
                 f"{n} - {reference}": {m: self.difference(n, reference, m).to_dict() for m in self.metrics}
+                for reference in references
                 for n in names
                 if reference in self.values and n != reference
             },

@@ -22,7 +22,8 @@
                          models: {model|lens|llm|zero_shot|past_ratings:
                                   {auc|logloss|acc|gauc: {value, low, high[, reason]}}},
                          differences: {"model - lens": {auc: {value, low, high[, reason]}, ..}, ..}}
-                        differences are paired (same draws of users); reason says why a bound is null
+                        differences, to the lens and to the past ratings, are paired (same draws of users); reason
+                        says why a bound is null
     names               the table's label of each entry of intervals.models
     seconds             stage -> seconds
     tokens_per_second   of training
@@ -142,7 +143,7 @@ def build_result(
                 f"{len(rows['user'])} test samples were scored, but counts['test'] is {counts['test']}"
             )
         estimate = _estimate(rows, counts, config, evaluation.n_items)
-        intervals, values = estimate.to_dict("lens"), estimate.values
+        intervals, values = estimate.to_dict("lens", "past_ratings"), estimate.values
         labels |= {key: key.replace("_", " ") for key in values if key not in labels}
         _log_reasons(estimate, labels)
     bounded = any(

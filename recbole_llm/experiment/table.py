@@ -41,7 +41,7 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
     if "candidates" in first["rows"]:
         known = next(iter(first["intervals"]["models"].values()))
         main, *columns = (metric for metric in _RANK_COLUMNS if metric in known)
-    notes, references, own = list[str](), list[list[str]](), list[list[str]]()
+    notes, controls, references, own = list[str](), list[str](), list[list[str]](), list[list[str]]()
     title, order = metric_title(main), {"zero_shot": 0, "lens": 1, "llm": 2}
 
     def cell(found: Mapping[str, Any], where: str, form: str = ".4f", bounds: bool = True) -> str:
@@ -64,12 +64,17 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
                 own.append(line)
             elif line not in references:
                 references.append(line)
+        alone = "llm" if "llm" in found["models"] else "model"
+        if control := found["differences"].get(f"{alone} - past_ratings"):
+            label = f"{result['names'][alone]} - past ratings"
+            texts = [f"{metric_title(m)} {cell(control[m], label, '+.4f')}" for m in ("auc", "gauc")]
+            controls.append(f"{label}: {', '.join(texts)}".replace(MINUS, "-").replace(DASH, "-"))
     level = f"[{first['intervals']['level']:.0%} interval]"
     head = ["model", f"{title} {level}", *map(metric_title, columns), f"{title} - lens {level}"]
     table = [head, *references, *own]
     if not any(line[-1] for line in table[1:]):
         table = [line[:-1] for line in table]
-    return "\n".join([layout(table), _footer(first), *dict.fromkeys(notes)])
+    return "\n".join([layout(table), _footer(first), *controls, *dict.fromkeys(notes)])
 
 
 def value_text(value: float | None, form: str = ".4f") -> str:

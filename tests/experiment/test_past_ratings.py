@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from recbole_llm.data.dataset import HISTORY_END
 from recbole_llm.data.history import HistoryIndex
 from recbole_llm.experiment.past_ratings import LENGTHS, averages, past_ratings_scores
+from recbole_llm.experiment.table import result_table
 from recbole_llm.quick_start import load_data_and_model, run_recbole_llm
 
 
@@ -113,3 +114,19 @@ def test_order_and_repetition_of_the_training_samples_do_not_matter(run):
     others = parts.train.mixed(), parts.train.subset(np.arange(len(parts.train))[::-1].copy())
     for train in others:  # mixed_training shows each sample twice; else two models would have two references
         assert np.array_equal(past_ratings_scores(train, parts.test), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lens": "DIN", "lens_config": {"epochs": 1}, "lens_residual": True}]
+)
+def test_the_table_says_what_the_llm_has_over_it(run, options):
+    _, _, result = run(eval_rows=None, **options)
+    alone = "llm" if options else "model"
+    difference = result["intervals"]["differences"][f"{alone} - past_ratings"]
+    values = result["intervals"]["models"]
+    for metric in ("auc", "gauc"):
+        gain = values[alone][metric]["value"] - values["past_ratings"][metric]["value"]
+        assert difference[metric]["value"] == pytest.approx(gain, abs=1e-12)
+    (line,) = (line for line in result_table(result).split("\n") if " - past ratings: AUC " in line)
+    assert line.startswith(f"{result['names'][alone]} - past ratings: AUC {difference['auc']['value']:+.4f}")
+    assert f"GAUC {difference['gauc']['value']:+.4f}" in line
