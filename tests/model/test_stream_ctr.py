@@ -480,7 +480,7 @@ def test_run_starts_at_the_stack_and_shows_the_llm_alone(ctr, rows_of):
     options = {**ctr, **STREAM, "lens_residual": True, "residual_rows": 60, "zero_shot": False, "few_shot": 0}
     result = run_recbole_llm("RecLoRA", "toy", config_dict={**options, "score_valid": True})
     rows = rows_of(result)
-    assert set(result["intervals"]["models"]) == {"model", "lens", "llm"}
+    assert set(result["intervals"]["models"]) == {"model", "lens", "llm", "past_ratings"}
     assert result["names"]["llm"] == "RecLoRA, LLM alone"
     a, b, c = (result["residual"][name] for name in ("lens_scale", "answer_scale", "bias"))
     assert (a, b, c) != pytest.approx((1, 0.1, 0))  # where they would start without validation samples
