@@ -261,21 +261,34 @@ def ray_when_used() -> Iterator[None]:
 
 
 def quick_start(module: ModuleType) -> bool:
-    """Let ``run_recbole`` run without thop, and ``load_data_and_model`` read RecBole's own checkpoints.
+    """Let ``run_recbole`` run without thop, and it and ``load_data_and_model`` read RecBole's own checkpoints.
 
     ``get_flops`` (utils/utils.py:262, called by quick_start/quick_start.py:141) imports thop, which needs distutils,
     gone from Python 3.12. ``torch.load`` (quick_start/quick_start.py:250) refuses the pickled Config since torch 2.6,
     see `checkpoint_loading`; it is imported inside the function, so the function's one call is redirected.
+    Models that start from a pre-trained file (S3Rec, NeuMF, ..) read it themselves.
     `RepairedLoader` calls this for the module.
     """
     if getattr(module, "recbole_llm_repair", False):
         return False
-    original_flops, original_load = module.get_flops, module.load_data_and_model
+    original_flops, original_load, original_model = (
+        module.get_flops,
+        module.load_data_and_model,
+        module.get_model,
+    )
 
     @functools.wraps(original_flops)
     def get_flops(*args: Any, **kwargs: Any) -> Any:
         missing = [name for name in ("thop", "distutils") if importlib.util.find_spec(name) is None]
         return f"unknown, {missing[0]} is not installed" if missing else original_flops(*args, **kwargs)
+
+    @functools.wraps(original_model)
+    def get_model(name: str) -> type:
+        model = original_model(name)
+        for base in model.__mro__:
+            if base.__module__.startswith("recbole.model."):
+                checkpoint_loading(sys.modules[base.__module__])
+        return model
 
     @functools.wraps(original_load)
     def load_data_and_model(model_file: str | Path) -> tuple:
@@ -291,7 +304,8 @@ def quick_start(module: ModuleType) -> bool:
         finally:
             torch.load = safe
 
-    vars(module).update(get_flops=get_flops, load_data_and_model=load_data_and_model, recbole_llm_repair=True)
+    repaired = {"get_flops": get_flops, "load_data_and_model": load_data_and_model, "get_model": get_model}
+    vars(module).update(repaired, recbole_llm_repair=True)
     return True
 
 

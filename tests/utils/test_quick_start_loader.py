@@ -68,6 +68,8 @@ def test_recbole_s_quick_start_runs_saves_and_loads(atomic_data, tmp_path):
             tell("everybody else's torch.load", type(error).__name__)
         tuned = objective_function({{"model": "BPR", "dataset": "small", **config}}, saved=False)
         tell("objective", sorted(tuned))
+        loads = sys.modules[quick_start.get_model("S3Rec").__module__].torch.load  # of its pre-trained file
+        tell("S3Rec reads", type(loads(saved)["config"]).__name__)
         try:
             quick_start.tune.run(objective_function)
         except ImportError as error:
@@ -83,6 +85,7 @@ def test_recbole_s_quick_start_runs_saves_and_loads(atomic_data, tmp_path):
         "top (2, 3)",
         "everybody else's torch.load UnpicklingError",
         "objective ['best_valid_result', 'best_valid_score', 'model', 'test_result', 'valid_score_bigger']",
+        "S3Rec reads Config",
     ]
     assert "ray.tune.run was asked for, but ray is not installed" in tuning
 
