@@ -161,9 +161,12 @@ def _models(runs: Sequence[FinishedRun]) -> tuple[dict[str, _Model], list[str]]:
             same_seed = [known.columns[run.seed] for known in alike if run.seed in known.columns]
             if any(np.array_equal(other, values) for other in same_seed):
                 continue
+            kind = (
+                run.kind if column == "llm" else "reference"
+            )  # the tuned LLM without its lens is trained, too
             # The untrained LLM with another prompt, or a lens trained otherwise, is another reference.
             for name, label in ((title, title), (f"{title} ({run.name})", f"{title} ({label_of(run.name)})")):
-                known = models.setdefault(name, _Model(name, "reference", label))
+                known = models.setdefault(name, _Model(name, kind, label))
                 if np.array_equal(known.columns.setdefault(run.seed, values), values):
                     break
     notes = _add_stacks(models, runs)

@@ -206,6 +206,16 @@ def test_ranks_of_one_seed_are_tested_by_mcnemar_and_others_by_signs():
     assert leading(build_comparison(runs, samples=10))["B"]["test"] == "sign-flip permutation by user (HR@1)"
 
 
+def test_a_tuned_llm_without_its_lens_is_no_reference():
+    rng = np.random.default_rng(6)
+    rows = rows_of(rng, "ctr")
+    both, alone, lens = (scores(rng, rows["label"], strength) for strength in (1, 0.5, 0.9))
+    more = {"names": {"llm": "A, LLM alone", "lens": "lens DIN"}, "result": {"backbone": {"name": "tiny"}}}
+    found = build_comparison([run("A", rows, both, **more, llm_score=alone, lens_score=lens)], samples=10)
+    kinds = {model["name"]: model["kind"] for model in found["models"]}
+    assert kinds == {"A": "llm", "A, LLM alone": "llm", "lens DIN": "reference"}
+
+
 def test_references_take_part_once_and_differing_ones_apart():
     rng = np.random.default_rng(5)
     rows = rows_of(rng, "ctr")
