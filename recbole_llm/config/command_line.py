@@ -35,11 +35,11 @@ def parse_value(text: str, key: str | None = None) -> Any:
         return stripped[1:-1] if quoted else text
     try:
         return ast.literal_eval(stripped)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass  # not Python: perhaps YAML
     try:
         value = yaml.load(stripped, Loader=YamlLoader)
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError):
         return text
     collection = isinstance(value, (dict, list)) and stripped[0] in "[{"
     return value if collection or isinstance(value, (bool, int, float)) else text
