@@ -161,9 +161,8 @@ def _models(runs: Sequence[FinishedRun]) -> tuple[dict[str, _Model], list[str]]:
             same_seed = [known.columns[run.seed] for known in alike if run.seed in known.columns]
             if any(np.array_equal(other, values) for other in same_seed):
                 continue
-            kind = (
-                run.kind if column == "llm" else "reference"
-            )  # the tuned LLM without its lens is trained, too
+            # The tuned LLM without its lens is trained, too.
+            kind = run.kind if column == "llm" else "reference"
             # The untrained LLM with another prompt, or a lens trained otherwise, is another reference.
             for name, label in ((title, title), (f"{title} ({run.name})", f"{title} ({label_of(run.name)})")):
                 known = models.setdefault(name, _Model(name, kind, label))

@@ -40,7 +40,7 @@ class ParquetTable:
 
     Raises:
         ModuleNotFoundError: without pyarrow.
-        ValueError: if a part is no parquet file or is cut off, there is none, or their columns differ.
+        ValueError: if a part is no parquet file or truncated, there is none, or their columns differ.
     """
 
     def __init__(self, path: Path) -> None:
@@ -172,7 +172,7 @@ def _opened(part: Path, dictionaries: list[str] | None = None) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(part, read_dictionary=dictionaries)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{part} is no parquet file, or is cut off: {error}") from error
+        raise ValueError(f"{part} is no parquet file, or truncated: {error}") from error
 
 
 def _kind(stored: Any) -> str:

@@ -186,9 +186,14 @@ def model_module(module: ModuleType) -> None:
 
 def model_class(model: type) -> None:
     """`model_module` for the modules of a class and of its bases, where they are RecBole's."""
-    for base in model.__mro__:
-        if base.__module__.startswith("recbole.model."):
-            model_module(sys.modules[base.__module__])
+    for module in _modules_of(model):
+        model_module(module)
+
+
+def _modules_of(model: type) -> list[ModuleType]:
+    """The modules of RecBole's that define a class and its bases."""
+    names = [base.__module__ for base in model.__mro__ if base.__module__.startswith("recbole.model.")]
+    return [sys.modules[name] for name in names]
 
 
 def popularity_counts(module: ModuleType) -> bool:
@@ -271,11 +276,8 @@ def quick_start(module: ModuleType) -> bool:
     """
     if getattr(module, "recbole_llm_repair", False):
         return False
-    original_flops, original_load, original_model = (
-        module.get_flops,
-        module.load_data_and_model,
-        module.get_model,
-    )
+    original_flops, original_load = module.get_flops, module.load_data_and_model
+    original_model = module.get_model
 
     @functools.wraps(original_flops)
     def get_flops(*args: Any, **kwargs: Any) -> Any:
@@ -285,9 +287,8 @@ def quick_start(module: ModuleType) -> bool:
     @functools.wraps(original_model)
     def get_model(name: str) -> type:
         model = original_model(name)
-        for base in model.__mro__:
-            if base.__module__.startswith("recbole.model."):
-                checkpoint_loading(sys.modules[base.__module__])
+        for part in _modules_of(model):
+            checkpoint_loading(part)
         return model
 
     @functools.wraps(original_load)

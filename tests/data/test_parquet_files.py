@@ -337,7 +337,7 @@ def test_what_is_no_parquet_file_is_named(tmp_path):
     whole = part.read_bytes()
     for wrong in (whole[: len(whole) // 2], b"user_id:token\titem_id:token\n", b""):
         part.write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"part-00001\.parquet is no parquet file, or is cut off"):
+        with pytest.raises(ValueError, match=r"part-00001\.parquet is no parquet file, or truncated"):
             _ = files_of(tmp_path, "toy.inter").types
     part.write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])
     files = files_of(tmp_path, "toy.inter")
