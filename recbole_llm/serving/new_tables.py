@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from recbole_llm.data.atomic_files import AtomicFile
+from recbole_llm.data.atomic_files import AtomicFile, is_parquet
 from recbole_llm.data.ctr import CTRDataset
 from recbole_llm.data.dataset import HistoryDataset
 from recbole_llm.data.history import HistoryIndex
@@ -80,9 +80,10 @@ def read_table(source: str | Path | pd.DataFrame, what: str, dataset: HistoryDat
         FileNotFoundError, ValueError: if there is no such file, or it is no atomic file.
     """
     if not isinstance(source, pd.DataFrame):
-        if not Path(source).exists():
+        path = Path(source)
+        if not (path.is_file() or (is_parquet(path) and path.is_dir())):
             raise FileNotFoundError(f"{what}: there is no file {source}")
-        return dataset._files.read_table(Path(source))
+        return dataset._files.read_table(path)
     types = {
         str(name): "float" if pd.api.types.is_float_dtype(column) else "token"
         for name, column in source.items()

@@ -280,3 +280,27 @@ def test_files_with_other_columns_or_cells_are_refused(header, row, message, ser
     with pytest.raises(FileNotFoundError, match=r"none\.inter"):
         run.append(tmp_path / "none.inter")
     assert len(run.dataset.history) == 1000
+
+
+def test_parquet_is_appended_as_text_is(served, tmp_path):
+    pytest.importorskip("pyarrow")
+    users, items, ratings, times = zip(*LATER, strict=True)
+    columns = {
+        "user_id:token": users,
+        "item_id:token": items,
+        "rating:float": ratings,
+        "timestamp:float": times,
+    }
+    pd.DataFrame(columns).to_parquet(tmp_path / "later.inter.parquet")
+    pairs = pd.DataFrame({"user_id": ["4", "2"], "item_id": ["1", "8"]})
+    scores = []
+    for source in (tmp_path / "later.inter.parquet", write(tmp_path / "later.inter", LATER)):
+        run = served("TALLRec")
+        assert run.append(source)["interactions"] == 4
+        scores.append(score(run, pairs)["score"].to_numpy())
+    assert np.array_equal(*scores)
+
+
+def test_a_folder_that_is_no_table_is_named(served, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        served("TALLRec").append(tmp_path)
