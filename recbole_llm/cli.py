@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Read when torch is loaded. A thread that waits for another one must not keep the processor busy: beside other work
-# that costs most of the speed (docs/performance.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch is loaded. A thread that waits for another one must not keep the processor busy for long: beside other
+# work that costs most of the speed (docs/performance.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", **os.environ}
 
 from recbole_llm.comparison.plan import is_comparison
 from recbole_llm.comparison.report import report as work_out

@@ -14,7 +14,7 @@ import os, sys
 class Probe:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Probe())
 import {module}
@@ -22,10 +22,18 @@ import {module}
 
 
 @pytest.mark.parametrize("module", ["recbole_llm.cli", "recbole_llm.demo"])
-@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
-def test_threads_wait_passively_unless_told_otherwise(module, given, found):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"OMP_WAIT_POLICY": given} if given else {})
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "passive 10000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "7"}, "passive 7"),
+    ],
+)
+def test_threads_wait_briefly_unless_told_otherwise(module, given, found):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | given
     done = subprocess.run(
         [sys.executable, "-c", PROBE.format(module=module)], env=environment, capture_output=True, text=True
     )
