@@ -21,7 +21,7 @@ from recbole_llm.config.command_line import parse_model, slug
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.keys import KEYS, RUN_ONLY_KEYS, SHARED_KEYS, VOLATILE_KEYS, keys_not_passed_to
 from recbole_llm.config.model_spec import spec_of
-from recbole_llm.config.sources import given_values
+from recbole_llm.config.sources import given_origins, given_values
 from recbole_llm.registry import get_model
 from recbole_llm.utils.run_files import RESULT_FILE
 
@@ -119,7 +119,8 @@ def plan_run(
         values[key] = {k: v for k, v in value.items() if k != "mode"} if follows else value
     values["seed"] = first["seed"] if seed is None else seed
     values |= changes | {"run_name": text, "output_dir": str(folder), "compare_with": None}
-    arguments = {"model": model, "dataset": first.dataset, "config_dict": values}
+    origins = {**first.given_origins, **first.origins, **dict.fromkeys(changes, f"model {text!r}")}
+    arguments = {"model": model, "dataset": first.dataset, "config_dict": values, "origins": origins}
     return PlannedRun(name or text, Config(**arguments), folder, arguments)
 
 
@@ -174,6 +175,7 @@ def make_plan(
             :func:`plan_run` refuses.
     """
     given = given_values(config_file_list, config_dict, cmd_line)
+    origins = given_origins(config_file_list, config_dict, cmd_line)
     dataset = dataset or given.get("dataset")
     names = {text: parse_model(text)[0] for text in models}
     twice = sorted({text for text in models if list(models).count(text) > 1})
@@ -190,13 +192,15 @@ def make_plan(
     nobody = [key for key in given if not any(key in keys for keys in known.values())]
     anchor = next(iter(own), models[0])
     if nobody:  # the error names the nearest key
-        Config(names[anchor], dataset, config_dict={nobody[0]: given[nobody[0]]})
+        Config(names[anchor], dataset, config_dict={nobody[0]: given[nobody[0]]}, origins=origins)
 
     def values(text: str) -> dict[str, Any]:
         mine = {key: value for key, value in given.items() if key in known[text]}
         return {**mine, **_for_task(task, text in own)}
 
-    first = Config(names[anchor], dataset, config_dict={**values(anchor), "compare_with": None})
+    first = Config(
+        names[anchor], dataset, config_dict={**values(anchor), "compare_with": None}, origins=origins
+    )
     if what := _no_common_samples(first):
         raise ValueError(f"several models: {what}")
     root = Path(first["output_dir"] or first["checkpoint_dir"])

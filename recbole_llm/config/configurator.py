@@ -101,10 +101,12 @@ class Config(RecBoleConfig):
         config_file_list: yaml files, later ones win.
         config_dict: keys and values; a str that is a literal of another type is converted, as RecBole does.
         cmd_line: arguments such as ``sys.argv[1:]``; None: none. ``config_files`` in it is read here too.
+        origins: where values of ``config_dict`` come from, by key, for messages; default: ``config_dict``.
 
     Attributes:
         spec: what the model class declares.
         origins: where the value of each key that the user or the dataset's yaml set came from.
+        given_origins: what was given as ``origins``.
 
     Raises:
         ValueError: for unknown keys, bad values, and combinations that cannot work.
@@ -120,8 +122,10 @@ class Config(RecBoleConfig):
         config_file_list: Iterable[str | Path] | None = None,
         config_dict: Mapping[str, Any] | None = None,
         cmd_line: Sequence[str] | None = None,
+        origins: Mapping[str, str] | None = None,
     ) -> None:
         self.origins: dict[str, str] = {}
+        self.given_origins = dict(origins or {})
         self._arguments = parse_command_line(cmd_line or [])
         files = list(config_file_list or [])
         in_arguments = self._arguments.pop("config_files", None)
@@ -159,7 +163,7 @@ class Config(RecBoleConfig):
             else copy.deepcopy(value)
             for key, value in (config_dict or {}).items()
         }
-        self.origins.update(dict.fromkeys(values, "config_dict"))
+        self.origins.update({key: self.given_origins.get(key, "config_dict") for key in values})
         return values
 
     def _load_cmd_line(self) -> dict[str, Any]:

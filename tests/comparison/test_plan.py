@@ -135,6 +135,20 @@ def test_bad_input_is_refused_before_anything_is_computed(models, change, messag
         make_plan(models, "toy", config_dict={**settings, **change})
 
 
+def test_an_error_names_where_the_value_was_written(settings, tmp_path):
+    def refused(models, *arguments):
+        with pytest.raises(ValueError) as raised:
+            make_plan(models, "toy", config_dict=settings, cmd_line=arguments)
+        return str(raised.value)
+
+    (file := tmp_path / "mine.yaml").write_text("top_k: 17\n")
+    assert "top_k=17 (command line) is more than" in refused(["RecLoRA", "DIN"], "--top_k=17")
+    assert "n_heads=0 (command line): expected" in refused(["RecLoRA", "Stream"], "--n_heads=0")
+    assert f"top_k=17 (file {file}) is more than" in refused(["RecLoRA", "DIN"], f"--config_files={file}")
+    assert "top_k=17 (model 'RecLoRA top_k=17') is more" in refused(["RecLoRA", "RecLoRA top_k=17"])
+    assert "num_expert (command line): did you mean" in refused(["RecLoRA", "DIN"], "--num_expert=4")
+
+
 # ---------------------------------------------------------------------- controls
 
 
