@@ -460,7 +460,7 @@ def test_models_of_recbole_on_labelled_rows_have_all_four_metrics(model, setting
     np.testing.assert_array_equal(rows_of(result)["row_id"], ours.test.inter_feat["row_id"].numpy())
 
 
-def test_a_model_of_recbole_learns_from_the_few_shot_rows_alone(settings):
+def test_a_model_of_recbole_learns_from_the_few_shot_rows_alone(settings, caplog):
     keep = ("data_path", "show_progress", "bootstrap_samples", "few_shot")
     given = {key: settings[key] for key in keep} | {"task": "ctr", "train_rows": "few_shot"}
     learned_from = ConventionalExperiment.assemble(Config("DIN", "toy", config_dict=given)).train
@@ -468,6 +468,8 @@ def test_a_model_of_recbole_learns_from_the_few_shot_rows_alone(settings):
     np.testing.assert_array_equal(learned_from.inter_feat["row_id"], ours.train.inter_feat["row_id"])
     result = run_recbole_llm("DIN", "toy", config_dict={**given, "epochs": 1})
     assert result["rows"]["train"] == result["rows"]["few_shot"] == settings["few_shot"]
+    (warning,) = (r.getMessage() for r in caplog.records if "optimizer steps an epoch" in r.getMessage())
+    assert f"makes 1 optimizer steps an epoch of {settings['few_shot']} labels, at most 1 in all" in warning
     with pytest.raises(ValueError, match="train_rows.* is for conventional models"):
         Config("RecLoRA", "toy", config_dict={**settings, "train_rows": "few_shot"})
 

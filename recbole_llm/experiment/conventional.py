@@ -58,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 RESUMED = ("configuration", "data", "titles")
 """What an interrupted training must have in common with its continuation, by the names of its identities."""
+FEW_STEPS = 10
+"""Optimizer steps of an epoch below which ``train_rows: few_shot`` warns: batch sizes are made for all labels."""
 
 
 class ConventionalExperiment(Experiment):
@@ -76,6 +78,14 @@ class ConventionalExperiment(Experiment):
                 "one is tested; in a comparison, give eval_step to single models ('RecLoRA eval_step=0')",
                 config["model"],
                 config["epochs"],
+            )
+        steps = len(parts.train_data)
+        if config["train_rows"] == "few_shot" and config["epochs"] and steps < FEW_STEPS:
+            logger.warning(
+                "%s: train_batch_size: %d makes %d optimizer steps an epoch of %s labels, at most %d in all; a smaller "
+                "one may learn much more from so few labels",
+                *(config["model"], config["train_batch_size"], steps, f"{len(parts.train):,}"),
+                steps * config["epochs"],
             )
         self.training = EpochTraining(
             trainer,
