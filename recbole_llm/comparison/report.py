@@ -28,7 +28,7 @@ from recbole_llm.comparison.analysis import build_comparison
 from recbole_llm.comparison.finished_run import FinishedRun, load_run
 from recbole_llm.comparison.plan import FOLDER, PLAN_FILE
 from recbole_llm.comparison.tables import COSTS, KINDS, SERIES, TASKS, clean
-from recbole_llm.experiment.table import MINUS, layout
+from recbole_llm.experiment.table import MINUS, ascii_number, layout
 from recbole_llm.utils.files import read_json, write_atomically, write_json
 from recbole_llm.utils.run_files import RESULT_FILE
 from recbole_llm.utils.text_output import spreadsheet_text
@@ -117,13 +117,13 @@ def terminal_table(found: Mapping[str, Any]) -> str:
     """Plain text: the models, key findings, failures."""
     table, notes = tables.metrics_table(found), dict[str, int]()
 
-    def plain(cell: tables.Cell) -> str:
-        number = tables.mark(notes, cell)
-        return clean(f"{cell.text} {cell.below}") + (f" ({number})" if number else "")
+    def plain(column: str, cell: tables.Cell) -> str:
+        number, text = tables.mark(notes, cell), clean(f"{cell.text} {cell.below}")
+        return (text if column in tables.TEXTS else ascii_number(text)) + (f" ({number})" if number else "")
 
     lines = ["no model finished"]
     if table.rows:
-        lines = [layout([table.head, *([plain(cell) for cell in row.values()] for row in table.rows)])]
+        lines = [layout([table.head, *([plain(*entry) for entry in row.items()] for row in table.rows)])]
     lines += [f"({number}) {clean(note)}" for note, number in notes.items()]
     lines += ["", *map(clean, found["sentences"])] if found["sentences"] else []
     lines += ["", "failed:", *map(clean, tables.failure_lines(found))] if found["failed"] else []

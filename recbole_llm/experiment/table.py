@@ -34,7 +34,9 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
     if first["intervals"] is None:
         columns = list(dict.fromkeys(key for r in results for key in r["metrics"]["test"]))
         tested = [(r["name"], r["metrics"]["test"]) for r in results]
-        body = [[name, *(value_text(values.get(key)) for key in columns)] for name, values in tested]
+        body = [
+            [name, *(ascii_number(value_text(values.get(key))) for key in columns)] for name, values in tested
+        ]
         return layout([["model", *columns], *body])
 
     main, *columns = "auc", "logloss", "acc", "gauc"
@@ -48,9 +50,8 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
         """'0.7412 [0.7301, 0.7520]', or the value alone; a note says why one of the two is missing."""
         if found["low" if bounds else "value"] is None:
             notes.append(f"{where}: {found['reason']}")
-        return (
-            f"{value_text(found['value'], form)} {interval_text(found, form=form) if bounds else ''}".rstrip()
-        )
+        interval = interval_text(found, form=form) if bounds else ""
+        return ascii_number(f"{value_text(found['value'], form)} {interval}".rstrip())
 
     for result in results:
         found = result["intervals"]
@@ -68,7 +69,7 @@ def result_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> st
         if control := found["differences"].get(f"{alone} - past_ratings"):
             label = f"{result['names'][alone]} - past ratings"
             texts = [f"{metric_title(m)} {cell(control[m], label, '+.4f')}" for m in ("auc", "gauc")]
-            controls.append(f"{label}: {', '.join(texts)}".replace(MINUS, "-").replace(DASH, "-"))
+            controls.append(f"{label}: {', '.join(texts)}")
     level = f"[{first['intervals']['level']:.0%} interval]"
     head = ["model", f"{title} {level}", *map(metric_title, columns), f"{title} - lens {level}"]
     table = [head, *references, *own]
@@ -86,6 +87,11 @@ def interval_text(holder: Mapping[str, Any], suffix: str = "", form: str = ".4f"
     """'[0.7301, 0.7520]', empty where a bound is null."""
     bounds = [holder.get(end + suffix) for end in ("low", "high")]
     return "" if None in bounds else "[{}, {}]".format(*(value_text(bound, form) for bound in bounds))
+
+
+def ascii_number(text: str) -> str:
+    """A number as any terminal shows it: with the keyboard's minus sign and dash. Not for names, which may have both."""
+    return text.replace(MINUS, "-").replace(DASH, "-")
 
 
 def _basis(result: Mapping[str, Any]) -> Any:
@@ -119,13 +125,12 @@ def _among(candidates: Mapping[str, Any]) -> str:
 
 
 def layout(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as columns of equal width, with a rule below the first line; in ASCII but for the names."""
-    plain = [[cell.replace(MINUS, "-").replace(DASH, "-") for cell in line] for line in lines]
-    widths = [max(map(_width, column)) for column in zip(*plain, strict=True)]
-    plain.insert(1, ["-" * width for width in widths])
+    """Lines of cells as columns of equal width, with a rule below the first line."""
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     padded = [
         [cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)]
-        for line in plain
+        for line in ruled
     ]
     return "\n".join("  ".join(line).rstrip() for line in padded)
 

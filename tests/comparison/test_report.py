@@ -243,6 +243,11 @@ def test_the_terminal_table_says_all():
     assert len(starts) == 1, "the columns stand below one another"
 
 
+def test_the_terminal_table_shows_names_as_they_are_and_numbers_in_ascii():
+    text = terminal_table(comparison([model("A – 1", -0.7), model("B", 0.6)]))
+    assert "A – 1" in text and "-0.7000" in text and "−" not in text
+
+
 def test_one_seed_has_no_spread():
     assert "±" in terminal_table(comparison())
     one = [model("A", 0.7, seeds=[1]), model("B", 0.6, seeds=[1])]

@@ -109,6 +109,14 @@ def test_table_has_one_aligned_line_per_model(rows):
     )
 
 
+def test_names_are_shown_as_they_are_and_numbers_in_ascii(rows):
+    name = "RecLoRA – K−1"
+    worse = columns({**evaluation(1), "score": 1 - evaluation(1)["score"]}, lens=evaluation(2))
+    lines = result_table(run(worse, run_name=name)).splitlines()
+    assert lines[3].startswith(f"{name}  0.") and " -0." in lines[3].removeprefix(name)
+    assert not {"–", "−"} & set(lines[3].removeprefix(name))
+
+
 def test_table_of_several_runs_lists_lens_and_zero_shot_once(rows):
     other = columns(evaluation(8), lens=evaluation(2), zero_shot=evaluation(3))
     runs = [run(rows, run_name="RecLoRA as published"), run(other, run_name="RecLoRA + lens_residual")]
