@@ -23,6 +23,7 @@ from recbole_llm.data.loading import build_splits, draw_rows
 from recbole_llm.data.ranking_loaders import CandidateDataLoader, RankedItemsDataLoader
 from recbole_llm.data.retriever import CategoryRetriever, SemanticRetriever
 from recbole_llm.data.streams import draw_by_user
+from recbole_llm.evaluation.bootstrap import MIN_USERS
 from recbole_llm.experiment.assembly import cache_folder, is_default_count
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,19 @@ def bounded(config: Config, samples: HistoryDataset, purpose: str) -> HistoryDat
         size = config["valid_rows"]
     if not size or size >= len(samples):
         return samples
+    users = samples.inter_feat[samples.uid_field].numpy()
     if config["eval_rows_by"] == "user":
-        users = samples.inter_feat[samples.uid_field].numpy()
-        return samples.subset(draw_by_user(users, size, config["eval_seed"], purpose))
-    return samples.subset(draw_rows(len(samples), size, config["eval_seed"], purpose))
+        drawn = draw_by_user(users, size, config["eval_seed"], purpose)
+    else:
+        drawn = draw_rows(len(samples), size, config["eval_seed"], purpose)
+    found = len(np.unique(users[drawn]))
+    if purpose == "test" and found < MIN_USERS <= len(np.unique(users)):
+        logger.warning(
+            "eval_rows: %d draws test samples of %d users (eval_rows_by: %s), and intervals need at least %d; a larger "
+            "eval_rows, or eval_rows_by: sample, has more of them",
+            *(size, found, config["eval_rows_by"], MIN_USERS),
+        )
+    return samples.subset(drawn)
 
 
 def item_counts(train: HistoryDataset) -> np.ndarray:
