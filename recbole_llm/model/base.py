@@ -196,23 +196,28 @@ class LLMRecommender(SequentialRecommender):
 
     def predict(self, interaction: Interaction) -> Tensor:
         """RecBole's: what :meth:`score_rows` gives, or where scores are kept, what it gave before an interruption."""
-        if self.shares_samples:
-            return self._shared(interaction)
         if self.sharded:
             return self.score_within_memory(
                 lambda: self.processes.together(lambda: self.score_rows(interaction))
             )
         if self.kept_scores is None:
-            return self.score_within_memory(lambda: self.score_rows(interaction))
+            return self._scores(interaction)
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
-        found = self.kept_scores(key, lambda: self.score_within_memory(lambda: self.score_rows(interaction)))
-        return found.to(self.device)
+        return self.kept_scores(key, lambda: self._scores(interaction)).to(self.device)
 
-    def _shared(self, interaction: Interaction) -> Tensor:
-        """Every process scores some samples, and gets the scores of all. Candidates of one sample stay together."""
-        groups, group = np.unique(interaction[ROW_ID].cpu().numpy(), return_inverse=True)
-        mine = self.processes.mine(len(groups))
-        own = torch.from_numpy(np.flatnonzero((group >= mine.start) & (group < mine.stop)))
+    def _scores(self, interaction: Interaction) -> Tensor:
+        """The scores of all samples, ``[B]``, of which each process computes some.
+
+        Candidates of one sample stay together, and so do neighbours in the batch, which may share a chunk of a stream.
+        """
+        if not self.shares_samples:
+            return self.score_within_memory(lambda: self.score_rows(interaction))
+        _, first, group = np.unique(
+            interaction[ROW_ID].cpu().numpy(), return_index=True, return_inverse=True
+        )
+        place = np.argsort(np.argsort(first))[group]
+        mine = self.processes.mine(len(first))
+        own = torch.from_numpy(np.flatnonzero((place >= mine.start) & (place < mine.stop)))
         scores = torch.zeros(len(interaction), dtype=torch.float64, device=self.device)
         if len(own):
             found = self.score_within_memory(lambda: self.score_rows(interaction[own]))

@@ -432,7 +432,8 @@ class LLMTrainer(Trainer):
         texts = [f"{key} {value}" for key, value in self.identities.items()]
         identity = hash_tensors(self.model.trained_state(), *texts, eval_data._dataset.content_hash())
         file = self.scores_folder / f"{identity[:32]}.safetensors"
-        with KeptScores(file, identity, self.model.counts, self.checkpoint_seconds) as kept:
+        shared = self.processes if self.model.shares_samples else None
+        with KeptScores(file, identity, self.model.counts, self.checkpoint_seconds, shared) as kept:
             self.model.kept_scores = kept
             try:
                 yield kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 from recbole_llm.trainer import score_cache as kept_scores
 from recbole_llm.trainer.score_cache import KeptScores, batch_key
+from recbole_llm.utils.distributed import Processes
 
 BATCHES = {f"batch {n}": torch.arange(3.0, dtype=torch.float64) / (n + 3) for n in range(6)}
 
@@ -54,6 +57,68 @@ def test_goes_on_where_it_was_cut_off_and_counts_what_all_of_it_cost(cut_off):
     again = Scorer()
     again.run(cut_off)
     assert again.scored == []
+
+
+class Two(Processes):
+    """One of two processes, here threads; each call brings both together."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, said: list) -> None:
+        super().__init__(rank, 2)
+        self.meeting, self.said = meeting, said
+
+    def all(self, value):
+        self.said[self.rank] = value
+        self.meeting.wait(timeout=30)
+        found = copy.deepcopy(self.said)
+        self.meeting.wait(timeout=30)
+        return found
+
+    def from_first(self, make):
+        return self.all(make() if self.is_first else None)[0]
+
+
+def run_in_two(file: Path, work) -> list:
+    """What ``work(kept, counts)`` gives in each of two processes that score together."""
+    meeting, said, found = threading.Barrier(2), [None, None], [None, None]
+
+    def one(rank: int) -> None:
+        counts = Counter[str]()
+        with KeptScores(file, "model and rows", counts, 1e9, Two(rank, meeting, said)) as kept:
+            found[rank] = (work(kept, counts), counts, kept)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return found
+
+
+def test_two_processes_go_on_together_and_what_both_spent_counts_once(tmp_path, monkeypatch):
+    file, scored = tmp_path / "a.safetensors", []
+
+    def score(keys):
+        def work(kept, counts):
+            def compute(key):
+                counts["tokens"] += 5 if kept.processes.is_first else 6
+                scored.append(key)
+                return BATCHES[key]
+
+            return [kept(key, lambda key=key: compute(key)) for key in keys]
+
+        return work
+
+    keys = list(BATCHES)
+    run_in_two(file, score(keys[:4]))
+    assert sorted(scored) == sorted(keys[:4] * 2)
+    monkeypatch.setattr(kept_scores, "PROCESS", "another one")
+    scored.clear()
+    first, second = run_in_two(file, score(keys))
+    assert sorted(scored) == sorted(keys[4:] * 2)
+    for scores, _, _ in (first, second):
+        assert all(torch.equal(found, wanted) for found, wanted in zip(scores, BATCHES.values(), strict=True))
+    assert first[1]["tokens"] + second[1]["tokens"] == 6 * 11
+    assert first[2].seconds_before > 0 == second[2].seconds_before
 
 
 def test_the_same_process_does_not_count_its_work_twice(tmp_path):
