@@ -221,7 +221,9 @@ class AnswerCTR(LLMRecommender):
         Raises:
             ValueError: if they have one class only.
         """
-        margin = self._score(interaction, self.encode(interaction), lambda batch: self.terms(batch)[0])
+        margin = self.by_shares(
+            interaction, lambda part: self._score(part, self.encode(part), lambda batch: self.terms(batch)[0])
+        )
         _, lens_logit = self.lens.represent(interaction.to(self.device))
         labels = interaction[self.LABEL].cpu().numpy()
         if len(np.unique(labels)) < 2:

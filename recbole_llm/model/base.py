@@ -201,17 +201,21 @@ class LLMRecommender(SequentialRecommender):
                 lambda: self.processes.together(lambda: self.score_rows(interaction))
             )
         if self.kept_scores is None:
-            return self._scores(interaction)
+            return self.by_shares(interaction, self.score_rows)
         key = batch_key(interaction[ROW_ID], interaction[self.ITEM_ID])
-        return self.kept_scores(key, lambda: self._scores(interaction)).to(self.device)
+        found = self.kept_scores(key, lambda: self.by_shares(interaction, self.score_rows))
+        return found.to(self.device)
 
-    def _scores(self, interaction: Interaction) -> Tensor:
-        """The scores of all samples, ``[B]``, of which each process computes some.
+    def by_shares(self, interaction: Interaction, score: Callable[[Interaction], Tensor]) -> Tensor:
+        """What ``score`` gives for all samples, ``[B]``, where each process computes it for some of them.
 
         Candidates of one sample stay together, and so do neighbours in the batch, which may share a chunk of a stream.
+
+        Args:
+            score: gives a number for each sample, ``[b]``.
         """
         if not self.shares_samples:
-            return self.score_within_memory(lambda: self.score_rows(interaction))
+            return self.score_within_memory(lambda: score(interaction))
         _, first, group = np.unique(
             interaction[ROW_ID].cpu().numpy(), return_index=True, return_inverse=True
         )
@@ -220,7 +224,7 @@ class LLMRecommender(SequentialRecommender):
         own = torch.from_numpy(np.flatnonzero((place >= mine.start) & (place < mine.stop)))
         scores = torch.zeros(len(interaction), dtype=torch.float64, device=self.device)
         if len(own):
-            found = self.score_within_memory(lambda: self.score_rows(interaction[own]))
+            found = self.score_within_memory(lambda: score(interaction[own]))
             scores[own.to(self.device)] = found.to(self.device, torch.float64)
         return self.processes.add_up(scores).to(self.SCORES)
 

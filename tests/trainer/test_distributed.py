@@ -51,6 +51,8 @@ CASES = {
             "layout": "stream",
             "max_prompt_tokens": 64,
             "train_batch_size": 30,
+            "lens_residual": True,
+            "residual_rows": 21,
         },
     },
     "candidates": {"model": "TALLRecNext", "settings": {"num_negatives": 5, "scoring_batch_size": 2}},
