@@ -90,7 +90,7 @@ def interval_text(holder: Mapping[str, Any], suffix: str = "", form: str = ".4f"
 
 
 def ascii_number(text: str) -> str:
-    """A number as any terminal shows it: with the keyboard's minus sign and dash. Not for names, which may have both."""
+    """A number as any terminal shows it, with the keyboard's minus sign and dash; not for names."""
     return text.replace(MINUS, "-").replace(DASH, "-")
 
 

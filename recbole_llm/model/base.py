@@ -216,9 +216,7 @@ class LLMRecommender(SequentialRecommender):
         """
         if not self.shares_samples:
             return self.score_within_memory(lambda: score(interaction))
-        _, first, group = np.unique(
-            interaction[ROW_ID].cpu().numpy(), return_index=True, return_inverse=True
-        )
+        _, first, group = np.unique(interaction[ROW_ID].cpu().numpy(), return_index=True, return_inverse=True)
         place = np.argsort(np.argsort(first))[group]
         mine = self.processes.mine(len(first))
         own = torch.from_numpy(np.flatnonzero((place >= mine.start) & (place < mine.stop)))

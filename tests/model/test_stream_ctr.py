@@ -324,7 +324,9 @@ def test_scores_are_the_same_with_a_draw_of_the_samples(ctr, rows_of, caplog):
     assert "and intervals need" not in caplog.text
     some = rows_of(run_recbole_llm("TALLRec", "toy", config_dict={**options, "eval_rows": 15}))
     users = len(np.unique(some["user"]))
-    assert f"test samples of {users} users (eval_rows_by: user), and intervals need at least 10" in caplog.text
+    assert (
+        f"test samples of {users} users (eval_rows_by: user), and intervals need at least 10" in caplog.text
+    )
     place = {row: i for i, row in enumerate(full["row_id"].tolist())}
     wanted = full["model_score"][[place[row] for row in some["row_id"].tolist()]]
     np.testing.assert_allclose(some["model_score"], wanted, atol=1e-6)
