@@ -21,7 +21,7 @@ from recbole_llm.config.command_line import parse_model, slug
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.keys import KEYS, RUN_ONLY_KEYS, SHARED_KEYS, VOLATILE_KEYS, keys_not_passed_to
 from recbole_llm.config.model_spec import spec_of
-from recbole_llm.config.sources import given_origins, given_values
+from recbole_llm.config.sources import given_values
 from recbole_llm.registry import get_model
 from recbole_llm.utils.run_files import RESULT_FILE
 
@@ -174,8 +174,7 @@ def make_plan(
         ValueError: for models of different tasks, a key that no model knows, two equal models, or what
             :func:`plan_run` refuses.
     """
-    given = given_values(config_file_list, config_dict, cmd_line)
-    origins = given_origins(config_file_list, config_dict, cmd_line)
+    given, origins = given_values(config_file_list, config_dict, cmd_line)
     dataset = dataset or given.get("dataset")
     names = {text: parse_model(text)[0] for text in models}
     twice = sorted({text for text in models if list(models).count(text) > 1})
@@ -255,7 +254,7 @@ def _hash(values: Mapping[str, Any]) -> str:
 
 def is_comparison(config_file_list: Sequence[str] | None, cmd_line: Sequence[str]) -> bool:
     """Whether a command with one model still asks for several runs: by ``seeds``, ``controls`` or ``search``."""
-    given = given_values(config_file_list, None, cmd_line)
+    given, _ = given_values(config_file_list, None, cmd_line)
     return given.get("seeds", 1) not in (None, 1) or any(given.get(key) for key in ("controls", "search"))
 
 

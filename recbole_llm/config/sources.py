@@ -22,32 +22,18 @@ def given_values(
     config_file_list: Iterable[str | Path] | None = None,
     config_dict: Mapping[str, Any] | None = None,
     cmd_line: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """What the user gave, before any default; the sources as of :class:`Config`, later ones win."""
-    sources = _sources(config_file_list, config_dict, cmd_line)
-    return {key: value for _, values in sources for key, value in values.items()}
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the user gave, before any default; the sources as of :class:`Config`, later ones win.
 
-
-def given_origins(
-    config_file_list: Iterable[str | Path] | None = None,
-    config_dict: Mapping[str, Any] | None = None,
-    cmd_line: Sequence[str] | None = None,
-) -> dict[str, str]:
-    """Where each of :func:`given_values` comes from, as :attr:`Config.origins` has it."""
-    sources = _sources(config_file_list, config_dict, cmd_line)
-    return {key: name for name, values in sources for key in values}
-
-
-def _sources(
-    config_file_list: Iterable[str | Path] | None,
-    config_dict: Mapping[str, Any] | None,
-    cmd_line: Sequence[str] | None,
-) -> list[tuple[str, Mapping[str, Any]]]:
-    """Name and values of each source, the weakest first."""
+    Returns:
+        The values, and where each comes from, as :attr:`Config.origins` has it.
+    """
     arguments = parse_command_line(cmd_line or [])
     files = [*(config_file_list or ()), *str(arguments.pop("config_files", "")).split()]
     of_files = [(f"file {file}", load_yaml(config_file(file))) for file in dict.fromkeys(map(str, files))]
-    return [*of_files, ("config_dict", config_dict or {}), ("command line", arguments)]
+    sources = [*of_files, ("config_dict", config_dict or {}), ("command line", arguments)]
+    values = {key: value for _, given in sources for key, value in given.items()}
+    return values, {key: name for name, given in sources for key in given}
 
 
 def load_preset(name: str, model: str, llm: bool) -> dict[str, Any]:
