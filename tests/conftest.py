@@ -12,6 +12,9 @@ import pytest
 import torch
 from synthetic import TEXT, write_dataset
 
+if "RECBOLE_LLM_TEST_GPU" not in os.environ:  # equal numbers run to run are a processor's
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # several workers share the cores: one thread each, their children's included

@@ -245,7 +245,8 @@ def check_llm(v: Values) -> None:
         v["stage_one_share"] = 0.0
     if v["gate_scope"] == "auto" and v["lens"] is not None:
         v["gate_scope"] = "user_item" if _state_sees_target(v) else "user"
-    v["micro_batch_size"] = min(v["micro_batch_size"], v["train_batch_size"])
+    if v["micro_batch_size"] != "auto":
+        v["micro_batch_size"] = min(v["micro_batch_size"], v["train_batch_size"])
 
 
 def check_task(v: Values) -> None:

@@ -308,14 +308,15 @@ class Config(RecBoleConfig):
 
     def _init_device(self) -> None:
         final, values = self.final_config_dict, self._values()
-        if "local_rank" in final:
+        spawned = "local_rank" in final  # by RecBole's run(..., nproc=N)
+        if spawned:
             join_process_group(final)
         else:
             device = choose_device(final["device"], self.external_config_dict, values.said)
             final.update(device=device, single_spec=True, local_rank=0)
-            if launched().several:
-                join_launched(final, self.model, self.spec.is_llm)
         resolve_auto_sizes(final)
+        if not spawned and launched().several:
+            join_launched(final, self.model, self.spec.is_llm)
         # RecBole asks for the memory of a CUDA device wherever use_gpu is set.
         final["use_gpu"] = final["device"].type == "cuda"
         final["gpu_id"] = str(final["gpu_id"] or "")

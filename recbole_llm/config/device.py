@@ -19,6 +19,9 @@ SIZES: dict[str, dict[str, int | None]] = {
 }
 """What ``auto`` stands for by the kind of device; chosen by run time alone."""
 
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""What ``micro_batch_size: auto`` fills with prompts or chunks of full length: a CPU is no faster with more."""
+
 
 def choose_device(wanted: str, user: Mapping[str, Any], said: Callable[[str], str]) -> torch.device:
     """The device of the key ``device``; where it is ``auto``, RecBole's ``use_gpu: False`` and ``gpu_id`` decide.
@@ -137,8 +140,12 @@ def join_process_group(final: dict[str, Any]) -> None:
 
 
 def resolve_auto_sizes(final: dict[str, Any]) -> None:
-    """Replace ``auto`` of :data:`SIZES` by the size for the device, in place."""
+    """Replace ``auto`` of :data:`SIZES`, and of ``micro_batch_size``, by the size for the device, in place."""
     kind = "cuda" if final["device"].type == "cuda" else "cpu"
+    if final.get("micro_batch_size") == "auto":
+        fitting = max(1, MICRO_BATCH_TOKENS[kind] // final["max_prompt_tokens"])
+        final["micro_batch_size"] = min(fitting, final["train_batch_size"])
+        logger.info("micro_batch_size: %d (auto, on %s)", final["micro_batch_size"], final["device"].type)
     for key, value in SIZES[kind].items():
         if final.get(key) == "auto":
             final[key] = value

@@ -233,7 +233,7 @@ TABLE: dict[str, dict[str, Key]] = {
                               optional=True),
         "lr_schedule": Key("learning rate after the warm-up", Choice("linear", "cosine", "constant")),
         "warmup_ratio": Key("share of the optimizer steps with a rising learning rate", PROBABILITY),
-        "micro_batch_size": Key("samples per forward pass", Whole(1)),
+        "micro_batch_size": Key("samples per forward pass", Whole(1), Choice("auto")),
         "bucket_by_length": Key("samples of similar length share a micro-batch", Flag()),
         "checkpoint_seconds": Key("time between checkpoints in seconds", Number(0), affects_result=False),
     },

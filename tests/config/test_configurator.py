@@ -26,7 +26,7 @@ import recbole_llm.config.configurator as config_module
 from recbole_llm import registry
 from recbole_llm.config.command_line import parse_command_line, parse_value
 from recbole_llm.config.configurator import Config
-from recbole_llm.config.device import SIZES
+from recbole_llm.config.device import SIZES, resolve_auto_sizes
 from recbole_llm.config.keys import KEYS, RECBOLE_KEYS
 from recbole_llm.config.model_spec import ModelSpec
 from recbole_llm.config.recbole_defaults import keys_in_source
@@ -806,6 +806,25 @@ def test_a_protocol_is_found_by_its_name():
 def test_auto_sizes_follow_the_device_and_the_user_wins():
     config = Config("LLaRA", "ml-100k", config_dict={"layout": "prompt", "device": "cpu", "eval_rows": 50})
     assert config["few_shot"] == SIZES["cpu"]["few_shot"] and config["eval_rows"] == 50
+
+
+def test_auto_micro_batches_fill_the_device_and_the_user_wins():
+    streams = {"layout": "stream", "device": "cpu"}
+    found = {
+        "labels": Config("RecLoRA", "ml-100k", config_dict=streams)["micro_batch_size"],
+        "titles": Config("iLoRA", "ml-100k", config_dict=streams)["micro_batch_size"],
+        "few labels a step": Config(
+            "RecLoRA", "ml-100k", config_dict={**streams, "max_prompt_tokens": 64, "train_batch_size": 10}
+        )["micro_batch_size"],
+        "set": Config("RecLoRA", "ml-100k", config_dict={**streams, "micro_batch_size": 5})[
+            "micro_batch_size"
+        ],
+    }
+    assert found == {"labels": 1, "titles": 2, "few labels a step": 10, "set": 5}
+    on_cuda = {"device": torch.device("cuda"), "max_prompt_tokens": 384, "train_batch_size": 128}
+    on_cuda["micro_batch_size"] = "auto"
+    resolve_auto_sizes(on_cuda)
+    assert on_cuda["micro_batch_size"] == 21
 
 
 # -------------------- other people's data
