@@ -268,6 +268,11 @@ def check_next_item(v: Values) -> None:
         )
     if v["two_stage"] and v["eval_mode"] != "full":
         raise ValueError(f"{v.said('two_stage')} with {v.said('eval_mode')}: set eval_mode: full")
+    if not v["rank_history"] and v["eval_mode"] != "full":
+        raise ValueError(
+            f"{v.said('rank_history')} with {v.said('eval_mode')}: drawn candidates leave out what the user has met "
+            "anyway (candidates), or are RecBole's (uniN, popN); set eval_mode: full, or leave it out"
+        )
     if v["negatives"] == "hard" and v["lens"] is None:
         raise ValueError(f"{v.said('negatives')} needs a lens, and {v.said('lens')}: set lens: SASRec")
     if v["generate"] and v["eval_mode"] != "candidates":

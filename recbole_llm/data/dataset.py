@@ -3,7 +3,8 @@
 :class:`HistoryDataset` is RecBole's SequentialDataset with these differences:
 
 - files are checked, and what is dropped is counted: :class:`~recbole_llm.data.atomic_dataset.AtomicDataset`;
-- samples are ordered by the exact (timestamp, user, item); RecBole rounds timestamps to float32 before it sorts;
+- samples are ordered by the exact (timestamp, user, item), or (timestamp, line of the file) with ``tie_order: file``;
+  RecBole rounds timestamps to float32 before it sorts;
 - a sample needs ``min_history`` earlier interactions, which themselves are no samples but stay in the histories;
 - histories are gathered per batch in :meth:`HistoryDataset.join` from one sorted array, never stored per sample;
 - ``benchmark_filename`` takes plain interactions, split by file, and makes the histories.
@@ -24,6 +25,7 @@ import pandas as pd
 import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
+from torch import Tensor
 
 from recbole_llm.config.model_spec import spec_of
 from recbole_llm.data.atomic_dataset import SPLITS, AtomicDataset, setting
@@ -63,9 +65,9 @@ class HistoryDataset(AtomicDataset):
     ``history_end`` (its own position in :attr:`history`).
 
     Args:
-        config: RecBole's Config with the keys ``min_history``, ``history_ties``, ``history_scope`` and
-            ``candidate_items`` (defaults where a plain Config has none: :attr:`MIN_HISTORY`, ``order``, ``all`` and
-            ``seen``).
+        config: RecBole's Config with the keys ``min_history``, ``tie_order``, ``history_ties``, ``history_scope``,
+            ``candidate_items`` and ``rank_history`` (defaults where a plain Config has none: :attr:`MIN_HISTORY`,
+            ``id``, ``order``, ``all``, ``seen`` and ``True``).
 
     Attributes:
         history: the sorted interactions, shared by all splits; ``None`` before :meth:`build`.
@@ -110,11 +112,10 @@ class HistoryDataset(AtomicDataset):
             )
             self.inter_feat[self.time_field] = np.arange(len(self.inter_feat), dtype=np.float64)
             self.set_field_property(self.time_field, FeatureType.FLOAT, FeatureSource.INTERACTION, 1)
-        keys = [
-            self._token_ranks(self.iid_field)[self.inter_feat[self.iid_field]],
-            self._token_ranks(self.uid_field)[self.inter_feat[self.uid_field]],
-            self.inter_feat[self.time_field],
-        ]
+        keys = [self.inter_feat[self.time_field]]
+        if setting(self.config, "tie_order", "id") == "id":
+            fields = (self.iid_field, self.uid_field)
+            keys = [*(self._token_ranks(field)[self.inter_feat[field]] for field in fields), *keys]
         order = np.lexsort([*keys, self._split_of] if self._plain_splits else keys)
         del keys
         # Column by column: two copies of the whole table would be the peak of a preparation.
@@ -434,6 +435,33 @@ class HistoryDataset(AtomicDataset):
         ranked[0] = False
         return ranked
 
+    def not_ranked(self, rows: Interaction) -> tuple[Tensor, Tensor]:
+        """What the targets of samples are not ranked against with ``eval_mode: full``.
+
+        These are all items but :attr:`ranked_items`, and without ``rank_history`` those of each sample's history; never
+        the target.
+
+        Returns:
+            Indices into scores ``[B, n_items]``: samples and items, ``[m]`` int64 each.
+        """
+        users, targets, ends = (
+            rows[name].cpu().numpy() for name in (self.uid_field, self.iid_field, HISTORY_END)
+        )
+        samples = np.arange(len(users))
+        nobodys = np.flatnonzero(~self.ranked_items)
+        owner, items = np.repeat(samples, len(nobodys)), np.tile(nobodys, len(users))
+        if not setting(self.config, "rank_history", True):
+            start, end = self.history.bounds(users, ends)
+            of_history = np.repeat(samples, end - start)
+            first = np.cumsum(end - start) - (end - start)  # where each sample's begin among all of them
+            met = self.history.item_ids[np.arange(len(of_history)) + (start - first)[of_history]]
+            others = met != targets[of_history]
+            owner, items = (
+                np.concatenate([owner, of_history[others]]),
+                np.concatenate([items, met[others]]),
+            )
+        return torch.from_numpy(owner), torch.from_numpy(items.astype(np.int64))
+
     def note_negatives(self, found: Mapping[str, Any]) -> None:
         """Keep for :meth:`facts` that samples have fewer negatives than asked for: asked, used and reason."""
         self._shared["negatives"] = dict(found)
@@ -447,6 +475,7 @@ class HistoryDataset(AtomicDataset):
                 "which": "all" if drawn_by_recbole else setting(self.config, "candidate_items", "seen"),
                 "items": self.item_num - 1 if drawn_by_recbole else int(self.ranked_items.sum()),
                 "catalogue": self.item_num - 1,
+                **({} if setting(self.config, "rank_history", True) else {"rank_history": False}),
                 **({"negatives": self._shared["negatives"]} if "negatives" in self._shared else {}),
             },
         }

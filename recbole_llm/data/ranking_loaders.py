@@ -65,7 +65,7 @@ class CandidateDataLoader(AbstractDataLoader):
 
 
 class RankedItemsDataLoader(FullSortEvalDataLoader):
-    """Samples whose target is ranked among all of ``dataset.ranked_items``, for RecBole's Trainer, with any model.
+    """Samples whose target is ranked among all items but ``dataset.not_ranked``, for RecBole's Trainer, with any model.
 
     A batch is that of RecBole's loader for sequential models, ``(interaction, excluded, positive_u, positive_i)``.
     The Trainer sets scores at ``excluded``, a pair of indices into ``[B, n_items]``, to -inf.
@@ -75,7 +75,6 @@ class RankedItemsDataLoader(FullSortEvalDataLoader):
     is_sequential = property(lambda self: True, lambda self, value: None)
 
     def __init__(self, config, dataset: HistoryDataset) -> None:
-        self._excluded = torch.from_numpy(np.flatnonzero(~dataset.ranked_items))
         self.uid_field, self.iid_field = dataset.uid_field, dataset.iid_field
         self.sample_size = len(dataset)
         super(FullSortEvalDataLoader, self).__init__(config, dataset, None, shuffle=False)
@@ -83,6 +82,4 @@ class RankedItemsDataLoader(FullSortEvalDataLoader):
     def collate_fn(self, index: list[int]) -> tuple[Interaction, tuple[Tensor, Tensor], Tensor, Tensor]:
         """The batch of the samples at ``index``."""
         interaction, _, positive_u, positive_i = super().collate_fn(index)
-        count, width = len(positive_u), len(self._excluded)
-        excluded = (positive_u.repeat_interleave(width), self._excluded.repeat(count))
-        return interaction, excluded, positive_u, positive_i
+        return interaction, self._dataset.not_ranked(interaction), positive_u, positive_i

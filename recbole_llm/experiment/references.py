@@ -122,7 +122,9 @@ def untrained_ranks(parts: LLMAssembly) -> np.ndarray:
     for interaction in batches:
         _add(digest, prompts.encode(interaction, slots=False).input_ids)
     _add(digest, prompts.answers)
-    digest.update(str((parts.config["eval_mode"], parts.config["two_stage"])).encode())
+    settings = [parts.config["eval_mode"], parts.config["two_stage"]]
+    settings += [] if parts.config["rank_history"] else ["no history"]
+    digest.update(str(tuple(settings)).encode())
     ranked = parts.dataset.ranked_items.tobytes()
     digest.update(parts.candidates["test"].sha256.encode() if parts.candidates else ranked)
     if not parts.candidates and parts.lens is not None:
@@ -132,7 +134,7 @@ def untrained_ranks(parts: LLMAssembly) -> np.ndarray:
         interaction, items = batch
         if items is None:
             scores = model.full_sort_predict(interaction, adapted=False).cpu()
-            scores[:, ~parts.dataset.ranked_items] = -torch.inf
+            scores[parts.dataset.not_ranked(interaction)] = -torch.inf
         else:
             scores = torch.full((len(interaction), parts.dataset.item_num), -torch.inf, dtype=torch.float64)
             listed = model.score_items(interaction, items.tolist(), adapted=False)
@@ -165,7 +167,7 @@ def _ranks(parts: LLMAssembly, score: Callable[[Interaction], Tensor]) -> np.nda
             scores = listed.scatter(1, items, scores.gather(1, items))
         else:
             scores = scores.clone()  # popularity's is one row, expanded
-            scores[:, ~parts.dataset.ranked_items] = -torch.inf
+            scores[parts.dataset.not_ranked(interaction)] = -torch.inf
         ranks.append(target_ranks(scores, interaction[parts.dataset.iid_field]))
     return torch.cat(ranks).numpy()
 

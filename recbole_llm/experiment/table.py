@@ -108,12 +108,12 @@ def _footer(result: Mapping[str, Any]) -> str:
     drawn = f" of {available:,} (a seeded draw: eval_rows)" if available and available > rows["test"] else ""
     return (
         f"{result['dataset']}: {found['rows']:,}{drawn} test samples of {found['users']:,} users"
-        f"{_among(rows['candidates']) if 'candidates' in rows else ''}; intervals "
+        f"{_among(rows['candidates'], result) if 'candidates' in rows else ''}; intervals "
         f"from {found['samples']:,} bootstrap samples of users, differences paired"
     )
 
 
-def _among(candidates: Mapping[str, Any]) -> str:
+def _among(candidates: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """The footer's words on what was ranked."""
     ties = "; ties count against the model"
     if candidates["min"] is None:
@@ -121,6 +121,8 @@ def _among(candidates: Mapping[str, Any]) -> str:
     low, high = candidates["min"], candidates["max"]
     number = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     what = f"all {number} items" if candidates["all_items"] else f"{number} candidates"
+    if not result.get("candidate_items", {}).get("rank_history", True):
+        what = f"the {number} items that its user had not met"
     return f", each target ranked among {what}{ties}"
 
 

@@ -91,6 +91,7 @@ class TitleRanker(LLMRecommender):
         super().__init__(config, dataset, backbone=backbone, lens=lens, instance_size=width)
         self.prompts = prompts
         self.scoring = scoring
+        self._not_ranked = dataset.not_ranked
         self.curriculum = scoring.curriculum
         self.hybrid = hybrid and self.curriculum != "text_only"
         """Whether slots hold item vectors now; in evaluation always, unless the curriculum never shows them."""
@@ -299,8 +300,8 @@ class TitleRanker(LLMRecommender):
     def full_sort_predict(self, interaction: Interaction, *, adapted: bool = True) -> Tensor:
         """Score of every item for each sample, ``[B, n_items]`` float64; the padding item has ``-inf``.
 
-        With ``two_stage`` the LLM scores the lens's first ``two_stage`` items and these come first; the others follow
-        in the lens's order.
+        With ``two_stage`` the LLM scores the lens's first ``two_stage`` items, of those that are ranked, and these come
+        first; the others follow in the lens's order.
         """
         if not (self.shares_samples and adapted):  # the untrained model is asked in one process alone
             return self._score_all(interaction, adapted)
@@ -319,7 +320,9 @@ class TitleRanker(LLMRecommender):
                 scores[row, 1:] = found
             return scores
         first_stage = self.lens.score_items(interaction).double()
-        best = first_stage.topk(min(self.scoring.two_stage, self.n_items - 1), dim=-1).indices
+        ranked = first_stage.clone()
+        ranked[self._not_ranked(interaction)] = -torch.inf
+        best = ranked.topk(min(self.scoring.two_stage, self.n_items - 1), dim=-1).indices
         scores[:, 1:] = BELOW_ALL + first_stage[:, 1:].to(self.device)
         for row, found in enumerate(self.score_items(interaction, best.tolist(), adapted=adapted)):
             scores[row, best[row].to(self.device)] = found

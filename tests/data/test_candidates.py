@@ -580,3 +580,43 @@ def test_the_items_that_are_ranked(tmp_path, make_config, which):
     scores[excluded] = -torch.inf
     assert ((scores > -torch.inf).sum(dim=1) == ranked).all()
     assert (scores[torch.arange(len(targets)), targets] == 0).all()
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+@pytest.mark.parametrize("which", ["seen", "all"])
+def test_without_their_history_targets_are_ranked_among_the_items_that_users_have_not_met(
+    tmp_path, make_config, which, ties
+):
+    rows = random_interactions()
+    rows += [
+        (user, item, 5, time + 20) for user, item, _, time in rows[:60]
+    ]  # met once more, some at the very end
+    write_atomic(tmp_path, "toy", "inter", INTER_HEADER, rows)
+    write_atomic(
+        tmp_path, "toy", "item", "item_id:token title:token", [(i, f"Film {i}") for i in range(1, 101)]
+    )
+    settings = {"task": "next_item", "min_history": 1, "candidate_items": which, "history_ties": ties}
+    dataset = NextItemDataset(make_config("SASRec", **settings, eval_mode="full", rank_history=False))
+    test = dataset.build()[2]
+    assert dataset.facts()["candidate_items"]["rank_history"] is False
+    repeats = 0
+    for interaction, excluded, _, targets in RankedItemsDataLoader(dataset.config, test):
+        scores = torch.zeros(len(interaction), dataset.item_num)
+        scores[excluded] = -torch.inf
+        history = dataset.history
+        for row, (user, target, end) in enumerate(
+            zip(
+                interaction["user_id"].tolist(),
+                targets.tolist(),
+                interaction[HISTORY_END].tolist(),
+                strict=True,
+            )
+        ):
+            earlier = range(int(history.user_start[user]), end)
+            if ties == "strict":
+                earlier = [at for at in earlier if history.timestamps[at] < history.timestamps[end]]
+            met = {int(history.item_ids[at]) for at in earlier}
+            repeats += target in met
+            expected = set(np.flatnonzero(dataset.ranked_items).tolist()) - met | {target}
+            assert set(torch.nonzero(scores[row] > -torch.inf).flatten().tolist()) == expected
+    assert repeats  # a target that was met before stays

@@ -34,11 +34,19 @@ def everything(dataset):
 # ---------------------------------------- rows and histories
 
 
+ORDERS = {
+    "id": lambda row: (row[3], int(row[0]), int(row[1])),
+    "file": lambda row: row[3],  # Python's sort is stable
+}
+
+
+@pytest.mark.parametrize("tie_order", ORDERS)
 @pytest.mark.parametrize("seed", range(5))
-def test_rows_order_labels_and_histories_against_brute_force(toy, seed):
+def test_rows_order_labels_and_histories_against_brute_force(toy, seed, tie_order):
     interactions = random_interactions(seed)
-    splits = toy(interactions).build()
-    ordered = sorted(interactions, key=lambda row: (row[3], int(row[0]), int(row[1])))
+    assert sorted(interactions, key=ORDERS["id"]) != sorted(interactions, key=ORDERS["file"])
+    splits = toy(interactions, tie_order=tie_order).build()
+    ordered = sorted(interactions, key=ORDERS[tie_order])
     earlier, expected = defaultdict(list), []
     for rank, (user, item, rating, time) in enumerate(ordered):
         if len(earlier[user]) >= 3:

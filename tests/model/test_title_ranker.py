@@ -147,6 +147,52 @@ def test_two_stages_put_the_lens_first_choices_first_and_keep_its_order_behind(s
         assert (scores[row, rest].diff() <= 0).all()
 
 
+def unmet(parts, rows) -> np.ndarray:
+    """Which items each sample's target is ranked among without history, ``[B, n_items]``, one by one."""
+    history, mask = parts.dataset.history, np.tile(parts.dataset.ranked_items, (len(rows), 1))
+    for row, (user, item, end) in enumerate(
+        zip(*(rows[name].tolist() for name in ("user_id", "item_id", "history_end")), strict=True)
+    ):
+        mask[row, history.item_ids[history.user_start[user] : end]] = False
+        mask[row, item] = True
+    return mask
+
+
+def test_two_stages_choose_among_the_items_that_are_ranked(settings):
+    parts = parts_of(settings, eval_mode="full", two_stage=5, rank_history=False)
+    rows = parts.test[np.arange(4)]
+    scores, first = parts.model.full_sort_predict(rows), parts.lens.score_items(rows)
+    changed = 0
+    for row, ranked in enumerate(unmet(parts, rows)):
+        order = [item for item in first[row].argsort(descending=True).tolist() if ranked[item]]
+        assert scores[row, order[:5]].min() > scores[row, order[5:]].max()
+        changed += first[row].argmax().item() not in order
+    assert changed  # without it, the lens's first choice would have been one that the user has met
+
+
+def test_without_history_model_and_references_are_ranked_among_the_items_that_users_have_not_met(settings):
+    options = {**settings, "eval_mode": "full", "rank_history": False, "zero_shot": True, "eval_rows": 12}
+    result = run_recbole_llm("LLaRA", "toy", config_dict=options)
+    run = load_data_and_model(Path(result["path"]).parent)
+    rows = run.test_data._dataset[np.arange(12)]
+    mask = unmet(run, rows)
+    with np.load(Path(result["path"]).with_name("test_rows.npz"), allow_pickle=False) as file:
+        found = dict(file)
+    scores = {
+        "model": run.model.full_sort_predict(rows),
+        "zero_shot": run.model.full_sort_predict(rows, adapted=False),
+        "lens": run.model.lens.score_items(rows).double(),
+    }
+    for name, of_items in scores.items():
+        others = np.where(mask, of_items.numpy(), -np.inf)
+        own = others[np.arange(12), rows["item_id"].numpy()]
+        np.testing.assert_array_equal(found[f"{name}_rank"], (others >= own[:, None]).sum(axis=1))
+    assert mask.sum(axis=1).max() < run.dataset.ranked_items.sum()
+    assert found["popularity_rank"].max() <= mask.sum(axis=1).max()
+    (ranked,) = set(mask.sum(axis=1).tolist())  # all users of this data have met as many
+    assert f"the {ranked} items that its user had not met; ties" in printed(result)
+
+
 def test_slots_hold_projected_item_vectors_and_count_history_and_candidates(settings):
     parts = parts_of(settings)
     disturb(parts.model)
@@ -329,6 +375,7 @@ BAD = {
     "DIN as lens": ({"lens": "DIN", "lens_config": None}, "needs the target item"),
     "semantic history": ({"text_retrieval": "semantic"}, "not possible in the next_item task"),
     "two stages among candidates": ({"two_stage": 5}, "set eval_mode: full"),
+    "history among candidates": ({"rank_history": False}, "rank_history=False.*set eval_mode: full"),
     "writing without candidates": ({"generate": True, "eval_mode": "full"}, "set eval_mode: candidates"),
     "another task": ({"task": "ctr"}, "needs task: next_item"),
     "rank not divisible": ({"num_experts": 3}, "is not divisible by"),
