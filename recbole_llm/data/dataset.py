@@ -89,6 +89,7 @@ class HistoryDataset(AtomicDataset):
         self.preparation: dict[str, float] = {}
         # Seen by every split and subset, see `copy` of RecBole's Dataset.
         self._shared: dict[str, Any] = {}
+        self._ranked: tuple[HistoryIndex | None, np.ndarray] = (None, np.zeros(0, dtype=bool))
         self._began = (time.monotonic(), peak_bytes())
         super().__init__(config)
 
@@ -428,11 +429,16 @@ class HistoryDataset(AtomicDataset):
     @property
     def ranked_items(self) -> np.ndarray:
         """Which items may be candidates and are ranked (``candidate_items``), a mask ``[n_items]``; not the padding."""
-        ranked = np.ones(self.item_num, dtype=bool)
-        if setting(self.config, "candidate_items", "seen") == "seen":
-            ranked[:] = False
-            ranked[self.history.item_ids] = True
-        ranked[0] = False
+        history, ranked = self._ranked
+        # Asked for every batch. Interactions and items that come later are another history, or more items.
+        if history is not self.history or len(ranked) != self.item_num:
+            ranked = np.ones(self.item_num, dtype=bool)
+            if setting(self.config, "candidate_items", "seen") == "seen":
+                ranked[:] = False
+                ranked[self.history.item_ids] = True
+            ranked[0] = False
+            ranked.setflags(write=False)
+            self._ranked = self.history, ranked
         return ranked
 
     def not_ranked(self, rows: Interaction) -> tuple[Tensor, Tensor]:

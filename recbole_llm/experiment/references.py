@@ -122,9 +122,7 @@ def untrained_ranks(parts: LLMAssembly) -> np.ndarray:
     for interaction in batches:
         _add(digest, prompts.encode(interaction, slots=False).input_ids)
     _add(digest, prompts.answers)
-    settings = [parts.config["eval_mode"], parts.config["two_stage"]]
-    settings += [] if parts.config["rank_history"] else ["no history"]
-    digest.update(str(tuple(settings)).encode())
+    digest.update(str([parts.config[key] for key in ("eval_mode", "two_stage", "rank_history")]).encode())
     ranked = parts.dataset.ranked_items.tobytes()
     digest.update(parts.candidates["test"].sha256.encode() if parts.candidates else ranked)
     if not parts.candidates and parts.lens is not None:

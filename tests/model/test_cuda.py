@@ -153,12 +153,12 @@ def test_whole_runs_without_prompts(toy_settings, case):
 
 
 @pytest.mark.parametrize("case", ["RecLoRA, prompts", "RecLoRA, streams"])
-def test_a_run_that_was_broken_off_ends_as_an_unbroken_one(ctr, broken_and_resumed, rows_of, case):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(ctr, broken_and_resumed, rows_of, case):
     model, options = MODELS[case]
     options = {**options, "device": "cuda", "dtype": "float32", "epochs": 2}
-    unbroken = rows_of(run_recbole_llm(model, "toy", config_dict={**ctr, **options}))
+    uninterrupted = rows_of(run_recbole_llm(model, "toy", config_dict={**ctr, **options}))
     resumed = rows_of(broken_and_resumed(model, 2, **options))
-    np.testing.assert_allclose(resumed["model_score"], unbroken["model_score"], atol=1e-4)
+    np.testing.assert_allclose(resumed["model_score"], uninterrupted["model_score"], atol=1e-4)
 
 
 def test_memory_that_does_not_suffice_halves_the_micro_batch(parts_of, caplog):
