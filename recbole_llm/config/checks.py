@@ -16,7 +16,7 @@ from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType, ModelType
 from torch.nn.utils.clip_grad import clip_grad_norm_
 
-from recbole_llm.config.keys import ANY, KEYS
+from recbole_llm.config.keys import ANY, KEYS, keys_of_other_tasks
 from recbole_llm.config.layout import check_stream
 from recbole_llm.config.model_spec import ModelSpec, spec_of
 from recbole_llm.evaluation.metrics import labeled_metrics
@@ -40,6 +40,7 @@ class Values:
         final: all values; ``resolve_`` functions change them.
         user: the values that the user set.
         origins: where these came from.
+        defaults: what the keys are where the user sets nothing.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Values:
     final: dict[str, Any]
     user: Mapping[str, Any]
     origins: Mapping[str, str]
+    defaults: Mapping[str, Any]
 
     def said(self, key: str) -> str:
         """``key=value (origin)`` for a message."""
@@ -60,6 +62,17 @@ class Values:
 
 
 # ---------------------------------------------------------------- every model
+
+
+def check_keys_of_task(v: Values) -> None:
+    """A key that only the other task reads must be left as it is by default: another value would have no effect."""
+    task = v.final.get("task")
+    for name in sorted(keys_of_other_tasks(task, v.spec.keys)):
+        if name in v.user and v.user[name] != v.defaults.get(name, v.user[name]):
+            tasks = " and ".join(KEYS[name].tasks)
+            raise ValueError(
+                f"{v.said(name)} has no effect in the {task} task, only in {tasks}: leave it out"
+            )
 
 
 def resolve_history_length(v: Values) -> None:

@@ -26,6 +26,7 @@ from recbole_llm.config.checks import (
     Values,
     check_conventional,
     check_cuda,
+    check_keys_of_task,
     check_llm,
     check_training,
     resolve_eval_mode,
@@ -34,7 +35,7 @@ from recbole_llm.config.checks import (
 )
 from recbole_llm.config.command_line import NAMES, parse_command_line, parse_model, parse_value
 from recbole_llm.config.device import choose_device, join_launched, join_process_group, resolve_auto_sizes
-from recbole_llm.config.keys import KEYS, RECBOLE_KEYS, check_values
+from recbole_llm.config.keys import KEYS, RECBOLE_KEYS, check_values, keys_of_other_tasks
 from recbole_llm.config.layout import layout_defaults, layout_of
 from recbole_llm.config.model_spec import spec_of
 from recbole_llm.config.recbole_defaults import (
@@ -259,6 +260,7 @@ class Config(RecBoleConfig):
         values = self._values()
         resolve_history_length(values)
         check_training(values)
+        check_keys_of_task(values)
         if self.spec.is_llm:
             check_llm(values)
         elif self.spec.family == "conventional":
@@ -326,7 +328,14 @@ class Config(RecBoleConfig):
 
     def _values(self) -> Values:
         """What the checks look at."""
-        return Values(self.model, self.spec, self.final_config_dict, self.external_config_dict, self.origins)
+        return Values(
+            self.model,
+            self.spec,
+            self.final_config_dict,
+            self.external_config_dict,
+            self.origins,
+            self.internal_config_dict,
+        )
 
     def valid_keys(self) -> set[str]:
         """Every key that this model, its task or RecBole reads."""
@@ -394,26 +403,22 @@ class Config(RecBoleConfig):
         Args:
             values: what `as_dict` gave, possibly read back from JSON; changed values are checked as any others.
         """
-        given = {key: value for key, value in values.items() if key not in _DERIVED_KEYS}
-        if given.get("task") == "next_item":  # the mode follows eval_mode
+        model, task = values["model"], values.get("task")
+        spec = spec_of(get_model(model) if isinstance(model, str) else model)
+        # Runs from before keys of the other task were refused may hold any value of them.
+        left_out = {"model", "dataset", *_DERIVED_KEYS, *keys_of_other_tasks(task, spec.keys)}
+        given = {key: value for key, value in values.items() if key not in left_out}
+        if task == "next_item":  # the mode follows eval_mode
             given["eval_args"] = {k: v for k, v in given["eval_args"].items() if k != "mode"}
-        name = given["model"]
-        if (
-            given.get("task") == "ctr"
-            and spec_of(get_model(name) if isinstance(name, str) else name).family == "conventional"
-        ):
-            given.pop("loss_type", None)  # a default that the task does not read
+        if task == "ctr" and spec.family == "conventional":
+            given.pop("loss_type", None)  # a default of the model's yaml that its labelled form does not read
         negatives = given.get("train_neg_sample_args")
         if isinstance(negatives, Mapping) and negatives.get("distribution") == "none":
             given["train_neg_sample_args"] = None
         path = Path(str(given.get("data_path", "")))
-        if path.name == given.get("dataset"):
+        if path.name == values["dataset"]:
             given["data_path"] = str(path.parent)  # the final value has the dataset's own folder in it
-        model = given.pop("model")
-        family = spec_of(get_model(model) if isinstance(model, str) else model).family
-        if family == "conventional" and given.get("task") == "ctr":
-            given.pop("loss_type", None)  # a default of the model's yaml that its labelled form does not read
-        config = cls(model, given.pop("dataset"), config_dict=given)
+        config = cls(model, values["dataset"], config_dict=given)
         config.origins = dict.fromkeys(config.origins, SAVED_RUN)
         return config
 

@@ -7,7 +7,7 @@ a comparison have in common. `RECBOLE_KEYS` are the keys of RecBole that everybo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from recbole_llm.config.kinds import (
@@ -293,6 +293,14 @@ def keys_not_passed_to(llm: bool) -> frozenset[str]:
     """Keys whose user-set value a model of ``compare_with`` does not take over from the first model."""
     receivers = ("all", "llm") if llm else ("all",)
     return frozenset(name for name, key in _ALL.items() if key.passed_to not in receivers)
+
+
+def keys_of_other_tasks(task: str | None, own: Collection[str]) -> frozenset[str]:
+    """Keys that have no effect in a task, whatever their value, but those of the model's ``own``; none without a task."""
+    if task is None:
+        return frozenset()
+    others = {name for name, key in _ALL.items() if task not in key.tasks and key.neutral is ANY}
+    return frozenset(others.difference(own))
 
 
 def check_values(

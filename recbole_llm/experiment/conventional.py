@@ -250,19 +250,24 @@ def stored_candidates(config: Config, splits: Splits) -> dict[str, CandidateSet]
             f"negatives: hard are chosen by a lens, and {config['model']} is run without one; set negatives: uniform "
             "or popularity"
         )
-    evaluated = {"valid": splits.full_valid, "test": splits.test}
-    return draw_candidate_sets(config, evaluated, splits.full_train, possible_negatives(config, splits))
+    negatives = possible_negatives(config, splits)
+    return draw_candidate_sets(config, evaluated_samples(config, splits), splits.full_train, negatives)
+
+
+def evaluated_samples(config: Config, splits: Splits) -> dict[str, HistoryDataset]:
+    """The test samples that ``eval_rows`` leaves, and all validation samples: these are cheap here.
+
+    They are not where every state passes through layers of a language model; there ``valid_rows`` counts, too.
+    """
+    valid = splits.valid if config.spec.wants_backbone(config) else splits.full_valid
+    return {"valid": valid, "test": splits.test}
 
 
 def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateSet] | None) -> tuple:
-    """Train, validation and test loaders on the samples, and with the candidates, of the LLM recommenders.
-
-    Validation is on all validation samples, as it is cheap here; testing is on those that ``eval_rows`` leaves.
-    """
+    """Train, validation and test loaders on the samples, and with the candidates, of the LLM recommenders."""
     train = splits.train
     if config["task"] == "ctr" and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE:
         train = train.liked()
-    evaluated = {"valid": splits.full_valid, "test": splits.test}
     make_loader = spec_of(config.model_class).training_loader
     if make_loader is not None:
         train_data = make_loader(config, train)
@@ -270,7 +275,8 @@ def our_loaders(config: Config, splits: Splits, candidates: dict[str, CandidateS
         sampler, *_ = create_samplers(config, splits.dataset, [train, splits.full_valid, splits.full_test])
         train_data = get_dataloader(config, "train")(config, train, sampler, shuffle=True)
     return train_data, *(
-        eval_loader(config, splits.dataset, samples, candidates, name) for name, samples in evaluated.items()
+        eval_loader(config, splits.dataset, samples, candidates, name)
+        for name, samples in evaluated_samples(config, splits).items()
     )
 
 

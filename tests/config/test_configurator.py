@@ -591,6 +591,31 @@ def test_combinations_that_cannot_be(keys, message):
         ours(**keys)
 
 
+@pytest.mark.parametrize(
+    ("model", "task", "key", "value", "reader"),
+    [
+        (RecLoRA, "ctr", "two_stage", 20, "next_item"),
+        (RecLoRA, "ctr", "rank_history", False, "next_item"),
+        ("Stream", "ctr", "eval_mode", "full", "next_item"),
+        ("DIN", "ctr", "num_negatives", 5, "next_item"),
+        ("iLoRA", "next_item", "residual_rows", 100, "ctr"),
+    ],
+)
+def test_keys_of_the_other_task_have_no_effect_and_are_refused(model, task, key, value, reader):
+    default = Config(model, "ml-100k", config_dict={"task": task})[key]
+    assert Config(model, "ml-100k", config_dict={"task": task, key: default})[key] == default
+    with pytest.raises(
+        ValueError,
+        match=rf"^{key}={value!r} \(config_dict\) has no effect in the {task} task, only in {reader}: leave",
+    ):
+        Config(model, "ml-100k", config_dict={"task": task, key: value})
+
+
+def test_a_saved_run_with_a_key_of_the_other_task_is_read_without_it():
+    saved = Config("Stream", "ml-100k", config_dict={"task": "ctr"}).as_dict()
+    assert Config.from_dict({**saved, "eval_mode": "full"}).as_dict() == saved
+
+
 def test_recbole_s_own_combinations():
     with pytest.raises(ValueError, match="must name one of topk"):
         Config("SASRec", "ml-100k", config_dict={"topk": [5]})

@@ -16,7 +16,7 @@ from recbole_llm.config.configurator import Config
 from recbole_llm.config.model_spec import class_for
 from recbole_llm.data.create import create_dataset
 from recbole_llm.data.stream_batches import VectorStreamLoader
-from recbole_llm.experiment.conventional import llm_arguments
+from recbole_llm.experiment.conventional import ConventionalExperiment, llm_arguments
 from recbole_llm.model.hllm import HLLM, LabelledHLLM
 from recbole_llm.model.llm_user_model import LLMUserModel
 
@@ -155,3 +155,15 @@ def test_a_run(toy_settings, options):
     with np.load(Path(result["path"]).with_name("test_rows.npz")) as rows:
         assert len(rows[column]) == saved["rows"]["test"]
     assert saved["trained_parameters"]["model"] > 0
+
+
+@pytest.mark.parametrize("task", ["next_item", "ctr"])
+def test_validation_samples_are_bounded_where_the_user_model_costs_layers_of_a_language_model(
+    toy_settings, task
+):
+    def validated(who: str) -> dict:
+        given = {**toy_settings, **SMALL, "task": task, "user_model": who, "valid_rows": 7, "device": "cpu"}
+        return ConventionalExperiment.assemble(Config("HLLM", "toy", config_dict=given)).sizes
+
+    assert validated("backbone")["valid"] == validated("random")["valid"] == 7
+    assert validated("small")["valid"] == validated("small")["valid_available"] > 7
