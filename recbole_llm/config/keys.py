@@ -296,7 +296,7 @@ def keys_not_passed_to(llm: bool) -> frozenset[str]:
 
 
 def keys_of_other_tasks(task: str | None, own: Collection[str]) -> frozenset[str]:
-    """Keys that have no effect in a task, whatever their value, but those of the model's ``own``; none without a task."""
+    """Keys that have no effect in a task, but those of the model's ``own``; none where there is no task."""
     if task is None:
         return frozenset()
     others = {name for name, key in _ALL.items() if task not in key.tasks and key.neutral is ANY}

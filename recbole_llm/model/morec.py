@@ -19,8 +19,10 @@ from recbole_llm.lens.sequence import LensSASRec
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
 
 
-def use_titles(model: SASRec, config, item_vectors: np.ndarray) -> None:
+def use_titles(model: SASRec, config, item_vectors: np.ndarray | None) -> None:
     """Put what ``config["item_vectors"]`` says in the place of a SASRec's item embedding."""
+    if item_vectors is None:
+        return
     if config["item_vectors"] == "initialise":
         start_at_components(model.item_embedding, item_vectors)
         return
@@ -50,7 +52,7 @@ class ItemsByTitle:
 class LabelledMoRec(ItemsByTitle, LensSASRec):
     """The lens SASRec, which is trained on labels and sees past ratings, with the item embedding of :class:`MoRec`."""
 
-    def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
+    def __init__(self, config, dataset, item_vectors: np.ndarray | None = None) -> None:
         super().__init__(config, dataset)
         use_titles(self, config, item_vectors)
 
@@ -72,12 +74,13 @@ class MoRec(ItemsByTitle, SASRec):
         item_vectors: replace       e(i) = P(v(i))            MoRec with a frozen encoder
         item_vectors: add           e(i) = P(v(i)) + E(i)
         item_vectors: initialise    e(i) = E(i), which starts at the principal components of v
+        item_vectors: ~             e(i) = E(i)               SASRec as it is, the control
         score(i)                    = SASRec(e(i_1), ..., e(i_n)) . e(i)
 
     Network, loss and ranking are RecBole's. In the ctr task it is the labelled form, :class:`LabelledMoRec`.
 
     Args:
-        item_vectors: ``[n_items, d]``, row 0 is the padding item.
+        item_vectors: ``[n_items, d]``, row 0 is the padding item; ``None`` with ``item_vectors: ~``.
     """
 
     spec = ModelSpec(
@@ -86,7 +89,9 @@ class MoRec(ItemsByTitle, SASRec):
         reads=("backbone", "dtype", "quantization", "lens_ratings"),
         keys={
             "item_vectors": Key(
-                "what the LLM's vectors do to the item embedding", Choice("replace", "add", "initialise")
+                "what the LLM's vectors do to the item embedding",
+                Choice("replace", "add", "initialise"),
+                optional=True,
             ),
             "projector_layers": Key("layers of the projector beyond the first", Whole(0)),
         },
@@ -95,6 +100,6 @@ class MoRec(ItemsByTitle, SASRec):
         task_classes={"ctr": LabelledMoRec},
     )
 
-    def __init__(self, config, dataset, item_vectors: np.ndarray) -> None:
+    def __init__(self, config, dataset, item_vectors: np.ndarray | None = None) -> None:
         super().__init__(config, dataset)
         use_titles(self, config, item_vectors)

@@ -16,6 +16,8 @@ from recbole_llm.cli import main
 from recbole_llm.config.configurator import Config
 from recbole_llm.config.model_spec import class_for
 from recbole_llm.data.create import create_dataset
+from recbole_llm.experiment.conventional import llm_arguments
+from recbole_llm.lens.sequence import LensSASRec
 from recbole_llm.model.morec import LabelledMoRec, MoRec
 from recbole_llm.model.title_embedding import TitleEmbedding, start_at_components
 from recbole_llm.quick_start import run_recbole_llm
@@ -143,7 +145,23 @@ def test_an_id_embedding_starts_at_the_principal_components(width):
     assert torch.equal(table.weight[:, used:], before[:, used:]) and torch.equal(table.weight[0], before[0])
 
 
-@pytest.mark.parametrize("how", ["replace", "add", "initialise"])
+@pytest.mark.parametrize(("task", "base"), [("next_item", SASRec), ("ctr", LensSASRec)])
+def test_without_vectors_it_is_the_sasrec_that_it_is_made_from(settings, task, base):
+    config = Config("MoRec", "toy", config_dict={**settings, "task": task, "item_vectors": None})
+    train = create_dataset(config).build()[0]
+    arguments, backbone, _ = llm_arguments(config, train)
+    assert not arguments and backbone is None  # no language model is loaded
+    torch.manual_seed(0)
+    model = class_for(MoRec, task)(config, train).eval()
+    torch.manual_seed(0)
+    theirs = base(config, train).eval()
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in model.state_dict().items())
+    batch = train[[0, 5, 300]]
+    assert torch.equal(model.predict(batch), theirs.predict(batch))
+    assert torch.equal(model.calculate_loss(batch), theirs.calculate_loss(batch))
+
+
+@pytest.mark.parametrize("how", ["replace", "add", "initialise", None])
 @pytest.mark.parametrize("task", ["next_item", "ctr"])
 def test_run(settings, task, how):
     options = {**settings, "task": task, "item_vectors": how, "epochs": 2, "train_batch_size": 128}
