@@ -280,12 +280,18 @@ def test_killed_in_the_middle_of_an_epoch_then_resumed(settings, tmp_path, monke
         ("RecLoRA", {"lens_config": LENS, "score_valid": True}),
         (
             "iLoRA",
-            {"lens_config": SEQUENCE_LENS, "compare_with": None, "micro_batch_size": 16, "few_shot": 32},
+            {
+                "lens_config": SEQUENCE_LENS,
+                "compare_with": None,
+                "micro_batch_size": 16,
+                "few_shot": 32,
+                "scoring_batch_size": 4,
+            },
         ),
     ],
 )
 def test_an_interrupted_evaluation_resumes(settings, tmp_path, monkeypatch, model, options):
-    config = {**settings, "eval_batch_size": 16, "scoring_batch_size": 4, **options}
+    config = {**settings, "eval_batch_size": 16, **options}
     target = get_model(model).__mro__[1]
     scored, stop_at, score_rows = [], [], target.score_rows
 

@@ -162,7 +162,7 @@ TABLE: dict[str, dict[str, Key]] = {
                          **_RANKING),
         "num_negatives": Key("candidates beside the target", Whole(1), **_SHARED, **_RANKING),
         "negatives": Key("how these are drawn", Choice("uniform", "popularity", "hard"), **_SHARED, **_RANKING),
-        "candidate_items": Key("what is drawn and ranked", Choice("seen", "all"), **_SHARED, **_RANKING),
+        "candidate_items": Key("what is drawn, ranked and recommended", Choice("seen", "all"), **_SHARED),
         "rank_history": Key("items of the user's history are ranked too", Flag(), **_SHARED, **_RANKING),
         "candidate_seed": Key("seed of that draw", Whole(0), **_SHARED, **_RANKING),
         "curriculum": Key("share of hybrid steps", Choice("linear", "text_only", "hybrid_only", "as_released"),
