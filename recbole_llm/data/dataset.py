@@ -253,6 +253,7 @@ class HistoryDataset(AtomicDataset):
             self.history.row_start = self._split_starts(splits)
         elif scope != "all":
             raise ValueError(f"history_scope: {scope!r} is neither 'all' nor 'split'")
+        self.history.opens_split = self._split_openings(splits)
         seconds, peak = time.monotonic() - self._began[0], max(0, peak_bytes() - self._began[1])
         self.preparation = {"seconds": seconds, "peak_bytes": peak}
         for split in splits:
@@ -277,6 +278,15 @@ class HistoryDataset(AtomicDataset):
         return [
             self.copy(take(self.inter_feat, np.flatnonzero(part == number))) for number in range(len(SPLITS))
         ]
+
+    def _split_openings(self, splits: list[HistoryDataset]) -> np.ndarray:
+        """Which interactions are their user's first sample of the validation, or of the test split, bool ``[n]``."""
+        opens = np.zeros(len(self.history), dtype=bool)
+        for split in splits[1:]:
+            positions = np.sort(split.inter_feat[HISTORY_END].numpy())
+            owners = np.searchsorted(self.history.user_start, positions, side="right")
+            opens[positions[np.unique(owners, return_index=True)[1]]] = True
+        return opens
 
     def _split_starts(self, splits: list[HistoryDataset]) -> np.ndarray:
         """For each position the first one of the same user in the same split (``history_scope: split``).

@@ -33,6 +33,8 @@ class HistoryIndex:
         row_start: int64 ``[n]``, the first position each sample's history may use (``history_scope: split``);
             ``None``: from the user's first interaction on.
         negatives: for each interaction another item, int64 ``[n]``; ``None`` where no model learns from them.
+        opens_split: which interactions are their user's first validation sample, or his first test sample, bool
+            ``[n]``; ``None`` before the samples are split.
     """
 
     item_ids: np.ndarray
@@ -43,6 +45,7 @@ class HistoryIndex:
     ties: str = "order"
     row_start: np.ndarray | None = None
     negatives: np.ndarray | None = None
+    opens_split: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.ties not in ("order", "strict"):

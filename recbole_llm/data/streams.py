@@ -16,8 +16,9 @@ last target.
   drawn for each user from ``(seed, epoch)``, so that every epoch cuts elsewhere, and a sample meets histories of all
   lengths from ``lead`` on.
 - **Evaluation.** The user's interactions are cut from his first one on, always in the same places, which depend on no
-  later interaction, no split and no draw: the score of a sample is a function of the sample. Context is ``context``
-  interactions, so that histories are as long as those of training, without its shortest ones.
+  later interaction and no draw. Where a split begins (``openings``) a body does, too: what comes before is shown as
+  context only, and no more of it. So the score of a sample is a function of the sample and the split. Context is
+  ``context`` interactions, so that histories are as long as those of training, without its shortest ones.
 
 In both, context takes at most half of the budget, so that a chunk always has room for targets.
 """
@@ -85,13 +86,15 @@ class StreamCutter:
         budget: what a chunk may cost.
         costs: what each interaction costs, int ``[n]``, at least 1; ``None``: 1 each.
         prefix_costs: what precedes the interactions of a user's chunk costs, int ``[n_users]``; ``None``: nothing.
+        openings: interactions that a body of an evaluation chunk begins with, wherever else it is cut, bool ``[n]``;
+            ``None``: none.
         lead: interactions before the body of a training chunk.
         context: interactions before the body of an evaluation chunk, at least ``lead``.
         unit: what costs are counted in, for messages.
 
     Raises:
         ValueError: if histories are bounded by their split (``history_scope: split``), an interaction does not fit into
-            a chunk, or ``context`` is less than ``lead``.
+            a chunk, ``openings`` are those of another history, or ``context`` is less than ``lead``.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class StreamCutter:
         budget: int,
         costs: np.ndarray | None = None,
         prefix_costs: np.ndarray | None = None,
+        openings: np.ndarray | None = None,
         lead: int = 5,
         context: int = 25,
         unit: str = "interactions",
@@ -127,7 +131,10 @@ class StreamCutter:
                 f"{history.item_ids[worst]} (internal ids) needs {needed[worst]}, {prefix[owners[worst]]} of them "
                 "for what precedes it; allow longer chunks or shorter titles"
             )
-        self.history, self.lead, self.context = history, lead, context
+        openings = np.zeros(n, dtype=bool) if openings is None else openings
+        if len(openings) != n:
+            raise ValueError(f"openings of {len(openings):,} interactions for a history of {n:,}")
+        self.history, self.openings, self.lead, self.context = history, openings, lead, context
         self._room = budget - prefix  # of each user's chunks
         self._before = np.concatenate([[0], np.cumsum(costs)])  # cost of all interactions before a position
         self._owners = owners
@@ -145,7 +152,12 @@ class StreamCutter:
         return max(0, body - n_context, min(body, int(np.searchsorted(before, least))))
 
     def _cut(
-        self, user: int, before: np.ndarray, n_context: int, first_share: float = 1.0
+        self,
+        user: int,
+        before: np.ndarray,
+        n_context: int,
+        first_share: float = 1.0,
+        openings: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cut a user's interactions: first position shown and end of the body of each chunk, each ``[n_chunks]``.
 
@@ -154,8 +166,10 @@ class StreamCutter:
             before: of :meth:`_costs`; where it ends is where the last chunk does.
             n_context: interactions before the body.
             first_share: of the room, given to the first body.
+            openings: which of the user's interactions must begin a body, bool; ``None``: only the first.
         """
         begin, whole, last = int(self.history.user_start[user]), int(self._room[user]), len(before) - 1
+        forced = np.array([last]) if openings is None else np.append(np.flatnonzero(openings[:last]), last)
         starts: list[int] = []
         ends: list[int] = []
         body = 0
@@ -165,11 +179,15 @@ class StreamCutter:
             stop = int(np.searchsorted(before, before[first] + room, side="right")) - 1
             if stop <= body:  # the next interaction is too long to stand behind this context
                 first = max(first, int(np.searchsorted(before, before[body + 1] - whole)))
-            stop = min(max(stop, body + 1), last)
+            stop = min(max(stop, body + 1), int(forced[np.searchsorted(forced, body, side="right")]))
             starts.append(begin + first)
             ends.append(begin + stop)
             body = stop
         return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
+
+    def _evaluation_cut(self, user: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        openings = self.openings[self.history.user_start[user] : self.history.user_start[user + 1]]
+        return self._cut(user, before, self.context, openings=openings)
 
     def _checked(self, targets: np.ndarray) -> np.ndarray:
         targets = np.unique(np.asarray(targets, dtype=np.int64))
@@ -209,7 +227,7 @@ class StreamCutter:
         for user, mine in self._by_user(self._checked(targets)):
             if user not in self._windows:
                 end = int(self.history.user_start[user + 1])
-                self._windows[user] = self._cut(user, self._costs(user, end), self.context)
+                self._windows[user] = self._evaluation_cut(user, self._costs(user, end))
             chunks += self._chunks(user, mine, *self._windows[user])
         return chunks
 
@@ -233,7 +251,7 @@ class StreamCutter:
                 f"{self._room[user]}; allow longer chunks or shorter titles"
             )
         before = self._costs(user, end)
-        starts, _ = self._cut(user, np.append(before, before[-1] + cost), self.context)
+        starts, _ = self._evaluation_cut(user, np.append(before, before[-1] + cost))
         return Chunk(user, int(starts[-1]), np.array([end]), item)
 
     def _by_user(self, targets: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -358,7 +358,8 @@ def _insert(parts: Assembly, table: pd.DataFrame) -> None:
     if history.row_start is not None:
         rows = np.concatenate([place[history.row_start], start[new_users]])
         history.row_start = rows[order]
-    for attribute, column in (("labels", "label"), ("ratings", "rating"), ("negatives", None)):
+    columns = {"labels": "label", "ratings": "rating", "negatives": None, "opens_split": None}
+    for attribute, column in columns.items():
         old = getattr(history, attribute)
         if old is not None:
             added = np.zeros(len(table)) if column is None else table[column].to_numpy()

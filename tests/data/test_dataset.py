@@ -143,6 +143,21 @@ def test_strict_ties_leave_out_the_targets_own_timestamp(toy):
 
 
 @pytest.mark.parametrize("group_by", [None, "user"])
+def test_the_index_knows_where_the_splits_of_a_user_begin(toy, group_by):
+    eval_args = {"split": {"RS": [0.6, 0.2, 0.2]}, "order": "TO", "group_by": group_by, "mode": "labeled"}
+    dataset = toy(random_interactions(2), eval_args=eval_args)
+    expected = set()
+    for split in dataset.build()[1:]:
+        first: dict[int, int] = {}
+        for user, end in zip(
+            split.inter_feat["user_id"].tolist(), split.inter_feat["history_end"].tolist(), strict=True
+        ):
+            first[user] = min(end, first.get(user, end))
+        expected |= set(first.values())
+    assert set(np.flatnonzero(dataset.history.opens_split).tolist()) == expected and len(expected) > 20
+
+
+@pytest.mark.parametrize("group_by", [None, "user"])
 def test_split_scope_hides_the_interactions_of_earlier_splits(toy, group_by):
     eval_args = {"split": {"RS": [0.6, 0.2, 0.2]}, "order": "TO", "group_by": group_by, "mode": "labeled"}
     dataset = toy(random_interactions(2), history_scope="split", eval_args=eval_args)

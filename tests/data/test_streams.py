@@ -31,8 +31,10 @@ def cases(draw):
     costs = np.array(draw(st.lists(st.integers(1, 9), min_size=len(history), max_size=len(history))))
     prefix = np.array(draw(st.lists(st.integers(0, 6), min_size=len(lengths) + 1, max_size=len(lengths) + 1)))
     lead = draw(st.integers(0, 4))
+    openings = np.array(draw(st.lists(st.booleans(), min_size=len(history), max_size=len(history))))
     cutter = StreamCutter(
         history,
+        openings=openings & draw(st.booleans()),
         budget=draw(st.integers(15, 60)),
         costs=costs,
         prefix_costs=prefix,
@@ -86,6 +88,7 @@ def test_later_interactions_do_not_move_the_cuts_of_evaluation(case, more):
     lengths[-1] += more
     longer = StreamCutter(
         history_of(lengths),
+        openings=np.concatenate([cutter.openings, np.zeros(more, dtype=bool)]),
         budget=int(cutter._room[last_user] + prefix[last_user]),
         costs=np.concatenate([costs, np.ones(more, dtype=int)]),
         prefix_costs=prefix,
@@ -105,6 +108,27 @@ def test_contexts_are_those_asked_for():
             assert chunk.target_places[0] == wanted
         assert chunks[0].start == 0 and chunks[0].target_places[0] == 0
         assert max(map(len, chunks)) == 55
+
+
+def test_evaluation_begins_a_body_where_a_split_does():
+    openings = np.zeros(230, dtype=bool)
+    openings[[140, 200, 215]] = True  # the first test sample of user 1; all samples of user 2 are held out
+    cutter = StreamCutter(history_of([200, 30]), openings=openings, budget=55, lead=5, context=25)
+    held_out = np.concatenate([np.arange(140, 200), np.arange(205, 230)])
+    shown = [(c.start, int(c.targets[0]), int(c.targets[-1])) for c in cutter.evaluation_chunks(held_out)]
+    assert shown == [(115, 140, 169), (145, 170, 199), (200, 205, 214), (200, 215, 229)]
+    everything = np.arange(230)
+    plain = StreamCutter(history_of([200, 30]), budget=55, lead=5, context=25)
+    for epoch in range(3):  # training is cut as ever
+        of_both = [c.training_chunks(everything, 1, epoch) for c in (cutter, plain)]
+        assert [[(c.start, c.targets.tolist()) for c in chunks] for chunks in of_both][0] == [
+            (c.start, c.targets.tolist()) for c in of_both[1]
+        ]
+
+
+def test_openings_of_another_history_are_refused():
+    with pytest.raises(ValueError, match="openings of 4 interactions for a history of 5"):
+        StreamCutter(history_of([5]), openings=np.zeros(4, dtype=bool), budget=10)
 
 
 def test_training_meets_the_histories_of_evaluation():
@@ -241,11 +265,17 @@ def test_loader_without_samples(toy):
 def test_an_appended_item_has_the_chunk_that_it_would_have_in_the_history(seed):
     rng = np.random.default_rng(seed)
     costs, prefix = rng.integers(1, 9, 60), np.array([0, 3, 2])
-    sizes = {"budget": 30, "lead": 1, "context": 4}
+    opens = np.isin(np.arange(60), rng.integers(0, 30, 2))
+    sizes = {"budget": 30, "lead": 1, "context": 4, "prefix_costs": prefix}
     for size in range(1, 40):
-        whole = StreamCutter(history_of([size, 5]), costs=costs[: size + 5], prefix_costs=prefix, **sizes)
-        shorter = np.delete(costs[: size + 5], size - 1)  # without the last interaction of user 1
-        cutter = StreamCutter(history_of([size - 1, 5]), costs=shorter, prefix_costs=prefix, **sizes)
+        opens[size - 1] = False  # what comes next begins no split
+        shorter = np.delete(np.arange(size + 5), size - 1)  # without the last interaction of user 1
+        whole = StreamCutter(
+            history_of([size, 5]), costs=costs[: size + 5], openings=opens[: size + 5], **sizes
+        )
+        cutter = StreamCutter(
+            history_of([size - 1, 5]), costs=costs[shorter], openings=opens[shorter], **sizes
+        )
         (expected,) = whole.evaluation_chunks(np.array([size - 1]))
         found = cutter.appended_chunk(1, size - 1, 7, int(costs[size - 1]))
         assert (found.start, found.targets.tolist()) == (expected.start, expected.targets.tolist())

@@ -58,6 +58,13 @@ def from_scratch(run: ServedRun, tmp_path: Path, rows) -> ServedRun:
     return ServedRun(parts, run.folder)
 
 
+def split_openings(run: ServedRun) -> set[tuple[int, float]]:
+    """Items and times of the interactions that begin a split of their user."""
+    history = run.dataset.history
+    opens = history.opens_split
+    return set(zip(history.item_ids[opens].tolist(), history.timestamps[opens].tolist(), strict=True))
+
+
 STREAMS = ["TALLRec stream", "RecLoRA stream", "LensPrompt stream", "Stream", "HLLM"]
 APPENDED = ["RecLoRA", "RecLoRA user", "TALLRec", "iLoRA", "SASRec", "DIN", "TitleKNN", "MoRec", *STREAMS]
 
@@ -67,10 +74,15 @@ def test_appending_equals_preparing_from_scratch(name, served, tmp_path):
     run = served(name)
     pairs = pd.DataFrame({"user_id": ["4", "2", "1", "4"], "item_id": ["1", "8", "3", "30"]})
     before = score(run, pairs)["score"].to_numpy()
+    splits = split_openings(run)
     counts = run.append(write(tmp_path / "later.inter", LATER))
     assert counts == {"interactions": 4, "new_users": 0, "new_items": 0, "late": 1}
+    assert split_openings(run) == splits
     scratch = from_scratch(run, tmp_path, LATER)
     a, b = run.dataset.history, scratch.dataset.history
+    b.opens_split = a.opens_split  # with more interactions the splits begin elsewhere
+    if name.endswith("stream"):
+        scratch.parts.prompts.refresh()
     for column in ("item_ids", "labels", "ratings", "timestamps", "user_start"):
         found, expected = getattr(a, column), getattr(b, column)
         assert (found is None) == (expected is None)

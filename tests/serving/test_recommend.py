@@ -194,7 +194,7 @@ def test_a_user_without_any_history_is_answered(name, served):
     run = served(name)
     history = run.dataset.history
     last = int(history.user_start[-2])  # where the interactions of the last user begin
-    for column in ("item_ids", "labels", "timestamps", "ratings"):
+    for column in ("item_ids", "labels", "timestamps", "ratings", "opens_split"):
         values = getattr(history, column)
         setattr(history, column, None if values is None else values[:last])
     history.user_start[-1] = last

@@ -178,6 +178,7 @@ class StreamPrompts(TemplatePrompts):
         answers = np.array([len(answer) for answer in self._answers])
         return StreamCutter(
             self._history,
+            openings=self._history.opens_split,
             budget=self._max_tokens,
             costs=lengths[self._history.item_ids] + answers[self.classes] + self._rest,
             prefix_costs=np.array([len(header) for header in self._headers]),
