@@ -101,10 +101,10 @@ def test_lines_do_not_depend_on_what_is_around_them(small, kind):
         dataset, train_tokenizer(kind, [*ITEMS, "Stars from a viewer, female, aged 21:\n1 2 3 4 5"] * 3)
     )
     everything = dataset[np.arange(len(dataset))]
-    together = {s.chunk.user: s for s in prompts.encode(everything).streams}
+    together = {target: s for s in prompts.encode(everything).streams for target in s.chunk.targets.tolist()}
     for i in range(len(everything)):
         (alone,) = prompts.encode(everything[i : i + 1]).streams
-        stream = together[alone.chunk.user]
+        stream = together[int(alone.chunk.targets[0])]
         assert np.array_equal(alone.input_ids, stream.input_ids[: len(alone.input_ids)])
         place = alone.chunk.target_places[0]
         assert alone.answers_at[0] == stream.answers_at[list(stream.chunk.target_places).index(place)]
