@@ -120,10 +120,11 @@ def test_evaluation_begins_a_body_where_a_split_does():
     everything = np.arange(230)
     plain = StreamCutter(history_of([200, 30]), budget=55, lead=5, context=25)
     for epoch in range(3):  # training is cut as ever
-        of_both = [c.training_chunks(everything, 1, epoch) for c in (cutter, plain)]
-        assert [[(c.start, c.targets.tolist()) for c in chunks] for chunks in of_both][0] == [
-            (c.start, c.targets.tolist()) for c in of_both[1]
-        ]
+        chunks, expected = (
+            [(chunk.start, chunk.targets.tolist()) for chunk in of.training_chunks(everything, 1, epoch)]
+            for of in (cutter, plain)
+        )
+        assert chunks == expected
 
 
 def test_openings_of_another_history_are_refused():

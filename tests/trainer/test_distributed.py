@@ -132,9 +132,11 @@ def test_two_processes_are_one(runs, how, name):
     assert (meta["step"], meta["tokens"]["train"]) == (meta_of_one["step"], meta_of_one["tokens"]["train"])
     model = {name: tensor for name, tensor in of_one.items() if name.startswith("model/")}
     assert any(tensor.any() for name, tensor in model.items() if name.endswith("lora_B"))
-    # Adam divides a gradient by its size: where that is nearly 0, the rounding of a sum is a part of a step.
-    part_of_a_step = 0.01 * COMMON["learning_rate"]
-    torch.testing.assert_close({name: tensors[name] for name in model}, model, rtol=1e-4, atol=part_of_a_step)
+    # Weights of lens and LLM that are fitted on validation samples round otherwise where two processes score these, and
+    # Adam divides a gradient by its size: where that is nearly 0, rounding is a part of a step.
+    fitted = "residual_rows" in CASES[name]["settings"]
+    tolerance = 0.01 * COMMON["learning_rate"] if fitted else 1e-5
+    torch.testing.assert_close({key: tensors[key] for key in model}, model, rtol=1e-4, atol=tolerance)
     with np.load(one / "test_rows.npz") as a, np.load(two / "test_rows.npz") as b:
         score = "model_score" if "model_score" in a else "model_rank"
         np.testing.assert_allclose(b[score], a[score], atol=1e-5)
